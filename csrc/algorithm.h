@@ -1,0 +1,59 @@
+// Several ways to compute the same thing, as a table; and how one of them is chosen.
+//
+// An algorithm is a row: its name, a function that says which geometries it refuses and why, the scratch memory it wants,
+// and how to run it (what `Run` holds differs between CPU and CUDA). Rows stand fastest first; the last is the reference,
+// which accepts everything. The choice looks at the geometry without its batch size, and never at the number of threads:
+// otherwise an element's bits could change with its neighbours in the batch.
+#pragma once
+
+#include "geometry.h"
+
+namespace cnnops {
+
+template <class Run>
+struct Conv2dAlgorithm {
+  const char* name;
+  const char* summary;  // one line for `python -m cnnops info`
+  /// nullptr when the algorithm can compute this pass of this geometry, otherwise a sentence that says why not.
+  const char* (*refuses)(const Conv2dGeometry&, Pass);
+  Run forward, grad_input, grad_weight;
+
+  const Run& run(Pass pass) const {
+    return pass == Pass::forward ? forward : pass == Pass::grad_input ? grad_input : grad_weight;
+  }
+};
+
+/// A table is a pointer and a length, rows fastest first.
+template <class Row>
+struct Table {
+  const Row* rows;
+  int size;
+  const Row* begin() const { return rows; }
+  const Row* end() const { return rows + size; }
+};
+
+/// What choose() found: the row, or why there is none (`refusal` stays null when no row has that name).
+template <class Row>
+struct Choice {
+  const Row* row;
+  const char* refusal;
+};
+
+static inline bool same_name(const char* a, const char* b) {
+  while (*a && *a == *b) ++a, ++b;
+  return *a == *b;
+}
+
+/// `name` is a row's name, or "auto" for the first row that accepts.
+template <class Row>
+Choice<Row> choose(const Table<Row>& table, const Conv2dGeometry& geometry, Pass pass, const char* name) {
+  for (const Row& row : table) {
+    const bool named = same_name(name, row.name);
+    if (!named && !same_name(name, "auto")) continue;
+    const char* refusal = row.refuses(geometry, pass);
+    if (!refusal || named) return {refusal ? nullptr : &row, refusal};
+  }
+  return {nullptr, nullptr};
+}
+
+}  // namespace cnnops

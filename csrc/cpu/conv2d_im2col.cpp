@@ -1,0 +1,220 @@
+// Convolution as a matrix product, without the matrix.
+//
+//   forward, grad_input    out[m, p]  = sum over r=(c,th,tw) of weight[m, r] * unfolded[r, p]
+//   grad_weight            gw[k, r]   = sum over p=(n,oh,ow) of gy[k, p] * unfolded[r, p]
+//
+// An output pixel p = (n, i, j) is a column of the unfolded input. Columns run on from one image to the next, so small
+// images still fill whole vectors. gemm.h asks for the unfolded input block by block, and the packing below writes each
+// block straight from the image; at no time does more of it exist than a block of 256 x 384.
+//
+// Why it beats `direct` for many channels or small images: packed panels let the inner loop run at the pace of the
+// multiply-adds whatever the image's width, and each packed value is used for 128 output channels. Where there are few
+// channels the packing costs more than it saves.
+//
+// A task is one block of the result, 128 channels x 384 pixels (or x 384 weights of a filter). Zeros are multiplied where
+// a window hangs over the border: an infinite or NaN weight gives NaN there, where plain loops would skip it.
+// Refuses nothing.
+#include "correlate.h"
+#include "gemm.h"
+
+namespace cnnops::cpu::CNNOPS_ISA {
+namespace {
+
+// ---- forward and grad_input ----
+
+/// Consecutive columns of the unfolded input that lie in one row of one image.
+struct Segment {
+  int64_t n, i, j, count, column;
+};
+
+struct Blocks {
+  int64_t rows, columns, per_class, tasks;
+};
+
+Blocks correlation_blocks(const Conv2dGeometry& g, Pass pass) {
+  const Correlation t = make_correlation(g, pass, 0, 0, 0);  // class 0 has the most outputs
+  Blocks b;
+  b.rows = ceil_div(t.rows, kBlockRows);
+  b.columns = ceil_div(g.n * t.h.count * t.w.count, kBlockColumns);
+  b.per_class = b.rows * b.columns;
+  b.tasks = g.groups * axis_classes(g, pass, 0) * axis_classes(g, pass, 1) * b.per_class;
+  return b;
+}
+
+/// The tap counters (c, th, tw) of depth r, stepped like an odometer.
+struct Taps {
+  int64_t c, th, tw;
+  Taps(const Correlation& t, int64_t r) : c(r / t.taps()), th(r % t.taps() / t.w.taps), tw(r % t.w.taps) {}
+  void next(const Correlation& t) {
+    if (++tw < t.w.taps) return;
+    tw = 0;
+    if (++th < t.h.taps) return;
+    th = 0;
+    ++c;
+  }
+};
+
+template <class T>
+void pack_weights(const Correlation& t, const T* weight, int64_t row0, int64_t rows, int64_t r0, int64_t depth, T* to) {
+  for (int64_t m0 = 0; m0 < rows; m0 += kTileRows) {
+    Taps tap(t, r0);
+    for (int64_t r = 0; r < depth; ++r, to += kTileRows, tap.next(t)) {
+      const T* from = weight + t.weight0 + (row0 + m0) * t.weight_row + tap.c * t.weight_channel +
+                      t.weight_tap(tap.th, tap.tw);
+      for (int m = 0; m < kTileRows; ++m) to[m] = m0 + m < rows ? from[m * t.weight_row] : T(0);
+    }
+  }
+}
+
+template <class T>
+void pack_pixels(const Correlation& t, const T* in, const Segment* segments, int64_t count, int64_t r0, int64_t depth,
+                 T* to) {
+  Taps tap(t, r0);
+  for (int64_t r = 0; r < depth; ++r, tap.next(t)) {
+    const int64_t offset_h = t.h.offset0 + tap.th * t.h.offset_step, offset_w = t.w.offset0 + tap.tw * t.w.offset_step;
+    for (int64_t s = 0; s < count; ++s) {
+      const Segment& seg = segments[s];
+      const int64_t ih = seg.i * t.h.in_step + offset_h;
+      const bool inside = ih >= 0 && ih < t.h.in_size;
+      const T* row = in + (seg.n * t.in_channels + t.in_channel0 + tap.c) * t.in_plane + (inside ? ih : 0) * t.in_width;
+      T* panel = to + seg.column / kTileColumns<T> * depth * kTileColumns<T> + r * kTileColumns<T>;
+      const int64_t column = seg.column % kTileColumns<T>;
+      copy_padded(row, inside ? t.w.in_size : 0, seg.j * t.w.in_step + offset_w, t.w.in_step, seg.count, panel + column);
+      if (s + 1 == count) {
+        for (int64_t j = column + seg.count; j < kTileColumns<T>; ++j) panel[j] = 0;
+      }
+    }
+  }
+}
+
+template <class T, Pass pass>
+void correlate(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspace, int64_t begin, int64_t end) {
+  const Blocks blocks = correlation_blocks(g, pass);
+  const int64_t classes_h = axis_classes(g, pass, 0), classes_w = axis_classes(g, pass, 1);
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t block = task % blocks.per_class, cls = task / blocks.per_class;
+    const Correlation t = make_correlation(g, pass, cls / (classes_h * classes_w), cls / classes_w % classes_h,
+                                           cls % classes_w);
+    const int64_t pixels = t.h.count * t.w.count;
+    const int64_t row0 = block % blocks.rows * kBlockRows, rows = smaller(kBlockRows, t.rows - row0);
+    const int64_t p0 = block / blocks.rows * kBlockColumns, columns = smaller(kBlockColumns, g.n * pixels - p0);
+    if (columns <= 0) continue;  // a smaller class than class 0
+
+    Segment segments[kBlockColumns];
+    int64_t count = 0;
+    for (int64_t column = 0; column < columns; ++count) {
+      const int64_t p = p0 + column, i = p % pixels / t.w.count, j = p % t.w.count;
+      const int64_t in_panel = kTileColumns<T> - column % kTileColumns<T>;
+      const int64_t run = smaller(smaller(t.w.count - j, in_panel), columns - column);
+      segments[count] = {p / pixels, i, j, run, column};
+      column += run;
+    }
+
+    const T* c = multiply_block(
+        rows, columns, t.depth(),
+        [&](int64_t r0, int64_t depth, T* to) { pack_weights(t, o.b, row0, rows, r0, depth, to); },
+        [&](int64_t r0, int64_t depth, T* to) { pack_pixels(t, o.a, segments, count, r0, depth, to); }, workspace);
+
+    for (int64_t m = 0; m < rows; ++m) {
+      const int64_t channel = t.out_channel0 + row0 + m;
+      const T bias = o.bias ? o.bias[channel] : T(0);
+      for (int64_t s = 0; s < count; ++s) {
+        const Segment& seg = segments[s];
+        T* out = o.out + (seg.n * t.out_channels + channel) * t.out_plane + (t.h.first + seg.i * t.h.step) * t.out_width +
+                 t.w.first + seg.j * t.w.step;
+        const T* from = c + m * kBlockColumns + seg.column;
+        for (int64_t j = 0; j < seg.count; ++j) out[j * t.w.step] = from[j] + bias;
+      }
+    }
+  }
+}
+
+// ---- grad_weight ----
+
+/// gy as the left factor: a[panel][p][row], pixels p = (n, oh, ow) running through the batch.
+template <class T>
+void pack_gradient(const Conv2dGeometry& g, const T* gy, int64_t k0, int64_t rows, int64_t p0, int64_t depth, T* to) {
+  const int64_t plane = g.out[0] * g.out[1];
+  for (int64_t m0 = 0; m0 < rows; m0 += kTileRows)
+    for (int64_t p = p0; p < p0 + depth; ++p, to += kTileRows) {
+      const T* from = gy + (p / plane * g.k + k0 + m0) * plane + p % plane;
+      for (int m = 0; m < kTileRows; ++m) to[m] = m0 + m < rows ? from[m * plane] : T(0);
+    }
+}
+
+/// The unfolded input as the right factor: b[panel][p][weight], one lane per (c, kh, kw) of the filter.
+template <class T>
+void pack_windows(const Conv2dGeometry& g, const T* x, int64_t c0, int64_t r0, int64_t columns, int64_t p0,
+                  int64_t depth, T* to) {
+  const int64_t plane = g.out[0] * g.out[1], kernel_plane = g.kernel[0] * g.kernel[1];
+  for (int64_t j0 = 0; j0 < columns; j0 += kTileColumns<T>) {
+    int64_t channel[kTileColumns<T>], dh[kTileColumns<T>], dw[kTileColumns<T>];
+    const int64_t lanes = smaller(kTileColumns<T>, columns - j0);
+    for (int64_t j = 0; j < lanes; ++j) {
+      const int64_t r = r0 + j0 + j;
+      channel[j] = (c0 + r / kernel_plane) * g.in[0] * g.in[1];
+      dh[j] = r % kernel_plane / g.kernel[1] * g.dilation[0] - g.padding[0];
+      dw[j] = r % g.kernel[1] * g.dilation[1] - g.padding[1];
+    }
+    for (int64_t p = p0; p < p0 + depth; ++p, to += kTileColumns<T>) {
+      const T* image = x + p / plane * g.c * g.in[0] * g.in[1];
+      const int64_t h = p % plane / g.out[1] * g.stride[0], w = p % g.out[1] * g.stride[1];
+      for (int64_t j = 0; j < lanes; ++j) {
+        const int64_t ih = h + dh[j], iw = w + dw[j];
+        const bool inside = ih >= 0 && ih < g.in[0] && iw >= 0 && iw < g.in[1];
+        to[j] = inside ? image[channel[j] + ih * g.in[1] + iw] : T(0);
+      }
+      for (int64_t j = lanes; j < kTileColumns<T>; ++j) to[j] = 0;
+    }
+  }
+}
+
+Blocks weight_blocks(const Conv2dGeometry& g) {
+  Blocks b;
+  b.rows = ceil_div(g.k / g.groups, kBlockRows);
+  b.columns = ceil_div(g.c / g.groups * g.kernel[0] * g.kernel[1], kBlockColumns);
+  b.per_class = b.rows * b.columns;
+  b.tasks = g.groups * b.per_class;
+  return b;
+}
+
+template <class T>
+void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspace, int64_t begin, int64_t end) {
+  const Blocks blocks = weight_blocks(g);
+  const int64_t k_group = g.k / g.groups, c_group = g.c / g.groups, filter = c_group * g.kernel[0] * g.kernel[1];
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t group = task / blocks.per_class, block = task % blocks.per_class;
+    const int64_t row0 = block % blocks.rows * kBlockRows, rows = smaller(kBlockRows, k_group - row0);
+    const int64_t r0 = block / blocks.rows * kBlockColumns, columns = smaller(kBlockColumns, filter - r0);
+    const int64_t k0 = group * k_group + row0;
+    const T* c = multiply_block(
+        rows, columns, g.n * g.out[0] * g.out[1],
+        [&](int64_t p0, int64_t depth, T* to) { pack_gradient(g, o.a, k0, rows, p0, depth, to); },
+        [&](int64_t p0, int64_t depth, T* to) { pack_windows(g, o.b, group * c_group, r0, columns, p0, depth, to); },
+        workspace);
+    for (int64_t m = 0; m < rows; ++m)
+      for (int64_t j = 0; j < columns; ++j) o.out[(k0 + m) * filter + r0 + j] = c[m * kBlockColumns + j];
+  }
+}
+
+const char* refuses(const Conv2dGeometry&, Pass) { return nullptr; }
+int64_t workspace(const Conv2dGeometry&) { return kGemmWorkspace; }
+
+}  // namespace
+
+template <class T>
+Conv2dAlgorithm<Conv2dRun<T>> conv2d_im2col() {
+  return {"im2col",
+          "blocked matrix multiply, the input unfolded block by block; any geometry",
+          refuses,
+          {[](const Conv2dGeometry& g) { return correlation_blocks(g, Pass::forward).tasks; }, workspace,
+           correlate<T, Pass::forward>},
+          {[](const Conv2dGeometry& g) { return correlation_blocks(g, Pass::grad_input).tasks; }, workspace,
+           correlate<T, Pass::grad_input>},
+          {[](const Conv2dGeometry& g) { return weight_blocks(g).tasks; }, workspace, grad_weight<T>}};
+}
+
+template Conv2dAlgorithm<Conv2dRun<float>> conv2d_im2col();
+template Conv2dAlgorithm<Conv2dRun<double>> conv2d_im2col();
+
+}  // namespace cnnops::cpu::CNNOPS_ISA

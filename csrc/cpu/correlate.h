@@ -1,0 +1,69 @@
+// What the forward convolution and the gradient of its input have in common on the CPU: see ../correlation.h for the idea.
+//
+// Seen from here, one of the two is "the correlation" of an input tensor with a weight, and only the names of the
+// channels differ: forward sums over input channels c, the gradient over output channels k.
+#pragma once
+
+#include "../correlation.h"
+#include "kernels.h"
+#include "simd.h"
+
+namespace cnnops::cpu::CNNOPS_ISA {
+
+/// One group and one class of outputs of a correlation.
+///   out[n, out_channel0 + m, h.first + i*h.step, w.first + j*w.step] = bias + sum over channels c and taps of
+///       in[n, in_channel0 + c, h-input of (i, th), w-input of (j, tw)] *
+///       weight[weight0 + m*weight_row + c*weight_channel + kh*KW + kw]
+struct Correlation {
+  Axis h, w;
+  int64_t rows, channels;  // outputs m and inputs c of this group
+  int64_t in_channel0, out_channel0, in_channels, out_channels;
+  int64_t in_plane, in_width, out_plane, out_width;
+  int64_t weight0, weight_row, weight_channel, kernel_width;
+  int64_t taps() const { return h.taps * w.taps; }
+  int64_t depth() const { return channels * taps(); }
+  int64_t weight_tap(int64_t th, int64_t tw) const {
+    return (h.k0 + th * h.k_step) * kernel_width + w.k0 + tw * w.k_step;
+  }
+};
+
+static inline Correlation make_correlation(const Conv2dGeometry& g, Pass pass, int64_t group, int64_t class_h,
+                                           int64_t class_w) {
+  const bool forward = pass == Pass::forward;
+  const int64_t c_group = g.c / g.groups, k_group = g.k / g.groups, kernel_plane = g.kernel[0] * g.kernel[1];
+  Correlation t;
+  t.h = make_axis(g, pass, 0, class_h);
+  t.w = make_axis(g, pass, 1, class_w);
+  t.rows = forward ? k_group : c_group;
+  t.channels = forward ? c_group : k_group;
+  t.in_channel0 = group * t.channels;
+  t.out_channel0 = group * t.rows;
+  t.in_channels = forward ? g.c : g.k;
+  t.out_channels = forward ? g.k : g.c;
+  const int64_t *in = forward ? g.in : g.out, *out = forward ? g.out : g.in;
+  t.in_plane = in[0] * in[1];
+  t.in_width = in[1];
+  t.out_plane = out[0] * out[1];
+  t.out_width = out[1];
+  t.weight0 = group * k_group * c_group * kernel_plane;
+  t.weight_row = forward ? c_group * kernel_plane : kernel_plane;
+  t.weight_channel = forward ? kernel_plane : c_group * kernel_plane;
+  t.kernel_width = g.kernel[1];
+  return t;
+}
+
+/// to[j] = from[start + j*step] for 0 <= j < count, zero where that leaves [0, size).
+template <class T>
+static inline void copy_padded(const T* from, int64_t size, int64_t start, int64_t step, int64_t count, T* to) {
+  if (step == 1) {
+    const int64_t begin = smaller(larger(-start, 0), count);
+    const int64_t end = larger(smaller(size - start, count), begin);
+    for (int64_t j = 0; j < begin; ++j) to[j] = 0;
+    for (int64_t j = begin; j < end; ++j) to[j] = from[start + j];
+    for (int64_t j = end; j < count; ++j) to[j] = 0;
+  } else {
+    for (int64_t j = 0, i = start; j < count; ++j, i += step) to[j] = i >= 0 && i < size ? from[i] : T(0);
+  }
+}
+
+}  // namespace cnnops::cpu::CNNOPS_ISA

@@ -1,0 +1,112 @@
+// How an operator is made differentiable.
+//
+// torch's own operators record a Node: the tensors that the backward pass will need, and a function that turns the
+// gradients of the outputs into those of the inputs by calling further operators. We do the same, by hand, instead of
+// through torch::autograd::Function: it is what the function transforms of torch.func expect of a C++ operator, and
+// it is the cheapest. As that function calls differentiable operators, gradients of gradients need nothing more.
+#pragma once
+
+#include <ATen/core/grad_mode.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/library.h>
+
+#include <mutex>
+#include <utility>
+#include <vector>
+
+namespace cnnops {
+
+using torch::autograd::variable_list;
+using NodePointer = decltype(torch::autograd::Edge::function);  // std::shared_ptr before torch 2.13, then intrusive
+
+template <class Step, class... Arguments>
+auto make_step(Arguments&&... arguments) {
+  if constexpr (std::is_same_v<NodePointer, std::shared_ptr<torch::autograd::Node>>) {
+    // torch's own deleter, found by its argument's type: it takes long chains of nodes apart without recursion.
+    return std::shared_ptr<Step>(new Step(std::forward<Arguments>(arguments)...), [](auto* node) { deleteNode(node); });
+  } else {
+    return c10::make_intrusive<Step>(std::forward<Arguments>(arguments)...);
+  }
+}
+
+/// What the backward pass of one call knows. An undefined tensor in `grads` stands for zeros.
+struct Backward {
+  const variable_list& grads;  // of the outputs
+  const variable_list& kept;   // the tensors that were kept at the forward pass
+  const torch::autograd::Node& node;
+  bool needs(size_t input) const { return node.task_should_compute_output(input); }
+};
+
+/// The recorded step. `Gradients` is a function Backward -> variable_list, one gradient (or none) per input.
+template <class Gradients>
+class Step final : public torch::autograd::Node {
+ public:
+  Step(const char* name, Gradients gradients) : name_(name), gradients_(std::move(gradients)) {}
+
+  void keep(const at::Tensor& t, bool is_output) { kept_.emplace_back(t, is_output); }
+  std::string name() const override { return name_; }
+
+  variable_list apply(variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    bool any = false;
+    for (const auto& grad : grads) any |= grad.defined();
+    if (!any) return variable_list(num_outputs());
+    variable_list kept;
+    for (const auto& saved : kept_) kept.push_back(saved.unpack(this->getptr()));
+    return gradients_(Backward{grads, kept, *this});
+  }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (auto& saved : kept_) saved.reset_data();
+  }
+
+ private:
+  const char* name_;
+  Gradients gradients_;
+  std::vector<torch::autograd::SavedVariable> kept_;
+};
+
+/// Runs `forward` below autograd and records how to differentiate it.
+///   inputs     the tensors to differentiate by, in the order of `gradients`' results; undefined ones are allowed
+///   forward    () -> the outputs; those of integer type are not differentiable
+///   keep       outputs -> the tensors (inputs or outputs) that `gradients` will find in Backward::kept
+template <class Forward, class Keep, class Gradients>
+variable_list differentiable(const char* name, const variable_list& inputs, const Forward& forward, const Keep& keep,
+                             Gradients gradients) {
+  bool recording = false;
+  for (const at::Tensor& t : inputs) {
+    if (!t.defined()) continue;
+    recording |= t.requires_grad();
+    TORCH_CHECK_NOT_IMPLEMENTED(!t._fw_grad(0).defined(), name, ": forward-mode differentiation is not implemented");
+  }
+  decltype(make_step<Step<Gradients>>(name, std::move(gradients))) step;
+  if (recording && at::GradMode::is_enabled()) {
+    step = make_step<Step<Gradients>>(name, std::move(gradients));
+    step->set_next_edges(torch::autograd::collect_next_edges(inputs));
+  }
+  variable_list outputs;
+  {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    outputs = forward();
+  }
+  if (step) {
+    for (at::Tensor& y : outputs) torch::autograd::set_history(y, NodePointer(step));
+    for (const at::Tensor& t : keep(outputs)) {
+      bool is_output = false;
+      for (const at::Tensor& y : outputs) is_output |= y.is_same(t) && y.is_floating_point();
+      step->keep(t, is_output);
+    }
+  }
+  return outputs;
+}
+
+/// A typed handle of one of our operators, for calls through the dispatcher.
+template <class Signature>
+c10::TypedOperatorHandle<Signature> find_operator(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").template typed<Signature>();
+}
+
+}  // namespace cnnops

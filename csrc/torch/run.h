@@ -1,0 +1,75 @@
+// Where kernels are started: the one place that knows about threads, streams and scratch memory.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "../cpu/kernels.h"
+
+#ifdef CNNOPS_CUDA
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include "../cuda/kernels.h"
+#endif
+
+namespace cnnops {
+
+/// The CPU kernels in use. The widest set that the processor supports, unless the environment variable CNNOPS_ISA or
+/// set_instruction_set() names another.
+const cpu::InstructionSet& instruction_set();
+void set_instruction_set(const std::string& name);
+
+template <class T>
+const cpu::Kernels<T>& cpu_kernels() {
+  if constexpr (std::is_same_v<T, float>) {
+    return instruction_set().float32();
+  } else {
+    return instruction_set().float64();
+  }
+}
+
+/// Scratch memory of the calling thread, aligned to 64 bytes. It is kept from call to call (fresh pages cost more than
+/// many a kernel) and grows to the largest size asked for, which the algorithms' own bounds keep to a few MiB.
+void* scratch(int64_t bytes);
+
+[[noreturn]] void refuse_cuda();
+
+/// Runs one kernel over `tasks` on the device of `like`. `body(kernels, call)` picks a kernel from the table and calls
+/// call(kernel, arguments...); on the CPU the tasks are split over torch's threads, `grain` or more at a time.
+template <class T, class Body>
+void run_on_device(const at::Tensor& like, int64_t tasks, int64_t grain, const Body& body) {
+  if (like.is_cuda()) {
+#ifdef CNNOPS_CUDA
+    const c10::cuda::CUDAGuard guard(like.device());
+    cuda::Stream stream = c10::cuda::getCurrentCUDAStream().stream();
+    body(cuda::kernels<T>(), [&](auto kernel, auto... arguments) {
+      if constexpr (std::is_invocable_v<decltype(kernel), decltype(arguments)..., int64_t, cuda::Stream>) {
+        kernel(arguments..., tasks, stream);
+      } else {
+        kernel(arguments..., stream);
+      }
+    });
+#else
+    refuse_cuda();
+#endif
+  } else {
+    body(cpu_kernels<T>(), [&](auto kernel, auto... arguments) {
+      at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) { kernel(arguments..., begin, end); });
+    });
+  }
+}
+
+/// About this many simple operations are worth waking another thread for.
+constexpr int64_t kGrain = 32768;
+
+inline int64_t grain_for(int64_t operations_per_task) {
+  return operations_per_task >= kGrain ? 1 : kGrain / (operations_per_task < 1 ? 1 : operations_per_task);
+}
+
+}  // namespace cnnops

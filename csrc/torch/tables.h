@@ -1,0 +1,37 @@
+// The algorithm tables as torch's side sees them: a name that must exist, a choice that must be possible.
+#pragma once
+
+#include <c10/util/Exception.h>
+
+#include <string>
+
+#include "../algorithm.h"
+#include "run.h"
+
+namespace cnnops {
+
+/// Raises ValueError unless `name` is "auto" or a row of the CPU's table; CUDA's has the same names.
+inline void check_algorithm(const std::string& name) {
+  if (name == "auto") return;
+  std::string known = "auto";
+  for (const auto& row : cpu_kernels<float>().conv2d) {
+    if (name == row.name) return;
+    known += std::string(", ") + row.name;
+  }
+  TORCH_CHECK_VALUE(false, "unknown algorithm '", name, "'; known are ", known);
+}
+
+inline const char* pass_name(Pass pass) {
+  return pass == Pass::forward ? "forward" : pass == Pass::grad_input ? "grad_input" : "grad_weight";
+}
+
+/// The row to run, or an error with the row's own sentence.
+template <class Row>
+const Row& choose_or_throw(const Table<Row>& table, const Conv2dGeometry& g, Pass pass, const std::string& name) {
+  const Choice<Row> choice = choose(table, g, pass, name.c_str());
+  TORCH_CHECK(choice.row, "algorithm '", name, "' refuses this convolution (", pass_name(pass), "): ",
+              choice.refusal ? choice.refusal : "no such algorithm on this device");
+  return *choice.row;
+}
+
+}  // namespace cnnops

@@ -1,0 +1,172 @@
+"""Builds cnnops._C, the extension with all kernels.
+
+Kernels include no torch header, so they are compiled on their own, with flags of their own: every CPU source once per
+instruction set, every CUDA source once for all GPU architectures. ninja does that, a few files at a time and only what
+changed; torch's own build tool then compiles csrc/torch and links everything.
+
+    CNNOPS_CUDA=0 | 1       build without CUDA | insist on it (default: with CUDA if a compiler is found)
+    TORCH_CUDA_ARCH_LIST    GPU architectures, e.g. "8.0;9.0+PTX" (default: 7.5;8.0;9.0;12.0+PTX)
+"""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from ninja import ninja_syntax
+from setuptools import setup
+from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+ROOT = Path(__file__).parent.resolve()
+CPU = ROOT / "csrc" / "cpu"
+CUDA = ROOT / "csrc" / "cuda"
+
+# Widest last. A name here is a namespace in csrc/cpu and a value of CNNOPS_ISA.
+INSTRUCTION_SETS = {"base": ""}
+if platform.machine() in ("x86_64", "AMD64"):
+    INSTRUCTION_SETS["avx2"] = "-mavx2 -mfma"
+    INSTRUCTION_SETS["avx512"] = "-mavx512f -mavx512vl -mavx512bw -mavx512dq -mfma -mprefer-vector-width=512"
+COMPILED_ONCE = [CPU / "instruction_sets.cpp"]
+
+# No contraction: a multiply-add is fused where simd.h says so, and nowhere else.
+KERNEL_FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra"
+ARCHITECTURES = "7.5;8.0;9.0;12.0+PTX"
+
+
+def wheel_folders() -> list[Path]:
+    """Where the registry's CUDA wheels put their files: beside torch, and wherever else packages are found."""
+    places = [Path(torch.__file__).parent.parent, *map(Path, sys.path)]
+    return [place / "nvidia" / f"cu{torch.version.cuda.split('.')[0]}" for place in places]
+
+
+def find_nvcc() -> Path | None:
+    """A CUDA compiler of torch's CUDA version: the registry's wheel, CUDA_HOME's, or the one on the PATH."""
+    if os.environ.get("CNNOPS_CUDA") == "0" or torch.version.cuda is None:
+        return None
+    major = torch.version.cuda.split(".")[0]
+    candidates = [folder / "bin" / "nvcc" for folder in wheel_folders()]
+    if "CUDA_HOME" in os.environ:
+        candidates.insert(0, Path(os.environ["CUDA_HOME"]) / "bin" / "nvcc")
+    if on_path := shutil.which("nvcc"):
+        candidates.append(Path(on_path))
+    for nvcc in candidates:
+        if nvcc.is_file() and nvcc_version(nvcc).split(".")[0] == major:
+            return nvcc
+    if os.environ.get("CNNOPS_CUDA") == "1":
+        raise SystemExit(
+            f"CNNOPS_CUDA=1, but no CUDA {major} compiler was found (torch is {torch.__version__}): "
+            f'install one with pip install "cuda-toolkit[nvcc,crt]=={torch.version.cuda}.*"'
+        )
+    return None
+
+
+def nvcc_version(nvcc: Path) -> str:
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+\.\d+)", text)
+    return found[1] if found else "0.0"
+
+
+def cuda_include(nvcc: Path) -> list[str]:
+    """Where nvcc itself finds CUDA's headers: torch's C++ sources want them too."""
+    dry_run = subprocess.run([nvcc, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True).stderr
+    includes = re.search(r"^#\$ INCLUDES=(.*)$", dry_run, re.MULTILINE)
+    return re.findall(r'-I"?([^"\s]+)', includes[1]) if includes else []
+
+
+def cuda_runtime(nvcc: Path) -> list[str]:
+    """Linker flags for the CUDA runtime that torch itself loads, or else the compiler's."""
+    name = f"libcudart.so.{torch.version.cuda.split('.')[0]}"
+    for folder in wheel_folders():
+        if (folder / "lib" / name).is_file():
+            return [str(folder / "lib" / name)]
+    return [f"-L{nvcc.parent.parent / 'lib64'}", "-lcudart"]
+
+
+def architecture_flags(architectures: str) -> str:
+    """nvcc's flags for "8.0;9.0+PTX": machine code for each, and portable code that later GPUs can translate."""
+    flags = []
+    for architecture in re.split(r"[;\s]+", architectures.strip()):
+        number = architecture.removesuffix("+PTX").replace(".", "")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if architecture.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return " ".join(flags)
+
+
+class Build(BuildExtension):
+    """Compiles the kernels first, then what includes torch; records the torch it was built for."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        # A folder that stays, also for editable installs, so that only what changed is compiled again.
+        kind = f"cp{sys.version_info.major}{sys.version_info.minor}-torch{torch.__version__}-{'cuda' if NVCC else 'cpu'}"
+        self.build_temp = str(ROOT / "build" / kind)
+
+    def build_extension(self, ext):
+        ext.extra_objects = self.build_kernels(Path(self.build_temp) / "kernels")
+        super().build_extension(ext)
+
+    def run(self):
+        super().run()
+        folder = ROOT if self.inplace else Path(self.build_lib)
+        (folder / "cnnops" / "_build.py").write_text(
+            f'"""Written by setup.py."""\n\nTORCH_VERSION = "{torch.__version__}"\n'
+        )
+        print(f"cnnops: built for torch {torch.__version__}; CPU: {', '.join(INSTRUCTION_SETS)}; CUDA: {CUDA_BUILT}")
+
+    def build_kernels(self, folder: Path) -> list[str]:
+        folder.mkdir(parents=True, exist_ok=True)
+        objects = []
+        with open(folder / "build.ninja", "w") as file:
+            n = ninja_syntax.Writer(file)
+            compiler = os.environ.get("CXX", "g++")
+            n.rule("cxx", f"{compiler} -MD -MF $out.d {KERNEL_FLAGS} $flags -c $in -o $out", depfile="$out.d", deps="gcc")
+            n.rule("nvcc", f"{NVCC} -MD -MF $out.d -std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden "
+                   "--threads 0 $flags -c $in -o $out", depfile="$out.d", deps="gcc")
+
+            def build(rule, source, name, flags):
+                objects.append(str(folder / f"{name}.o"))
+                n.build(objects[-1], rule, str(source), variables={"flags": flags})
+
+            for source in sorted(CPU.glob("*.cpp")):
+                if source in COMPILED_ONCE:
+                    build("cxx", source, source.stem, "")
+                    continue
+                for name, flags in INSTRUCTION_SETS.items():
+                    build("cxx", source, f"{source.stem}.{name}", f"{flags} -DCNNOPS_ISA={name}")
+            if NVCC:
+                for source in sorted(CUDA.glob("*.cu")):
+                    build("nvcc", source, f"{source.stem}.cuda", architecture_flags(CUDA_ARCHS))
+        subprocess.run([sys.executable, "-m", "ninja", "-C", str(folder)], check=True)
+        return objects
+
+
+NVCC = find_nvcc()
+CUDA_ARCHS = os.environ.get("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+CUDA_BUILT = f"nvcc {nvcc_version(NVCC)} for {CUDA_ARCHS}" if NVCC else "no"
+
+# torch spreads the CPU's work with OpenMP through a header: without -fopenmp it would run on one thread.
+torch_flags = ["-O2", "-fopenmp", "-fvisibility=hidden", "-Wall"]
+link_flags = ["-fopenmp"]
+include_dirs = []
+if NVCC:
+    torch_flags += [f'-DCNNOPS_CUDA="{nvcc_version(NVCC)}"', f'-DCNNOPS_CUDA_ARCHS="{CUDA_ARCHS}"']
+    include_dirs = cuda_include(NVCC)
+    link_flags += ["-lc10_cuda", *cuda_runtime(NVCC)]
+
+setup(
+    ext_modules=[
+        CppExtension(
+            "cnnops._C",
+            sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "torch").glob("*.cpp")),
+            include_dirs=include_dirs,
+            extra_compile_args=torch_flags,
+            extra_link_args=link_flags,
+        )
+    ],
+    cmdclass={"build_ext": Build},
+)
