@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from ninja import ninja_syntax
-from setuptools import setup
+from setuptools import Command, setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 ROOT = Path(__file__).parent.resolve()
@@ -34,6 +34,7 @@ COMPILED_ONCE = [CPU / "instruction_sets.cpp"]
 
 # No contraction: a multiply-add is fused where simd.h says so, and nowhere else.
 KERNEL_FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra"
+NVCC_FLAGS = "-std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden"
 ARCHITECTURES = "7.5;8.0;9.0;12.0+PTX"
 
 
@@ -44,8 +45,8 @@ def wheel_folders() -> list[Path]:
 
 
 def find_nvcc() -> Path | None:
-    """A CUDA compiler of torch's CUDA version: the registry's wheel, CUDA_HOME's, or the one on the PATH."""
-    if os.environ.get("CNNOPS_CUDA") == "0" or torch.version.cuda is None:
+    """A compiler of torch's CUDA version: CUDA_HOME's, the registry's wheel, or the one on the PATH."""
+    if CUDA_WANTED == "0" or torch.version.cuda is None:
         return None
     major = torch.version.cuda.split(".")[0]
     candidates = [folder / "bin" / "nvcc" for folder in wheel_folders()]
@@ -56,11 +57,6 @@ def find_nvcc() -> Path | None:
     for nvcc in candidates:
         if nvcc.is_file() and nvcc_version(nvcc).split(".")[0] == major:
             return nvcc
-    if os.environ.get("CNNOPS_CUDA") == "1":
-        raise SystemExit(
-            f"CNNOPS_CUDA=1, but no CUDA {major} compiler was found (torch is {torch.__version__}): "
-            f'install one with pip install "cuda-toolkit[nvcc,crt]=={torch.version.cuda}.*"'
-        )
     return None
 
 
@@ -103,14 +99,19 @@ class Build(BuildExtension):
     def finalize_options(self):
         super().finalize_options()
         # A folder that stays, also for editable installs, so that only what changed is compiled again.
-        kind = f"cp{sys.version_info.major}{sys.version_info.minor}-torch{torch.__version__}-{'cuda' if NVCC else 'cpu'}"
-        self.build_temp = str(ROOT / "build" / kind)
+        python = f"cp{sys.version_info.major}{sys.version_info.minor}"
+        self.build_temp = str(ROOT / "build" / f"{python}-torch{torch.__version__}-{'cuda' if NVCC else 'cpu'}")
 
     def build_extension(self, ext):
         ext.extra_objects = self.build_kernels(Path(self.build_temp) / "kernels")
         super().build_extension(ext)
 
     def run(self):
+        if CUDA_WANTED == "1" and not NVCC:
+            raise SystemExit(
+                f"CNNOPS_CUDA=1, but torch {torch.__version__} finds no compiler of its CUDA version: "
+                f"pip install {compiler_wheel()}"
+            )
         super().run()
         folder = ROOT if self.inplace else Path(self.build_lib)
         (folder / "cnnops" / "_build.py").write_text(
@@ -124,9 +125,9 @@ class Build(BuildExtension):
         with open(folder / "build.ninja", "w") as file:
             n = ninja_syntax.Writer(file)
             compiler = os.environ.get("CXX", "g++")
-            n.rule("cxx", f"{compiler} -MD -MF $out.d {KERNEL_FLAGS} $flags -c $in -o $out", depfile="$out.d", deps="gcc")
-            n.rule("nvcc", f"{NVCC} -MD -MF $out.d -std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden "
-                   "--threads 0 $flags -c $in -o $out", depfile="$out.d", deps="gcc")
+            tail = "-MD -MF $out.d $flags -c $in -o $out"
+            n.rule("cxx", f"{compiler} {KERNEL_FLAGS} {tail}", depfile="$out.d", deps="gcc")
+            n.rule("nvcc", f"{NVCC} {NVCC_FLAGS} {tail}", depfile="$out.d", deps="gcc")
 
             def build(rule, source, name, flags):
                 objects.append(str(folder / f"{name}.o"))
@@ -145,12 +146,34 @@ class Build(BuildExtension):
         return objects
 
 
+def compiler_wheel() -> str:
+    return f"cuda-toolkit[nvcc,crt]=={torch.version.cuda}.*"
+
+
+class InstallNvcc(Command):
+    """Installs the registry's CUDA compiler where kernels for a GPU are wanted and no compiler is there."""
+
+    user_options = []
+
+    def initialize_options(self):
+        pass
+
+    def finalize_options(self):
+        pass
+
+    def run(self):
+        wanted = CUDA_WANTED == "1" or (CUDA_WANTED != "0" and torch.cuda.is_available())
+        if wanted and not NVCC and torch.version.cuda:
+            subprocess.run([sys.executable, "-m", "pip", "install", "-q", compiler_wheel()], check=True)
+
+
+CUDA_WANTED = os.environ.get("CNNOPS_CUDA")
 NVCC = find_nvcc()
 CUDA_ARCHS = os.environ.get("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
 CUDA_BUILT = f"nvcc {nvcc_version(NVCC)} for {CUDA_ARCHS}" if NVCC else "no"
 
 # torch spreads the CPU's work with OpenMP through a header: without -fopenmp it would run on one thread.
-torch_flags = ["-O2", "-fopenmp", "-fvisibility=hidden", "-Wall"]
+torch_flags = ["-O2", "-g0", "-fopenmp", "-fvisibility=hidden", "-Wall"]
 link_flags = ["-fopenmp"]
 include_dirs = []
 if NVCC:
@@ -168,5 +191,5 @@ setup(
             extra_link_args=link_flags,
         )
     ],
-    cmdclass={"build_ext": Build},
+    cmdclass={"build_ext": Build, "install_nvcc": InstallNvcc},
 )

@@ -35,8 +35,9 @@ def conv2d(
 ) -> Tensor:
     r"""2-D convolution (cross-correlation), as :func:`torch.nn.functional.conv2d`.
 
-    .. math:: y_{n,k,oh,ow} = b_k + \sum_{c,kh,kw} w_{k,c,kh,kw} \,
-              x_{n,\, c,\; oh \cdot stride - padding + kh \cdot dilation,\; ow \cdot stride - padding + kw \cdot dilation}
+    .. math:: y_{n,k,oh,ow} = b_k + \sum_{c,kh,kw} w_{k,c,kh,kw} \, x_{n,c,ih,iw}
+
+    where ``ih = oh*stride - padding + kh*dilation``, ``iw`` likewise, and x is zero outside its borders.
 
     Args:
         input: (N, C, H, W) or (C, H, W).

@@ -1,8 +1,8 @@
 """The operators as torch's dispatcher knows them (``torch.ops.cnnops``), and the tables of algorithms behind them.
 
-Users call :mod:`cnnops.functional`; this page is for those who want an operator as it is: every argument given, sizes as
-pairs ``[h, w]``, inputs of shape ``(N, C, H, W)``. All are differentiable to any order, traceable by torch.compile, and
-return the same bits for an output element whatever the batch size, the thread count or the run.
+Users call :mod:`cnnops.functional`; this page is for those who want an operator as it is: every argument given, sizes
+as pairs ``[h, w]``, inputs of shape ``(N, C, H, W)``. All are differentiable to any order, traceable by torch.compile,
+and return the same bits for an output element whatever the batch size, the thread count or the run.
 
 =====================  ==============================================================================
 conv2d                 cross-correlation; its derivatives are the next two, and theirs the other two

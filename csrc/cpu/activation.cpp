@@ -44,17 +44,15 @@ void for_channels(int64_t channels, int64_t inner, int64_t begin, int64_t end, c
 
 template <class T>
 void prelu(const T* x, const T* w, int64_t channels, int64_t inner, T* y, int64_t begin, int64_t end) {
-  for_channels(channels, inner, begin, end, [=](int64_t c, int64_t from, int64_t to) {
-    leaky_relu(x, w[c], y, from, to);
-  });
+  for_channels(channels, inner, begin, end,
+               [=](int64_t c, int64_t from, int64_t to) { leaky_relu(x, w[c], y, from, to); });
 }
 
 template <class T>
 void prelu_backward(const T* gy, const T* x, const T* w, int64_t channels, int64_t inner, T* gx, int64_t begin,
                     int64_t end) {
-  for_channels(channels, inner, begin, end, [=](int64_t c, int64_t from, int64_t to) {
-    leaky_relu_backward(gy, x, w[c], gx, from, to);
-  });
+  for_channels(channels, inner, begin, end,
+               [=](int64_t c, int64_t from, int64_t to) { leaky_relu_backward(gy, x, w[c], gx, from, to); });
 }
 
 /// sums[c] = sum over n and i of term(index of element (n, c, i)).

@@ -11,8 +11,8 @@
 // multiply-adds whatever the image's width, and each packed value is used for 128 output channels. Where there are few
 // channels the packing costs more than it saves.
 //
-// A task is one block of the result, 128 channels x 384 pixels (or x 384 weights of a filter). Zeros are multiplied where
-// a window hangs over the border: an infinite or NaN weight gives NaN there, where plain loops would skip it.
+// A task is one block of the result, 128 channels x 384 pixels (or x 384 weights of a filter). Zeros are multiplied
+// where a window hangs over the border: an infinite or NaN weight gives NaN there, where plain loops would skip it.
 // Refuses nothing.
 #include "correlate.h"
 #include "gemm.h"
@@ -59,8 +59,8 @@ void pack_weights(const Correlation& t, const T* weight, int64_t row0, int64_t r
   for (int64_t m0 = 0; m0 < rows; m0 += kTileRows) {
     Taps tap(t, r0);
     for (int64_t r = 0; r < depth; ++r, to += kTileRows, tap.next(t)) {
-      const T* from = weight + t.weight0 + (row0 + m0) * t.weight_row + tap.c * t.weight_channel +
-                      t.weight_tap(tap.th, tap.tw);
+      const T* from =
+          weight + t.weight0 + (row0 + m0) * t.weight_row + tap.c * t.weight_channel + t.weight_tap(tap.th, tap.tw);
       for (int m = 0; m < kTileRows; ++m) to[m] = m0 + m < rows ? from[m * t.weight_row] : T(0);
     }
   }
@@ -79,7 +79,8 @@ void pack_pixels(const Correlation& t, const T* in, const Segment* segments, int
       const T* row = in + (seg.n * t.in_channels + t.in_channel0 + tap.c) * t.in_plane + (inside ? ih : 0) * t.in_width;
       T* panel = to + seg.column / kTileColumns<T> * depth * kTileColumns<T> + r * kTileColumns<T>;
       const int64_t column = seg.column % kTileColumns<T>;
-      copy_padded(row, inside ? t.w.in_size : 0, seg.j * t.w.in_step + offset_w, t.w.in_step, seg.count, panel + column);
+      copy_padded(row, inside ? t.w.in_size : 0, seg.j * t.w.in_step + offset_w, t.w.in_step, seg.count,
+                  panel + column);
       if (s + 1 == count) {
         for (int64_t j = column + seg.count; j < kTileColumns<T>; ++j) panel[j] = 0;
       }
@@ -93,8 +94,8 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspace
   const int64_t classes_h = axis_classes(g, pass, 0), classes_w = axis_classes(g, pass, 1);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t block = task % blocks.per_class, cls = task / blocks.per_class;
-    const Correlation t = make_correlation(g, pass, cls / (classes_h * classes_w), cls / classes_w % classes_h,
-                                           cls % classes_w);
+    const Correlation t =
+        make_correlation(g, pass, cls / (classes_h * classes_w), cls / classes_w % classes_h, cls % classes_w);
     const int64_t pixels = t.h.count * t.w.count;
     const int64_t row0 = block % blocks.rows * kBlockRows, rows = smaller(kBlockRows, t.rows - row0);
     const int64_t p0 = block / blocks.rows * kBlockColumns, columns = smaller(kBlockColumns, g.n * pixels - p0);
@@ -120,8 +121,8 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspace
       const T bias = o.bias ? o.bias[channel] : T(0);
       for (int64_t s = 0; s < count; ++s) {
         const Segment& seg = segments[s];
-        T* out = o.out + (seg.n * t.out_channels + channel) * t.out_plane + (t.h.first + seg.i * t.h.step) * t.out_width +
-                 t.w.first + seg.j * t.w.step;
+        T* out = o.out + (seg.n * t.out_channels + channel) * t.out_plane +
+                 (t.h.first + seg.i * t.h.step) * t.out_width + t.w.first + seg.j * t.w.step;
         const T* from = c + m * kBlockColumns + seg.column;
         for (int64_t j = 0; j < seg.count; ++j) out[j * t.w.step] = from[j] + bias;
       }

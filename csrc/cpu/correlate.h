@@ -1,4 +1,5 @@
-// What the forward convolution and the gradient of its input have in common on the CPU: see ../correlation.h for the idea.
+// What the forward convolution and the gradient of its input have in common on the CPU: see ../correlation.h for the
+// idea.
 //
 // Seen from here, one of the two is "the correlation" of an input tensor with a weight, and only the names of the
 // channels differ: forward sums over input channels c, the gradient over output channels k.
@@ -56,11 +57,10 @@ static inline Correlation make_correlation(const Conv2dGeometry& g, Pass pass, i
 template <class T>
 static inline void copy_padded(const T* from, int64_t size, int64_t start, int64_t step, int64_t count, T* to) {
   if (step == 1) {
-    const int64_t begin = smaller(larger(-start, 0), count);
-    const int64_t end = larger(smaller(size - start, count), begin);
-    for (int64_t j = 0; j < begin; ++j) to[j] = 0;
-    for (int64_t j = begin; j < end; ++j) to[j] = from[start + j];
-    for (int64_t j = end; j < count; ++j) to[j] = 0;
+    for (int64_t j = 0; j < count; j += kLanes<T>) {
+      const int64_t lanes = smaller(count - j, kLanes<T>);
+      store_first(to + j, load_inside(from, size, start + j, 1, lanes), lanes);
+    }
   } else {
     for (int64_t j = 0, i = start; j < count; ++j, i += step) to[j] = i >= 0 && i < size ? from[i] : T(0);
   }

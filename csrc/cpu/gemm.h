@@ -2,14 +2,15 @@
 //
 // A convolution is a matrix product whose left factor is the weight and whose right factor is the input *unfolded*: one
 // column per output pixel, one row per (channel, kh, kw). Unfolding it whole would cost KH*KW times the input's memory.
-// Instead the caller gives two functions that write a small block of A or B, whenever the product wants it, into panels:
+// Instead the caller gives two functions that write a small block of A or B, whenever the product wants it, into
+// panels:
 //
 //   a[panel][r][kTileRows]   b[panel][r][kTileColumns]       r runs along the common dimension, `depth`
 //
 // so that the innermost loop reads both strictly forwards. One block of C (kBlockRows x kBlockColumns) is one task. It
 // walks the depth in steps of kBlockDepth; the packed blocks stay in the second-level cache, and a register tile of
-// kTileRows x kTileColumns sums is kept for a whole step. Every element of C is summed in the same order (steps in order,
-// each from a fresh zero), wherever its tile lies: zeros pad the panels, so edges take the same path.
+// kTileRows x kTileColumns sums is kept for a whole step. Every element of C is summed in the same order (steps in
+// order, each from a fresh zero), wherever its tile lies: zeros pad the panels, so edges take the same path.
 #pragma once
 
 #include "simd.h"

@@ -61,8 +61,8 @@ struct Kernels {
   // is fixed: along `inner` first, then over n.
   void (*channel_sum)(const T* x, int64_t n, int64_t channels, int64_t inner, T* sums, int64_t begin, int64_t end);
   /// sums[c] = sum of gy * x where x <= 0: the gradient of prelu's weight.
-  void (*prelu_grad_weight)(const T* gy, const T* x, int64_t n, int64_t channels, int64_t inner, T* sums,
-                            int64_t begin, int64_t end);
+  void (*prelu_grad_weight)(const T* gy, const T* x, int64_t n, int64_t channels, int64_t inner, T* sums, int64_t begin,
+                            int64_t end);
 };
 
 /// One compiled instruction set.

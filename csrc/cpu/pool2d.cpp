@@ -92,14 +92,13 @@ void max_pool2d_backward(const Pool2dGeometry& g, const T* gy, const Position* p
     const int64_t plane = task / g.in[0], ih = task % g.in[0], s = g.stride[1];
     T* to = gx + task * g.in[1];
     for (int64_t iw = 0; iw < g.in[1]; ++iw) to[iw] = 0;
-    for_taps_of_input_row(
-        g, gx + plane * g.in[0] * g.in[1], ih,
-        [&](int64_t oh, int64_t kh, int64_t kw, int64_t ow_begin, int64_t ow_end, T* row) {
-          const Position here = Position(kh * g.kernel[1] + kw);
-          const int64_t out = (plane * g.out[0] + oh) * g.out[1];
-          for (int64_t ow = ow_begin; ow < ow_end; ++ow)
-            row[ow * s] += positions[out + ow] == here ? gy[out + ow] : T(0);
-        });
+    for_taps_of_input_row(g, gx + plane * g.in[0] * g.in[1], ih,
+                          [&](int64_t oh, int64_t kh, int64_t kw, int64_t ow_begin, int64_t ow_end, T* row) {
+                            const Position here = Position(kh * g.kernel[1] + kw);
+                            const int64_t out = (plane * g.out[0] + oh) * g.out[1];
+                            for (int64_t ow = ow_begin; ow < ow_end; ++ow)
+                              row[ow * s] += positions[out + ow] == here ? gy[out + ow] : T(0);
+                          });
   }
 }
 

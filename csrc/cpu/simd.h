@@ -1,8 +1,9 @@
 // One small vector type, so that a kernel body is written once and compiled for every instruction set.
 //
 // Vec<T> is the compiler's own vector of as many T as the widest register holds: 64 bytes with AVX-512, 32 with AVX2,
-// 16 otherwise (SSE2, NEON). Arithmetic operators work lane by lane. The build turns floating-point contraction off, so a
-// multiply-add is fused where this file says so and nowhere else: that keeps the bits of main loops and remainders alike.
+// 16 otherwise (SSE2, NEON). Arithmetic operators work lane by lane. The build turns floating-point contraction off, so
+// a multiply-add is fused where this file says so and nowhere else: that keeps the bits of main loops and remainders
+// alike.
 #pragma once
 
 #include <cstdint>
@@ -25,6 +26,11 @@ constexpr int kTileRows = 4;  // 12 of 16 registers
 constexpr int kVectorBytes = 16;
 constexpr int kTileRows = 4;
 #endif
+
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 template <class T>
 struct VectorOf {
@@ -80,6 +86,29 @@ static inline void store_first(T* p, Vec<T> v, int64_t count) {
 #endif
 }
 
+/// Lane j is row[start + j*step] where that lies in [0, size) and j < count, zero elsewhere.
+template <class T>
+static inline Vec<T> load_inside(const T* row, int64_t size, int64_t start, int64_t step, int64_t count) {
+  if (step == 1 && start >= 0 && start + kLanes<T> <= size && count == kLanes<T>) return load(row + start);
+#if defined(__AVX512F__)
+  if (step == 1) {
+    const int64_t begin = smaller(larger(-start, 0), count), end = larger(smaller(size - start, count), begin);
+    const uint32_t lanes = (1u << end) - (1u << begin);
+    if constexpr (sizeof(T) == 4) {
+      return (Vec<T>)_mm512_maskz_loadu_ps(__mmask16(lanes), row + start);
+    } else {
+      return (Vec<T>)_mm512_maskz_loadu_pd(__mmask8(lanes), row + start);
+    }
+  }
+#endif
+  Vec<T> v{};
+  for (int64_t j = 0; j < count; ++j) {
+    const int64_t i = start + j * step;
+    if (i >= 0 && i < size) v[j] = row[i];
+  }
+  return v;
+}
+
 /// a*b + c, rounded once where the processor can.
 static inline Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
 #if defined(__AVX512F__)
@@ -115,10 +144,5 @@ static inline T sum_lanes(Vec<T> v) {
   }
   return lanes[0];
 }
-
-static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-static inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 }  // namespace cnnops::cpu::CNNOPS_ISA

@@ -166,7 +166,8 @@ Channels channels_of(const Tensor& t) {
 
 Tensor check_channel_sum(const Tensor& input) {
   check_alike("channel_sum", {{"input", input}});
-  TORCH_CHECK(input.dim() >= 2, "channel_sum: expected input of at least 2 dimensions (n, channels, ...), but got shape ",
+  TORCH_CHECK(input.dim() >= 2,
+              "channel_sum: expected input of at least 2 dimensions (n, channels, ...), but got shape ",
               input.sym_sizes());
   return at::empty_symint({input.sym_size(1)}, input.options().memory_format(at::MemoryFormat::Contiguous));
 }

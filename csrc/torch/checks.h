@@ -1,7 +1,7 @@
 // From arguments to a geometry, or to an error: every check of the package, once, for CPU, CUDA and meta tensors alike.
 //
-// Everything is a template over the type of a size: int64_t for real tensors, c10::SymInt for torch.compile's fake ones.
-// Messages name the values that do not fit; where torch refuses the same thing, the exception's type is torch's.
+// Everything is a template over the type of a size: int64_t for real tensors, c10::SymInt for torch.compile's fake
+// ones. Messages name the values that do not fit; where torch refuses the same thing, the exception's type is torch's.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -42,8 +42,8 @@ using Named = std::pair<const char*, const Tensor&>;
 inline void check_alike(const char* op, std::initializer_list<Named> tensors) {
   const auto& [first_name, first] = *tensors.begin();
   const auto dtype = first.scalar_type();
-  TORCH_CHECK_NOT_IMPLEMENTED(dtype == at::kFloat || dtype == at::kDouble, op, ": no kernel for ", first_name, " of dtype ",
-                              dtype, "; float32 and float64 work");
+  TORCH_CHECK_NOT_IMPLEMENTED(dtype == at::kFloat || dtype == at::kDouble, op, ": no kernel for ", first_name,
+                              " of dtype ", dtype, "; float32 and float64 work");
   for (const auto& [name, t] : tensors) {
     if (!t.defined()) continue;
     TORCH_CHECK(t.scalar_type() == dtype, op, ": ", first_name, " and ", name, " should have the same dtype, but have ",
@@ -74,15 +74,16 @@ void check_shape(const char* op, const char* name, const Tensor& t, std::initial
 /// The geometry of a convolution from the shapes of its input {n, c, h, w} and weight {k, c/groups, kh, kw}.
 template <class Int>
 BasicConv2dGeometry<Int> conv2d_geometry(const char* op, c10::ArrayRef<Int> input, c10::ArrayRef<Int> weight,
-                                         IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
+                                         IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+                                         int64_t groups) {
   BasicConv2dGeometry<Int> g{};
   const auto s = check_pair(op, "stride", stride, 1), p = check_pair(op, "padding", padding, 0),
              d = check_pair(op, "dilation", dilation, 1);
   TORCH_CHECK(groups >= 1, op, ": groups must be at least 1, but got ", groups);
   TORCH_CHECK(weight[0] >= groups && weight[0] % groups == 0, op, ": expected weight of shape ", weight,
               " to have output channels divisible by groups, but groups=", groups);
-  TORCH_CHECK(weight[1] >= 1 && weight[2] >= 1 && weight[3] >= 1, op,
-              ": weight must not be empty, but got shape ", weight);
+  TORCH_CHECK(weight[1] >= 1 && weight[2] >= 1 && weight[3] >= 1, op, ": weight must not be empty, but got shape ",
+              weight);
   TORCH_CHECK(input[1] == weight[1] * groups, op, ": given groups=", groups, " and weight of shape ", weight,
               ", expected input of shape ", input, " to have ", weight[1] * groups, " channels, but got ", input[1]);
   g.n = input[0];
@@ -120,12 +121,14 @@ Int pool_output(const Int& in, int64_t kernel, int64_t stride, int64_t padding, 
 /// The geometry of pooling from the shape of its input {n, c, h, w}.
 template <class Int>
 BasicPool2dGeometry<Int> pool2d_geometry(const char* op, c10::ArrayRef<Int> input, IntArrayRef kernel_size,
-                                         IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, bool ceil_mode) {
+                                         IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+                                         bool ceil_mode) {
   BasicPool2dGeometry<Int> g{};
   const auto k = check_pair(op, "kernel_size", kernel_size, 1), s = check_pair(op, "stride", stride, 1),
              p = check_pair(op, "padding", padding, 0), d = check_pair(op, "dilation", dilation, 1);
-  TORCH_CHECK(p[0] <= k[0] / 2 && p[1] <= k[1] / 2, op, ": padding should be at most half of kernel size, but got padding=",
-              padding, " and kernel_size=", kernel_size);
+  TORCH_CHECK(p[0] <= k[0] / 2 && p[1] <= k[1] / 2, op,
+              ": padding should be at most half of kernel size, but got padding=", padding,
+              " and kernel_size=", kernel_size);
   TORCH_CHECK(input[1] >= 1 && input[2] >= 1 && input[3] >= 1, op,
               ": expected an input whose dimensions other than the batch are not empty, but got shape ", input);
   g.n = input[0];
@@ -139,8 +142,8 @@ BasicPool2dGeometry<Int> pool2d_geometry(const char* op, c10::ArrayRef<Int> inpu
     g.out[dim] = pool_output(g.in[dim], k[dim], s[dim], p[dim], d[dim], ceil_mode);
   }
   TORCH_CHECK(g.out[0] >= 1 && g.out[1] >= 1, op, ": given input of shape ", input, ", kernel_size=", kernel_size,
-              ", stride=", stride, ", padding=", padding, ", dilation=", dilation, ": calculated output size (", g.out[0],
-              " x ", g.out[1], ") is too small");
+              ", stride=", stride, ", padding=", padding, ", dilation=", dilation, ": calculated output size (",
+              g.out[0], " x ", g.out[1], ") is too small");
   return g;
 }
 

@@ -25,7 +25,10 @@ struct KeptSettings {
   int64_t groups;
   std::string algorithm;
   explicit KeptSettings(const Settings& s)
-      : stride(s.stride.vec()), padding(s.padding.vec()), dilation(s.dilation.vec()), groups(s.groups),
+      : stride(s.stride.vec()),
+        padding(s.padding.vec()),
+        dilation(s.dilation.vec()),
+        groups(s.groups),
         algorithm(s.algorithm) {}
 };
 
@@ -116,8 +119,8 @@ Prepared<Int> prepare_grad_weight(const Tensor& grad_output, const Tensor& input
   TORCH_CHECK(kernel_size.size() == 2, op, ": expected kernel_size to be {h, w}, but got ", kernel_size);
   TORCH_CHECK(s.groups >= 1, op, ": groups must be at least 1, but got ", s.groups);
   const auto x = sizes_of<Int>(input);
-  TORCH_CHECK(x[1] % s.groups == 0, op, ": expected input of shape ", x, " to have channels divisible by groups=",
-              s.groups);
+  TORCH_CHECK(x[1] % s.groups == 0, op, ": expected input of shape ", x,
+              " to have channels divisible by groups=", s.groups);
   const Int sizes[] = {sizes_of<Int>(grad_output)[1], x[1] / s.groups, kernel_size[0], kernel_size[1]};
   const auto g = conv2d_geometry<Int>(op, x, sizes, s.stride, s.padding, s.dilation, s.groups);
   check_shape<Int>(op, "grad_output", grad_output, {g.n, g.k, g.out[0], g.out[1]});

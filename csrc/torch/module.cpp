@@ -23,8 +23,8 @@ py::dict build_info() {
   info["compiler"] = "gcc " __VERSION__;
 #endif
 #ifdef CNNOPS_CUDA
-  info["cuda"] = CNNOPS_CUDA;                        // the compiler's version
-  info["cuda_architectures"] = CNNOPS_CUDA_ARCHS;    // as in TORCH_CUDA_ARCH_LIST
+  info["cuda"] = CNNOPS_CUDA;                      // the compiler's version
+  info["cuda_architectures"] = CNNOPS_CUDA_ARCHS;  // as in TORCH_CUDA_ARCH_LIST
 #else
   info["cuda"] = py::none();
   info["cuda_architectures"] = py::none();
@@ -44,7 +44,8 @@ std::vector<std::string> instruction_sets() {
 /// Calls body(table) with the algorithms of a device ("cpu" or "cuda") and dtype ("float32" or "float64").
 template <class Body>
 auto with_table(const std::string& device, const std::string& dtype, const Body& body) {
-  TORCH_CHECK_VALUE(dtype == "float32" || dtype == "float64", "no kernels for dtype ", dtype, "; float32 and float64 work");
+  TORCH_CHECK_VALUE(dtype == "float32" || dtype == "float64", "no kernels for dtype ", dtype,
+                    "; float32 and float64 work");
   TORCH_CHECK_VALUE(device == "cpu" || device == "cuda", "no kernels for device ", device, "; cpu and cuda work");
 #ifdef CNNOPS_CUDA
   if (device == "cuda") {

@@ -22,7 +22,10 @@ struct KeptWindow {
   std::vector<int64_t> kernel_size, stride, padding, dilation;
   bool ceil_mode;
   explicit KeptWindow(const Window& w)
-      : kernel_size(w.kernel_size.vec()), stride(w.stride.vec()), padding(w.padding.vec()), dilation(w.dilation.vec()),
+      : kernel_size(w.kernel_size.vec()),
+        stride(w.stride.vec()),
+        padding(w.padding.vec()),
+        dilation(w.dilation.vec()),
         ceil_mode(w.ceil_mode) {}
 };
 
@@ -179,8 +182,7 @@ Tensor max_pool2d_backward_meta(const Tensor& grad_output, const Tensor& positio
 
 Tensor max_pool2d_gather(const Tensor& input, const Tensor& positions, IntArrayRef kernel_size, IntArrayRef stride,
                          IntArrayRef padding, IntArrayRef dilation, bool ceil_mode) {
-  const auto [g, out] =
-      prepare_gather<int64_t>(input, positions, {kernel_size, stride, padding, dilation, ceil_mode});
+  const auto [g, out] = prepare_gather<int64_t>(input, positions, {kernel_size, stride, padding, dilation, ceil_mode});
   const Tensor x = input.contiguous(), p = positions.contiguous(), y = contiguous_like(out);
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "max_pool2d_gather", [&, &g = g] {
     run_on_device<scalar_t>(x, output_rows(g), row_grain(g), [&](const auto& kernels, const auto& call) {
@@ -306,8 +308,7 @@ Tensor avg_pool2d_backward(const Tensor& grad_output, IntArrayRef input_size, In
                            IntArrayRef stride, IntArrayRef padding, bool ceil_mode, bool count_include_pad,
                            std::optional<int64_t> divisor_override) {
   const Divisor divisor = divisor_of(count_include_pad, divisor_override);
-  const auto [g, out] =
-      prepare_avg_backward<int64_t>(grad_output, input_size, kernel_size, stride, padding, ceil_mode);
+  const auto [g, out] = prepare_avg_backward<int64_t>(grad_output, input_size, kernel_size, stride, padding, ceil_mode);
   const Tensor gy = grad_output.contiguous(), gx = contiguous_like(out);
   AT_DISPATCH_FLOATING_TYPES(gy.scalar_type(), "avg_pool2d_backward", [&, &g = g] {
     run_on_device<scalar_t>(gy, input_rows(g), row_grain(g), [&](const auto& kernels, const auto& call) {

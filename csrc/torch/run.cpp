@@ -53,9 +53,10 @@ void* scratch(int64_t bytes) {
 }
 
 void refuse_cuda() {
-  TORCH_CHECK(false,
-              "cnnops was built without CUDA, so it has no kernels for CUDA tensors: install a CUDA compiler and build it "
-              "again with CNNOPS_CUDA=1 pip install --no-build-isolation --force-reinstall cnnops");
+  TORCH_CHECK(
+      false,
+      "cnnops was built without CUDA, so it has no kernels for CUDA tensors: install a CUDA compiler and build it "
+      "again with CNNOPS_CUDA=1 pip install --no-build-isolation --force-reinstall cnnops");
 }
 
 }  // namespace cnnops

@@ -29,8 +29,8 @@ inline const char* pass_name(Pass pass) {
 template <class Row>
 const Row& choose_or_throw(const Table<Row>& table, const Conv2dGeometry& g, Pass pass, const std::string& name) {
   const Choice<Row> choice = choose(table, g, pass, name.c_str());
-  TORCH_CHECK(choice.row, "algorithm '", name, "' refuses this convolution (", pass_name(pass), "): ",
-              choice.refusal ? choice.refusal : "no such algorithm on this device");
+  TORCH_CHECK(choice.row, "algorithm '", name, "' refuses this convolution (", pass_name(pass),
+              "): ", choice.refusal ? choice.refusal : "no such algorithm on this device");
   return *choice.row;
 }
 

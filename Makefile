@@ -1,0 +1,54 @@
+# What a person types. Everything lives in .venv; nothing is installed elsewhere.
+#
+#   make mnist    train a CNN of our operators on handwritten digits, beside its torch.nn twin
+#   make test     the whole test suite
+#   make check    formatting and lints, as CI runs them
+#
+# PYTHON picks the interpreter (3.10 or later), CNNOPS_CUDA=0/1 and TORCH_CUDA_ARCH_LIST what is built: see setup.py.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h')
+
+.PHONY: mnist filters test build check format clean
+
+mnist: build
+	$(RUN) examples/mnist.py $(ARGS)
+
+filters: build
+	$(RUN) examples/filters.py
+
+test: build
+	$(RUN) -m pytest -n 2 $(ARGS)
+
+# Which kind was built last is part of the stamp's name, so that another CNNOPS_CUDA builds again.
+BUILT := $(VENV)/built$(CNNOPS_CUDA)
+build: $(BUILT)
+
+$(VENV)/installed: requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -r requirements.txt setuptools wheel ninja pybind11 numpy
+	touch $@
+
+# The extras come with the package itself; torch is there already and stays as it is.
+$(BUILT): $(VENV)/installed $(SOURCES)
+	$(RUN) setup.py -q install_nvcc
+	$(PIP) install --no-build-isolation -v -e '.[examples,dev]' > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
+	@grep '^ *cnnops: built' $(VENV)/build.log
+	@rm -f $(VENV)/built*; touch $@
+
+check: build
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: build
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+clean:
+	rm -rf build dist *.egg-info cnnops/*.so cnnops/_build.py $(VENV)/built*

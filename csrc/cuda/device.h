@@ -1,0 +1,169 @@
+// The only file that knows what it runs on.
+//
+// Kernels reach the device through what stands here and nothing else, so the same sources compile twice: by nvcc for
+// GPUs, and, with CNNOPS_EMULATE defined, by the host's compiler against tests/cuda_on_cpu/emulation.h, which runs a
+// block's threads one after the other. For both to mean the same, a kernel
+//   - is started by launch(), with blocks and threads along x only;
+//   - walks its work with a stride (items(), or from blockIdx.x by gridDim.x), since a grid may be smaller than the work;
+//   - takes shared memory from shared_memory(), as much as its launch asked for;
+//   - lets every thread of a block reach every sync_block(): no early return, no barrier under a thread's own condition.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+#ifdef CNNOPS_EMULATE
+#include "emulation.h"
+#else
+#include <cuda_runtime.h>
+#endif
+
+#define CNNOPS_HOST_DEVICE __host__ __device__
+#include "../correlation.h"
+
+namespace cnnops::cuda {
+
+/// Shared memory that a block may have on every architecture without asking for more.
+constexpr int64_t kSharedMemory = 48 * 1024;
+
+#ifdef CNNOPS_EMULATE
+
+using emulation::sync_block;
+
+template <class T>
+inline T* shared_memory() {
+  return static_cast<T*>(emulation::shared_memory());
+}
+
+inline int64_t grid_limit() { return emulation::settings.grid_limit; }
+inline int64_t index_limit() { return emulation::settings.index_limit; }
+
+template <class... Parameters, class... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, std::size_t shared_bytes,
+            Stream, const Arguments&... arguments) {
+  if (blocks > 0) {
+    emulation::run(name, blocks < grid_limit() ? blocks : grid_limit(), threads, shared_bytes,
+                   [&] { kernel(arguments...); });
+  }
+}
+
+#else
+
+__device__ inline void sync_block() { __syncthreads(); }
+
+/// The block's dynamic shared memory, aligned to 16 bytes.
+template <class T>
+__device__ inline T* shared_memory() {
+  extern __shared__ __align__(16) unsigned char bytes[];
+  return reinterpret_cast<T*>(bytes);
+}
+
+/// The most blocks of a grid, and the number of elements from which on indices take 64 bits.
+inline int64_t grid_limit() { return 0x7fffffff; }
+inline int64_t index_limit() { return 0x7fffffff; }
+
+/// Starts a kernel; throws when it could not be started. No blocks, no kernel.
+template <class... Parameters, class... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, std::size_t shared_bytes,
+            Stream stream, const Arguments&... arguments) {
+  if (blocks <= 0) return;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks < grid_limit() ? blocks : grid_limit()));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+  if (error != cudaSuccess) {
+    cudaGetLastError();  // an error reported here is not to be found again by the next launch
+    throw std::runtime_error(std::string("cnnops: CUDA kernel ") + name + ": " + cudaGetErrorString(error));
+  }
+}
+
+#endif
+
+CNNOPS_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class Number>
+CNNOPS_HOST_DEVICE constexpr Number smaller(Number a, Number b) {
+  return b < a ? b : a;
+}
+
+template <class Number>
+CNNOPS_HOST_DEVICE constexpr Number larger(Number a, Number b) {
+  return a < b ? b : a;
+}
+
+constexpr int kItemThreads = 256;
+
+/// Starts a kernel that has a thread for each of `items` items, give or take its grid: see Items.
+template <class... Parameters, class... Arguments>
+void launch_items(const char* name, void (*kernel)(Parameters...), int64_t items, Stream stream,
+                  const Arguments&... arguments) {
+  launch(name, kernel, ceil_div(items, kItemThreads), kItemThreads, 0, stream, arguments...);
+}
+
+/// The items of one thread, out of [0, size): `for (int64_t i : Items(size))`.
+class Items {
+ public:
+  struct End {};
+  class Iterator {
+   public:
+    __device__ Iterator(int64_t item, int64_t size) : item_(item), size_(size) {}
+    __device__ int64_t operator*() const { return item_; }
+    __device__ void operator++() { item_ += static_cast<int64_t>(gridDim.x) * blockDim.x; }
+    __device__ bool operator!=(End) const { return item_ < size_; }
+
+   private:
+    int64_t item_, size_;
+  };
+
+  __device__ explicit Items(int64_t size) : size_(size) {}
+  __device__ Iterator begin() const {
+    return Iterator(static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, size_);
+  }
+  __device__ End end() const { return {}; }
+
+ private:
+  int64_t size_;
+};
+
+/// Takes a number apart into digits of mixed radix, the fastest first: tile % columns, tile / columns % rows, ...
+class Digits {
+ public:
+  CNNOPS_HOST_DEVICE explicit Digits(int64_t number) : rest_(number) {}
+  CNNOPS_HOST_DEVICE int64_t next(int64_t radix) {
+    const int64_t number = rest_;
+    rest_ = number / radix;
+    return number - rest_ * radix;
+  }
+  CNNOPS_HOST_DEVICE int64_t rest() const { return rest_; }
+
+ private:
+  int64_t rest_;
+};
+
+/// 16 bytes, read from shared memory in one instruction.
+template <class T>
+struct alignas(16) Vector {
+  static constexpr int size = 16 / sizeof(T);
+  T lane[size];
+};
+
+/// Reads `kCount` neighbours, as whole vectors if that many fill some: then `from` must be aligned like one.
+template <int kCount, class T>
+__device__ inline void load(T* to, const T* from) {
+  if constexpr (kCount % Vector<T>::size == 0) {
+    for (int i = 0; i < kCount; i += Vector<T>::size) {
+      const Vector<T> vector = *reinterpret_cast<const Vector<T>*>(from + i);
+      for (int lane = 0; lane < Vector<T>::size; ++lane) to[i + lane] = vector.lane[lane];
+    }
+  } else {
+    for (int i = 0; i < kCount; ++i) to[i] = from[i];
+  }
+}
+
+}  // namespace cnnops::cuda

@@ -1,0 +1,443 @@
+"""conv2d and its two gradients: every case by every algorithm, against torch and against float64."""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import CONV2D, Conv2dCase
+from helpers import (
+    ALGORITHMS,
+    DEVICES,
+    DTYPES,
+    PASSES,
+    accepts,
+    assert_equal,
+    assert_rounds_well,
+    awkward,
+    conv2d_operands,
+    expected_pass,
+    name_of,
+    numbers,
+    run_pass,
+    torch_pass,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.autograd import grad, gradcheck, gradgradcheck
+from torch.nn import functional as TF
+
+import cnnops
+from cnnops import functional as F
+
+by_name = {case.name: case for case in CONV2D}
+
+every_algorithm = pytest.mark.parametrize(("device", "algorithm"), ALGORITHMS)
+every_device = pytest.mark.parametrize("device", DEVICES)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+every_pass = pytest.mark.parametrize("which", PASSES)
+every_case = pytest.mark.parametrize("case", CONV2D, ids=str)
+
+
+# --- the operators, on every case ---
+
+
+@every_pass
+@every_dtype
+@every_algorithm
+@every_case
+def test_whole_numbers_are_exact(case, device, algorithm, dtype, which):
+    """No wrong index, border or tap can hide behind a tolerance: with small whole numbers there is no rounding."""
+    t = conv2d_operands(case, whole=True).to(device, dtype)
+    if accepts(which, t, case, algorithm):
+        assert_equal(run_pass(which, t, case, algorithm), expected_pass(which, case, whole=True)[0].to(dtype))
+
+
+@every_pass
+@every_dtype
+@every_algorithm
+@every_case
+def test_rounding(case, device, algorithm, dtype, which):
+    """float32 means float32: no reduced precision and no sum that loses more than it must."""
+    t = conv2d_operands(case).to(device, dtype)
+    if accepts(which, t, case, algorithm):
+        assert_rounds_well(run_pass(which, t, case, algorithm), *expected_pass(which, case))
+
+
+@every_dtype
+@every_device
+@every_case
+def test_autograd_agrees_with_torch(case, device, dtype):
+    """functional.conv2d and its gradients, bias included, as a user gets them."""
+    t = conv2d_operands(case, whole=True).to(device, dtype)
+    results = []
+    for function, where in (F.conv2d, device), (TF.conv2d, "cpu"):
+        leaves = [v.to(where).clone().requires_grad_() for v in (t.x, t.w, t.b) if v is not None]
+        y = function(*leaves, **case.arguments)
+        results.append([y, *grad(y, leaves, t.gy.to(where))])
+    for ours, theirs in zip(*results, strict=True):
+        assert_equal(ours.detach(), theirs.detach())
+
+
+# --- the choice of an algorithm ---
+
+
+@every_algorithm
+def test_every_algorithm_is_of_use(device, algorithm):
+    """A row that refuses every case would never be tested."""
+    tensors = {case: conv2d_operands(case).to(device, torch.float32) for case in CONV2D}
+    accepted = [case for case, t in tensors.items() if accepts("forward", t, case, algorithm)]
+    assert accepted
+    if algorithm == "reference":
+        assert accepted == CONV2D
+
+
+@every_device
+def test_the_last_row_is_the_reference(device):
+    assert cnnops.ops.algorithms(device)[-1] == "reference"
+    assert len(set(cnnops.ops.algorithms(device))) == len(cnnops.ops.algorithms(device)) >= 3
+
+
+@every_pass
+@every_case
+def test_auto_takes_the_first_row_that_accepts_whatever_the_batch(case, which):
+    choices = set()
+    for n in (0, 1, 3, 64):
+        t = conv2d_operands(replace(case, n=n)).to(torch.float32)
+        choices.add(cnnops.ops.conv2d_algorithm(t.x, t.w, **case.arguments, which=which))
+    t = conv2d_operands(case).to(torch.float32)
+    assert choices == {next(name for name in cnnops.ops.algorithms() if accepts(which, t, case, name))}
+
+
+@every_algorithm
+def test_the_algorithm_reaches_the_backward(device, algorithm):
+    """A named algorithm serves all three passes; its gradients are its own operators' bits."""
+    case = by_name["two-layer-1"]
+    t = conv2d_operands(case).to(device, torch.float32)
+    if not all(accepts(which, t, case, algorithm) for which in PASSES):
+        return
+    x, w = t.x.clone().requires_grad_(), t.w.clone().requires_grad_()
+    gx, gw = grad(F.conv2d(x, w, **case.arguments, algorithm=algorithm), (x, w), t.gy)
+    assert torch.equal(gx, run_pass("grad_input", t, case, algorithm))
+    assert torch.equal(gw, run_pass("grad_weight", t, case, algorithm))
+
+
+# --- layouts and strides ---
+
+
+@pytest.mark.parametrize(
+    "name", ["two-layer-1", "asymmetric", "kernel-over-input", "mobilenet-down", "1x1-image-1x1", "empty-batch"]
+)
+@every_algorithm
+def test_any_strides(device, algorithm, name):
+    """Operands that are transposed, sliced, misaligned or channels_last give what contiguous ones do."""
+    case = by_name[name]
+    t = conv2d_operands(case, whole=True).to(device, torch.float32)
+    for which in PASSES:
+        if not accepts(which, t, case, algorithm):
+            continue
+        expected = expected_pass(which, case, whole=True)[0].float()
+        for operand in "x", "w", "gy":
+            for _, view in awkward(getattr(t, operand)):
+                assert_equal(run_pass(which, replace(t, **{operand: view}), case, algorithm), expected)
+
+
+@every_algorithm
+def test_zero_strides(device, algorithm):
+    """What sum().backward() sends: a gradient of one number, expanded. Expanded inputs and weights as well."""
+    case = Conv2dCase("expanded", 3, 4, 7, 8, 6, (3, 3), padding=(1, 1))
+    t = conv2d_operands(case, whole=True).to(device, torch.float32)
+    for operand in "x", "w", "gy":
+        whole = getattr(t, operand)
+        for part in whole[:1], whole[:, :1], whole[..., :1], whole[:1, :1, :1, :1]:
+            expanded = replace(t, **{operand: part.expand_as(whole)})
+            for which in PASSES:
+                if accepts(which, t, case, algorithm):
+                    expected = torch_pass(which, expanded.to("cpu"), case)
+                    assert_equal(run_pass(which, expanded, case, algorithm), expected)
+
+
+@pytest.mark.parametrize("name", ["two-layer-1", "asymmetric", "everything-is-one", "1x1-image-1x1", "one-row"])
+@every_device
+def test_layout_of_results(device, name):
+    """Strides are torch's: channels_last in, channels_last out, for the output and for the input's gradient."""
+    case = by_name[name]
+    t = conv2d_operands(case).to(device, torch.float32)
+    for x_format in torch.contiguous_format, torch.channels_last:
+        for w_format in torch.contiguous_format, torch.channels_last:
+            x = t.x.contiguous(memory_format=x_format)
+            w = t.w.contiguous(memory_format=w_format)
+            strides = []
+            for function in F.conv2d, TF.conv2d:
+                leaves = x.detach().requires_grad_(), w.detach().requires_grad_()
+                y = function(*leaves, **case.arguments)
+                gx, gw = grad(y, leaves, torch.ones_like(y))
+                strides.append({"y": y.stride(), "gx": gx.stride(), "gw": gw.shape})
+            assert strides[0] == strides[1], (x_format, w_format)
+
+
+# --- hypothesis ---
+
+
+@st.composite
+def geometries(draw):
+    """Any geometry that torch takes; sizes favour those at which vectors and tiles begin and end."""
+    size = st.one_of(st.integers(1, 9), st.sampled_from([15, 16, 17, 31, 32, 33, 47, 65]))
+    channels = st.one_of(st.integers(1, 4), st.sampled_from([7, 8, 9, 16, 17, 33]))
+    groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
+    pairs = {"in": [draw(st.integers(1, 12)), draw(size)]}
+    for name, upper in ("kernel", 5), ("stride", 4), ("dilation", 3):
+        pairs[name] = [draw(st.integers(1, upper)) for _ in "hw"]
+    sizes = zip(pairs["in"], pairs["kernel"], pairs["dilation"], strict=True)
+    least = [max(0, -((i - d * (k - 1) - 1) // 2)) for i, k, d in sizes]
+    return Conv2dCase(
+        "random",
+        draw(st.integers(0, 3)),
+        groups * draw(channels),
+        *pairs["in"],
+        groups * draw(channels),
+        *(tuple(pairs[name]) for name in ("kernel", "stride")),
+        padding=tuple(p + draw(st.integers(0, 4)) for p in least),
+        dilation=tuple(pairs["dilation"]),
+        groups=groups,
+        bias=draw(st.booleans()),
+    )
+
+
+@every_dtype
+@every_algorithm
+@given(case=geometries())
+def test_random_geometries(device, algorithm, dtype, case):
+    """All three passes of geometries that nobody thought of, exactly."""
+    t = conv2d_operands(case, whole=True).to(dtype)
+    on_device = t.to(device)
+    for which in PASSES:
+        if accepts(which, on_device, case, algorithm):
+            assert_equal(run_pass(which, on_device, case, algorithm), torch_pass(which, t, case))
+
+
+# --- derivatives ---
+
+DIFFERENTIABLE = [
+    Conv2dCase("plain", 2, 2, 4, 5, 3, (3, 2)),
+    Conv2dCase("padded", 1, 2, 3, 3, 2, (3, 3), padding=(1, 1)),
+    Conv2dCase("strided", 2, 2, 5, 4, 2, (2, 2), stride=(2, 3), padding=(1, 0)),
+    Conv2dCase("groups", 2, 4, 4, 3, 2, (2, 2), dilation=(2, 1), groups=2),
+    Conv2dCase("depthwise", 1, 3, 4, 4, 3, (3, 3), stride=(2, 1), padding=(1, 2), groups=3, bias=False),
+    Conv2dCase("empty", 0, 2, 4, 4, 3, (3, 3)),
+]
+
+
+@pytest.mark.parametrize("case", DIFFERENTIABLE, ids=str)
+@every_algorithm
+def test_gradcheck(device, algorithm, case):
+    """First and second derivatives are those of the function that is computed."""
+    t = conv2d_operands(case).to(device)
+    leaves = [v.clone().requires_grad_() for v in (t.x, t.w, t.b) if v is not None]
+
+    def function(*leaves):
+        return F.conv2d(*leaves, **case.arguments, algorithm=algorithm)
+
+    if all(accepts(which, t, case, algorithm) for which in PASSES):
+        assert gradcheck(function, leaves, check_batched_grad=False)
+        assert gradgradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("case", DIFFERENTIABLE, ids=str)
+@pytest.mark.parametrize("which", ["grad_input", "grad_weight"])
+@every_device
+def test_gradcheck_of_the_gradients(device, which, case):
+    """The two gradient operators are differentiable on their own, twice."""
+    t = conv2d_operands(case).to(device)
+    names = ["gy", "w"] if which == "grad_input" else ["gy", "x"]
+
+    def function(*leaves):
+        return run_pass(which, replace(t, **dict(zip(names, leaves, strict=True))), case)
+
+    leaves = [getattr(t, name).clone().requires_grad_() for name in names]
+    assert gradcheck(function, leaves)
+    assert gradgradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("name", ["two-layer-2", "asymmetric", "depthwise-multiplier", "stride-3"])
+@every_device
+def test_gradient_penalty(device, name):
+    """A loss with a gradient's norm in it, as for WGAN-GP: third-order terms meet in one backward."""
+    case = by_name[name]
+    t = conv2d_operands(case).to(device)
+    grads = []
+    for function in F.conv2d, TF.conv2d:
+        x, w = t.x.clone().requires_grad_(), t.w.clone().requires_grad_()
+        y = function(x, w, t.b, **case.arguments)
+        gx, gw = grad(y.pow(3).mean(), (x, w), create_graph=True)
+        ggx, ggw = grad(gx.pow(2).sum() + gw.pow(2).sum(), (x, w), create_graph=True)
+        grads.append([gx, gw, ggx, ggw, *grad(ggx.pow(2).sum() + ggw.sum(), (x, w))])
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9 * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize("needed", ["x", "w", "b", "xw", "xb", "wb"])
+def test_only_the_gradients_that_are_asked_for(needed):
+    case = by_name["two-layer-1"]
+    t = conv2d_operands(case, whole=True)
+    leaves = {name: getattr(t, name).clone().requires_grad_(name in needed) for name in "xwb"}
+    F.conv2d(*leaves.values(), **case.arguments).backward(t.gy)
+    assert {name for name, leaf in leaves.items() if leaf.grad is not None} == set(needed)
+    if "b" in needed:
+        assert_equal(leaves["b"].grad, t.gy.sum((0, 2, 3)))
+
+
+@every_case
+def test_the_three_operators_are_one_form(case):
+    """<conv2d(x, w), gy> = <x, grad_input(gy, w)> = <w, grad_weight(gy, x)>: each is the derivative of the others."""
+    t = replace(conv2d_operands(case, whole=True), b=None)
+    forms = [
+        (run_pass(which, t, case) * operand).sum().item()
+        for which, operand in zip(PASSES, (t.gy, t.x, t.w), strict=True)
+    ]
+    assert forms[0] == forms[1] == forms[2]
+
+
+@every_algorithm
+def test_linear(device, algorithm):
+    """In each operand on its own; with whole numbers exactly."""
+    case = by_name["asymmetric"]
+    t = conv2d_operands(case, whole=True).to(device)
+    x2 = numbers(*case.input_shape, whole=True, seed="another").to(device)
+    if accepts("forward", t, case, algorithm):
+
+        def f(x, w):
+            return F.conv2d(x, w, **case.arguments, algorithm=algorithm)
+
+        assert_equal(f(2 * t.x - 5 * x2, t.w), 2 * f(t.x, t.w) - 5 * f(x2, t.w))
+        assert_equal(f(t.x, -3 * t.w), -3 * f(t.x, t.w))
+
+
+# --- arguments ---
+
+
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (4, 4), (2, 5), (5, 2)])
+@pytest.mark.parametrize("dilation", [1, 2, (1, 3)])
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_named_padding(kernel, dilation, padding):
+    """`same` with an even kernel pads one more at the end, as torch does."""
+    x, w, b = numbers(2, 3, 13, 14, whole=True), numbers(4, 3, *kernel, whole=True), numbers(4, whole=True)
+    arguments = {"padding": padding, "dilation": dilation}
+    ours, theirs = F.conv2d(x, w, b, **arguments), TF.conv2d(x, w, b, **arguments)
+    assert_equal(ours, theirs)
+    assert_equal(F.conv2d(x[0], w, b, **arguments), theirs[0])
+
+
+def test_argument_forms():
+    """Numbers, tuples and lists; by position in torch's order; without a batch."""
+    x, w, b = numbers(2, 4, 9, 8, whole=True), numbers(6, 2, 3, 3, whole=True), numbers(6, whole=True)
+    expected = TF.conv2d(x, w, b, 2, 1, 2, 2)
+    assert_equal(F.conv2d(x, w, b, 2, 1, 2, 2), expected)
+    assert_equal(F.conv2d(x, w, b, (2, 2), [1, 1], (2,), 2), expected)
+    assert_equal(F.conv2d(x, w, b, stride=[2], padding=(1,), dilation=2, groups=2, algorithm="auto"), expected)
+    assert_equal(F.conv2d(input=x, weight=w, bias=b, stride=2, padding=1, dilation=2, groups=2), expected)
+    assert_equal(F.conv2d(x[1], w, b, 2, 1, 2, 2), expected[1])
+
+
+def test_unbatched_gradients():
+    x, w = numbers(3, 6, 7, whole=True).requires_grad_(), numbers(4, 3, 3, 3, whole=True).requires_grad_()
+    results = [grad(f(x, w, padding=1).pow(2).sum(), (x, w)) for f in (F.conv2d, TF.conv2d)]
+    for ours, theirs in zip(*results, strict=True):
+        assert_equal(ours, theirs)
+
+
+@every_algorithm
+def test_grad_input_is_the_transposed_convolution(device, algorithm):
+    """input_size decides among the sizes that a strided convolution maps to one; none of them gives wrong numbers."""
+    gy, w = numbers(2, 6, 4, 5, whole=True).to(device), numbers(6, 2, 3, 2, whole=True).to(device)
+    for extra_h, extra_w in (0, 0), (1, 0), (0, 2), (1, 2):
+        expected = TF.conv_transpose2d(gy.cpu(), w.cpu(), None, (2, 3), (1, 0), (extra_h, extra_w), 2)
+        got = torch.ops.cnnops.conv2d_grad_input(gy, w, expected.shape[2:], (2, 3), (1, 0), (1, 1), 2, algorithm)
+        assert_equal(got, expected)
+
+
+@every_dtype
+@every_algorithm
+def test_empty_batch(device, algorithm, dtype):
+    """Nothing in, nothing out; and the gradients of weight and bias are zeros, not garbage."""
+    x = torch.empty(0, 4, 9, 8, dtype=dtype, device=device, requires_grad=True)
+    w = torch.ones(6, 2, 3, 3, dtype=dtype, device=device, requires_grad=True)
+    b = torch.ones(6, dtype=dtype, device=device, requires_grad=True)
+    y = F.conv2d(x, w, b, 2, 1, 1, 2, algorithm=algorithm)
+    assert y.shape == (0, 6, 5, 4)
+    gx, gw, gb = grad(y, (x, w, b), torch.empty_like(y))
+    assert gx.shape == x.shape
+    assert_equal(gw, torch.zeros_like(gw))
+    assert_equal(gb, torch.zeros_like(gb))
+    assert gw.shape == w.shape and gb.shape == b.shape
+
+
+# --- what is not a number ---
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@every_algorithm
+def test_nan_and_infinity_reach_what_sees_them(device, algorithm, value):
+    """Exactly the outputs that read a bad number become bad: nothing is skipped, nothing leaks to a neighbour."""
+    case = Conv2dCase("bad", 3, 4, 9, 10, 5, (3, 3), padding=(1, 1))
+    t = conv2d_operands(case, whole=True).to(torch.float32).map(lambda v: v + 10)  # no zeros: inf * 0 is NaN
+    for which, operand in ("forward", "x"), ("grad_input", "gy"), ("grad_weight", "x"), ("grad_weight", "gy"):
+        bad = t.map(torch.clone)
+        flat = getattr(bad, operand).view(-1)
+        flat[flat.numel() // 2] = value
+        if not accepts(which, bad.to(device), case, algorithm):
+            continue
+        got = run_pass(which, bad.to(device), case, algorithm)
+        assert_equal(got, torch_pass(which, bad.to(torch.float64), case).float())
+        assert 0 < (~got.isfinite()).sum() < got.numel()
+
+
+@every_algorithm
+def test_an_infinite_weight(device, algorithm):
+    """In the padding it meets zeros, and infinity * 0 may be NaN there, as in torch; inside the image it may not."""
+    x, w = torch.ones(1, 2, 6, 7, device=device), torch.ones(3, 2, 3, 3, device=device)
+    w[0, 0, 0, 0] = torch.inf
+    y = F.conv2d(x, w, padding=1, algorithm=algorithm)
+    assert (y[0, 0, 1:-1, 1:-1] == torch.inf).all()
+    assert y[0, 1:].isfinite().all()
+
+
+# --- size ---
+
+
+def status(field):
+    """From the kernel, in MB."""
+    with open("/proc/self/status") as lines:
+        return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
+
+
+@every_pass
+@pytest.mark.parametrize("algorithm", cnnops.ops.algorithms())
+def test_workspace_is_bounded(algorithm, which):
+    """Peak memory grows by the result and a little scratch. The unfolded matrix would be 170 MB per image here."""
+    case = Conv2dCase("large", 2, 32, 384, 384, 4, (3, 3), padding=(1, 1), bias=False)
+    t = conv2d_operands(case).to(torch.float32)
+    if accepts(which, t, case, algorithm):
+        run_pass(which, conv2d_operands(by_name["two-layer-1"]).to(torch.float32), by_name["two-layer-1"], algorithm)
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # starts the peak anew
+        before = status("VmRSS")
+        result = run_pass(which, t, case, algorithm)
+        assert status("VmHWM") - before < 20 + result.nbytes / 2**20
+
+
+def test_sizes_are_64_bit():
+    """Shapes whose elements or products pass 2^31 and 2^32 come out right; on meta tensors, so nothing is computed."""
+    x, w = torch.empty(3, 2, 70_000, 80_000, device="meta"), torch.empty(5, 2, 3, 3, device="meta")
+    assert F.conv2d(x, w).shape == (3, 5, 69_998, 79_998)
+    assert F.conv2d(x, w, padding=2**33, stride=2**20).shape == TF.conv2d(x, w, padding=2**33, stride=2**20).shape
+
+
+@pytest.mark.huge
+@pytest.mark.skipif(os.environ.get("CNNOPS_TEST_HUGE") != "1", reason="needs 20 GB; set CNNOPS_TEST_HUGE=1")
+@pytest.mark.parametrize("algorithm", cnnops.ops.algorithms())
+def test_more_than_2_to_the_31_elements(algorithm):
+    x = torch.zeros(1, 1, 2, 2**30 + 5)
+    x[..., -1] = torch.tensor([2.0, 3.0])
+    y = F.conv2d(x, torch.ones(1, 1, 2, 2), stride=(1, 2), padding=(0, 1), algorithm=algorithm)
+    assert_equal(y[0, 0, 0, -3:], torch.tensor([0.0, 0.0, 5.0]))

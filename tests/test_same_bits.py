@@ -1,0 +1,240 @@
+"""Law 3, bit by bit: an element's bits depend on the numbers in its formula and on nothing else.
+
+Not on the batch's size nor its place in it, not on the number of threads, the memory address or the run. Sums over the
+batch (gradients of weights and biases) depend on the batch, of course, but on nothing else of these.
+"""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from cases import AVG_POOL2D, CONV2D, MAX_POOL2D, Conv2dCase
+from helpers import (
+    DTYPES,
+    PASSES,
+    Conv2dOperands,
+    accepts,
+    awkward,
+    conv2d_operands,
+    name_of,
+    numbers,
+    off_by,
+    run_pass,
+    same_bits,
+    torch_pass,
+)
+
+import cnnops
+
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+
+BATCH = 7
+CONV2D_NAMES = [
+    "lecture-2",
+    "two-layer-1",
+    "alexnet-stem",
+    "resnet-7",
+    "resnet-down",
+    "resnet-1x1-narrow",
+    "resnext",
+    "mobilenet-5x5",
+    "1x1-image-1x1",
+    "asymmetric",
+    "stride-3",
+    "row-of-33",
+    "channels-prime",
+    "depthwise-multiplier",
+]
+POOL2D_NAMES = ["resnet-stem", "asymmetric-ceil", "overlapping-padded", "row-over-vector-3x3", "window-of-289"]
+
+
+def named(table, names):
+    chosen = [replace(case, n=BATCH) for case in table if case.name in names]
+    assert len(chosen) == len(names)
+    return chosen
+
+
+@dataclass
+class Subject:
+    """Something to call: a function of `batched` and `shared` tensors. If it `reduces`, it sums over the batch."""
+
+    function: object
+    batched: list
+    shared: list
+    reduces: bool = False
+
+    def __call__(self, select=lambda t: t, alter=lambda t: t):
+        results = self.function(*(alter(select(t)) for t in self.batched), *map(alter, self.shared))
+        return [results] if isinstance(results, torch.Tensor) else list(results)
+
+
+def assert_same(expected, got, circumstances):
+    for a, b in zip(expected, got, strict=True):
+        assert same_bits(a, b), f"other bits with {circumstances}"
+
+
+def assert_law_holds(subject: Subject):
+    expected = subject()
+    for threads in 2, 3, 4, 1:
+        torch.set_num_threads(threads)
+        assert_same(expected, subject(), f"{threads} threads")
+        assert_same(expected, subject(alter=lambda t: off_by(t, 1)), f"{threads} threads and other addresses")
+    torch.set_num_threads(1)
+    for elements in 3, 8, 13:
+        assert_same(expected, subject(alter=lambda t, e=elements: off_by(t, e)), f"memory off by {elements} elements")
+    if subject.reduces:
+        return
+    for start, stop in *((i, i + 1) for i in range(BATCH)), (0, 4), (3, BATCH), (1, 3):
+        part = [t[start:stop] for t in expected]
+        for threads in 1, 2:
+            torch.set_num_threads(threads)
+            got = subject(select=lambda t, start=start, stop=stop: t[start:stop])
+            assert_same(part, got, f"only {start}:{stop} of the batch, {threads} threads")
+    torch.set_num_threads(2)
+    turned = subject(select=lambda t: t.flip(0))
+    assert_same(expected, [t.flip(0) for t in turned], "the batch turned around")
+    twice = subject(select=lambda t: torch.cat([t] * 5))
+    assert_same([torch.cat([t] * 5) for t in expected], twice, "five times the batch")
+
+
+def conv2d_subject(which, case: Conv2dCase, t: Conv2dOperands, run) -> Subject:
+    """A pass as a function of its own two operands."""
+    if which == "forward":
+        return Subject(lambda x, w, *b: run(which, replace(t, x=x, w=w, b=b[0] if b else None), case),
+                       [t.x], [v for v in (t.w, t.b) if v is not None])  # fmt: skip
+    if which == "grad_input":
+        return Subject(lambda gy, w: run(which, replace(t, gy=gy, w=w), case), [t.gy], [t.w])
+    return Subject(lambda gy, x: run(which, replace(t, gy=gy, x=x), case), [t.gy, t.x], [], reduces=True)
+
+
+@pytest.mark.parametrize("which", PASSES)
+@pytest.mark.parametrize("algorithm", cnnops.ops.algorithms())
+@every_dtype
+@pytest.mark.parametrize("case", named(CONV2D, CONV2D_NAMES), ids=str)
+def test_conv2d(case, dtype, algorithm, which, instruction_set):
+    t = conv2d_operands(case).to(dtype)
+    if accepts(which, t, case, algorithm):
+        assert_law_holds(conv2d_subject(which, case, t, lambda *args: run_pass(*args, algorithm)))
+
+
+@every_dtype
+@pytest.mark.parametrize("case", named(MAX_POOL2D, POOL2D_NAMES), ids=str)
+def test_max_pool2d(case, dtype, instruction_set):
+    ops, window = torch.ops.cnnops, tuple(case.max_arguments.values())
+    x, gy = numbers(*case.input_shape).to(dtype), numbers(*case.output_shape).to(dtype)
+    positions = ops.max_pool2d(x, *window)[1]
+    size = x.shape[2:]
+    assert_law_holds(Subject(lambda x: ops.max_pool2d(x, *window), [x], []))
+    assert_law_holds(Subject(lambda gy, at: ops.max_pool2d_backward(gy, at, size, *window), [gy, positions], []))
+    assert_law_holds(Subject(lambda x, at: ops.max_pool2d_gather(x, at, *window), [x, positions], []))
+
+
+@every_dtype
+@pytest.mark.parametrize("case", named(AVG_POOL2D, [*POOL2D_NAMES, "padded-excluded-ceil"]), ids=str)
+def test_avg_pool2d(case, dtype, instruction_set):
+    ops, window = torch.ops.cnnops, tuple(case.avg_arguments.values())
+    x, gy = numbers(*case.input_shape).to(dtype), numbers(*case.output_shape).to(dtype)
+    assert_law_holds(Subject(lambda x: ops.avg_pool2d(x, *window), [x], []))
+    assert_law_holds(Subject(lambda gy: ops.avg_pool2d_backward(gy, x.shape[2:], *window), [gy], []))
+
+
+@every_dtype
+@pytest.mark.parametrize("shape", [(BATCH, 5, 13, 17), (BATCH, 3, 1, 1), (BATCH, 16, 64, 65)])
+def test_activations(shape, dtype, instruction_set):
+    ops = torch.ops.cnnops
+    x, gy, w = numbers(*shape).to(dtype), numbers(*shape, seed="gy").to(dtype), numbers(shape[1]).to(dtype)
+    y = ops.relu(x)
+    for subject in [
+        Subject(ops.relu, [x], []),
+        Subject(ops.relu_backward, [gy, y], []),
+        Subject(lambda x: ops.leaky_relu(x, 0.3), [x], []),
+        Subject(lambda gy, x: ops.leaky_relu_backward(gy, x, 0.3), [gy, x], []),
+        Subject(ops.prelu, [x], [w]),
+        Subject(lambda gy, x, w: ops.prelu_backward(gy, x, w)[0], [gy, x], [w]),
+        Subject(lambda gy, x, w: ops.prelu_backward(gy, x, w)[1], [gy, x], [w], reduces=True),
+        Subject(ops.channel_sum, [x], [], reduces=True),
+    ]:
+        assert_law_holds(subject)
+
+
+@pytest.mark.parametrize("which", PASSES)
+@pytest.mark.parametrize("algorithm", cnnops.ops.algorithms())
+@pytest.mark.parametrize("case", named(CONV2D, ["two-layer-1", "asymmetric"]), ids=str)
+def test_strides_do_not_change_bits(case, algorithm, which):
+    """A view and its contiguous copy hold the same numbers. (channels_last may be summed in another order.)"""
+    t = conv2d_operands(case).to(torch.float32)
+    if not accepts(which, t, case, algorithm):
+        return
+    subject = conv2d_subject(which, case, t, lambda *args: run_pass(*args, algorithm))
+    expected = subject()
+    for kind in dict(awkward(t.x)):
+        if kind != "channels_last":
+            assert_same(expected, subject(alter=lambda v, kind=kind: dict(awkward(v)).get(kind, v)), kind)
+
+
+@every_dtype
+def test_a_training_step(dtype):
+    """Through autograd and the modules: loss and all gradients, for every number of threads."""
+    torch.manual_seed(1)
+    nn = cnnops.nn
+    net = torch.nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.PReLU(16), nn.MaxPool2d(2), nn.Conv2d(16, 24, 3), nn.LeakyReLU(),
+        nn.AvgPool2d(2), nn.Conv2d(24, 8, 3, stride=2), nn.ReLU(),
+    ).to(dtype)  # fmt: skip
+    x = numbers(19, 3, 24, 20).to(dtype)
+    results = []
+    for threads in 1, 2, 3, 4, 1:
+        torch.set_num_threads(threads)
+        y = net(x)
+        results.append([y, *torch.autograd.grad(y, list(net.parameters()), torch.ones_like(y))])
+    for result in results[1:]:
+        assert_same(results[0], result, "another number of threads")
+
+
+# --- that these tests can fail ---
+
+
+@pytest.mark.parametrize("which", PASSES)
+@pytest.mark.parametrize("name", ["lecture-2", "resnet-1x1-narrow", "channels-prime"])
+def test_the_numbers_tell_orders_of_summation_apart(name, which):
+    """The same sums taken backwards have other bits, so a kernel that changed its order would be seen."""
+    case = replace(next(case for case in CONV2D if case.name == name), n=BATCH, bias=False)
+    t = conv2d_operands(case).to(torch.float32)
+    forwards = run_pass(which, t, case, "reference")
+    if which == "forward":
+        backwards = run_pass(which, replace(t, x=t.x.flip(1), w=t.w.flip(1)), case, "reference")
+    elif which == "grad_input":
+        backwards = run_pass(which, replace(t, gy=t.gy.flip(1), w=t.w.flip(0)), case, "reference")
+    else:
+        backwards = run_pass(which, replace(t, gy=t.gy.flip(0), x=t.x.flip(0)), case, "reference")
+    assert not same_bits(forwards, backwards)
+    torch.testing.assert_close(forwards, backwards, rtol=1e-4, atol=1e-4)
+
+
+CULPRITS = {
+    "threads": lambda x: x * (1 + torch.get_num_threads() * 2**-23),
+    "batch": lambda x: x * (1 + len(x) * 2**-23),
+    "place": lambda x: x + 1e-6 * torch.arange(len(x)).view(-1, 1, 1, 1),
+    "address": lambda x: x * (1 + (x.data_ptr() % 64) * 2**-23),
+    "run": lambda x: x + 1e-6 * torch.rand(()),
+    "sign of zero": lambda x: x * 0 * (-1) ** torch.get_num_threads(),
+}
+
+
+@pytest.mark.parametrize("culprit", CULPRITS)
+def test_the_harness_finds(culprit):
+    """An operator that breaks the law in one of these ways is caught."""
+    with pytest.raises(AssertionError, match="other bits"):
+        assert_law_holds(Subject(CULPRITS[culprit], [numbers(BATCH, 2, 3, 4).float()], []))
+
+
+def test_torch_itself_does_not_keep_this_law():
+    """Why all this: torch's weight gradient depends on the number of threads. If torch mends it, drop this test."""
+    case = replace(next(case for case in CONV2D if case.name == "lecture-2"), n=64)
+    t = conv2d_operands(case).to(torch.float32)
+    results = []
+    for threads in 1, 2, 3, 4:
+        torch.set_num_threads(threads)
+        results.append(torch_pass("grad_weight", t, case))
+    if all(same_bits(results[0], result) for result in results[1:]):
+        pytest.skip("on this machine it does, for this case")
