@@ -1,9 +1,9 @@
 // Several ways to compute the same thing, as a table; and how one of them is chosen.
 //
-// An algorithm is a row: its name, a function that says which geometries it refuses and why, the scratch memory it wants,
-// and how to run it (what `Run` holds differs between CPU and CUDA). Rows stand fastest first; the last is the reference,
-// which accepts everything. The choice looks at the geometry without its batch size, and never at the number of threads:
-// otherwise an element's bits could change with its neighbours in the batch.
+// An algorithm is a row: its name, a function that says which geometries it refuses and why, the scratch memory it
+// wants, and how to run it (what `Run` holds differs between CPU and CUDA). Rows stand fastest first; the last is the
+// reference, which accepts everything. The choice looks at the geometry without its batch size, and never at the number
+// of threads: otherwise an element's bits could change with its neighbours in the batch.
 #pragma once
 
 #include "geometry.h"

@@ -4,14 +4,15 @@
 // the inputs at i*in_step + offset[t] for a few taps t of the kernel. What differs is arithmetic:
 //
 //   forward      output o reads x[o*stride - padding + k*dilation] for every k.
-//   grad_input   input h was read by output o through tap k when o*stride = h + padding - k*dilation. So only those taps
+//   grad_input   input h was read by output o through tap k when o*stride = h + padding - k*dilation. So only those
+//   taps
 //                count for which the right side is a multiple of the stride, and which they are depends on h modulo the
 //                stride alone. All h of one remainder (one *class*) therefore share their taps, and within a class the
 //                gradient is again a sum over i*1 + offset[t] of the output's gradient: no zeros are stuffed between
 //                elements, no multiplication by zero is done.
 //
-// The taps of a class are an arithmetic progression (kernel positions k0, k0 + k_step, ...; offsets likewise), so an Axis
-// is a handful of integers and needs no list.
+// The taps of a class are an arithmetic progression (kernel positions k0, k0 + k_step, ...; offsets likewise), so an
+// Axis is a handful of integers and needs no list.
 #pragma once
 
 #include "geometry.h"

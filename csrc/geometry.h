@@ -17,10 +17,10 @@ enum class Pass { forward, grad_input, grad_weight };
 /// with x zero outside its borders and g = k / (K/G) the group of output channel k.
 template <class Int>
 struct BasicConv2dGeometry {
-  Int n, c, k;          // batch, input channels, output channels (of all groups together)
-  int64_t groups;       // G: divides c and k
-  Int in[2], out[2];    // H, W of x and OH, OW of y
-  Int kernel[2];        // KH, KW
+  Int n, c, k;        // batch, input channels, output channels (of all groups together)
+  int64_t groups;     // G: divides c and k
+  Int in[2], out[2];  // H, W of x and OH, OW of y
+  Int kernel[2];      // KH, KW
   int64_t stride[2], padding[2], dilation[2];
 };
 using Conv2dGeometry = BasicConv2dGeometry<int64_t>;
@@ -28,7 +28,7 @@ using Conv2dGeometry = BasicConv2dGeometry<int64_t>;
 /// A window slides over each plane of x: output (oh, ow) sees the inputs (oh*stride - padding + kh*dilation, ...).
 template <class Int>
 struct BasicPool2dGeometry {
-  Int n, c;             // planes are independent: kernels see n*c of them
+  Int n, c;  // planes are independent: kernels see n*c of them
   Int in[2], out[2];
   int64_t kernel[2], stride[2], padding[2], dilation[2];
 };

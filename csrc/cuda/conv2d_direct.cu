@@ -2,15 +2,15 @@
 //
 // A block computes a tile of outputs: a rectangle of one image, for a few output channels (8; 4 or 1 where a group has
 // no more). A tile of the input, border included, and the weights that meet it are staged in shared memory, some
-// channels at a time; then every thread walks channels and taps with 4 outputs x 8 channels of sums in registers, so that
-// 4 inputs and 8 weights read from shared memory make 32 products. The reference reads two numbers from memory per
+// channels at a time; then every thread walks channels and taps with 4 outputs x 8 channels of sums in registers, so
+// that 4 inputs and 8 weights read from shared memory make 32 products. The reference reads two numbers from memory per
 // product.
 //
-// Forward and the gradient of the input are one kernel: an Axis (correlation.h) says where a tile's inputs lie and which
-// taps count. Strided gradients fall apart into classes of outputs that share their taps; a tile is of one class.
+// Forward and the gradient of the input are one kernel: an Axis (correlation.h) says where a tile's inputs lie and
+// which taps count. Strided gradients fall apart into classes of outputs that share their taps; a tile is of one class.
 //
 // The gradient of the weights takes a lane per weight (c, kh, kw) and 8 output channels in each lane's registers. The
-// warps of a block share out the rows of a tile, and each block sums over the tiles of its part of the batch (parts_for).
+// warps of a block share out the rows of a tile, and a block sums over the tiles of its part of the batch (parts_for).
 //
 // Refused: many channels on both sides, where matrix tiles (im2col) reuse both operands better; tiles that do not fit
 // shared memory. An infinite weight at a tap that falls on padding gives NaN, as inf * 0 does.
@@ -22,17 +22,21 @@
 namespace cnnops::cuda {
 namespace {
 
-constexpr int kPixels = 4;      // outputs per thread and channel
-constexpr int kThreads = 128;   // at most; small images take fewer
+constexpr int kPixels = 4;     // outputs per thread and channel
+constexpr int kThreads = 128;  // at most; small images take fewer
 constexpr int kFew = 32;
 constexpr int kLanes = 32;
-constexpr int64_t kStaged = 16 * 1024;  // bytes that a block would like to stage at once: several blocks share 48 KiB and more
+constexpr int64_t kStaged = 16 * 1024;  // bytes that a block likes to stage at once, so that several fit a processor
+
+/// Blocks that should fit a processor together, by their registers: as many as spill none.
+template <class T, int kProduce>
+constexpr int kBlocks = sizeof(T) * kProduce == 64 ? 3 : 4;
 
 /// How many output channels a thread holds.
 int produced_at_once(int produce) { return produce == 1 ? 1 : produce <= 4 ? 4 : 8; }
 
 /// `count` in the fewest pieces of at most `most`, all of nearly one size: that size.
-int64_t even_tile(int64_t count, int64_t most) { return ceil_div(count, ceil_div(count, most)); }
+int64_t even_tile(int64_t count, int64_t most) { return count > 0 ? ceil_div(count, ceil_div(count, most)) : 1; }
 
 struct Plan {
   int tile[2], tiles[2], extent[2], classes[2];  // outputs per tile, tiles per class, inputs per tile
@@ -76,7 +80,7 @@ Plan plan_correlation(const Conv2dGeometry& g, Pass pass) {
 }
 
 template <class T, int kProduce>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks<T, kProduce>)
     correlate_kernel(Conv2dGeometry g, Pass pass, Plan plan, Conv2dOperands<T> o) {
   const Channels channels(g, pass);
   T* inputs = shared_memory<T>();
@@ -101,13 +105,14 @@ __global__ void __launch_bounds__(kThreads)
     int pixel_at[kPixels];
     for (int p = 0; p < kPixels; ++p) {
       const int pixel = threadIdx.x + p * blockDim.x, row = pixel / plan.tile[1], column = pixel % plan.tile[1];
-      const int at = (first_h + row * axis_h.in_step) * plan.extent[1] + first_w + column * axis_w.in_step;
-      pixel_at[p] = row < plan.tile[0] ? at : 0;
+      const int at = row * axis_h.in_step * plan.extent[1] + column * axis_w.in_step;
+      pixel_at[p] = first_h * plan.extent[1] + first_w + (row < plan.tile[0] ? at : 0);
     }
 
     const int in_h = axis_h.in_size, in_w = axis_w.in_size;
     const T* from = o.a + group_of_image * channels.reduce * in_h * in_w;
-    const T* from_weights = o.b + group * channels.weight_group + static_cast<int64_t>(produce0) * channels.weight_produce;
+    const T* from_weights =
+        o.b + group * channels.weight_group + static_cast<int64_t>(produce0) * channels.weight_produce;
     T sum[kPixels][kProduce] = {};
     for (int c0 = 0; taps > 0 && c0 < channels.reduce; c0 += plan.chunk) {
       const int depth = smaller(plan.chunk, channels.reduce - c0);
@@ -124,7 +129,8 @@ __global__ void __launch_bounds__(kThreads)
       for (int i = threadIdx.x; i < kProduce * depth * taps; i += blockDim.x) {
         const int produce = i / (depth * taps), at = i % (depth * taps);
         const int c = at / taps, kh = at % taps / axis_w.taps, kw = at % axis_w.taps;
-        const int tap = (axis_h.k0 + kh * axis_h.k_step) * static_cast<int>(g.kernel[1]) + axis_w.k0 + kw * axis_w.k_step;
+        const int tap =
+            (axis_h.k0 + kh * axis_h.k_step) * static_cast<int>(g.kernel[1]) + axis_w.k0 + kw * axis_w.k_step;
         const bool exists = produce0 + produce < channels.produce;
         weights[at * kProduce + produce] =
             exists ? from_weights[produce * channels.weight_produce + (c0 + c) * channels.weight_reduce + tap] : T(0);
@@ -170,9 +176,12 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T*, Stream s
            plan.threads, plan.shared_bytes, stream, g, kPass, plan, o);
   };
   switch (produced_at_once(Channels(g, kPass).produce)) {
-    case 1: return start(correlate_kernel<T, 1>);
-    case 4: return start(correlate_kernel<T, 4>);
-    default: return start(correlate_kernel<T, 8>);
+    case 1:
+      return start(correlate_kernel<T, 1>);
+    case 4:
+      return start(correlate_kernel<T, 4>);
+    default:
+      return start(correlate_kernel<T, 8>);
   }
 }
 
@@ -211,7 +220,8 @@ WeightPlan plan_grad_weight(const Conv2dGeometry& g) {
 }
 
 template <class T, int kProduce>
-__global__ void __launch_bounds__(kThreads) grad_weight_kernel(Conv2dGeometry g, WeightPlan plan, Conv2dOperands<T> o) {
+__global__ void __launch_bounds__(kThreads, kBlocks<T, kProduce>)
+    grad_weight_kernel(Conv2dGeometry g, WeightPlan plan, Conv2dOperands<T> o) {
   const Channels channels(g, Pass::forward);
   const int out_h = static_cast<int>(g.out[0]), out_w = static_cast<int>(g.out[1]);
   const int in_h = static_cast<int>(g.in[0]), in_w = static_cast<int>(g.in[1]);
@@ -230,7 +240,8 @@ __global__ void __launch_bounds__(kThreads) grad_weight_kernel(Conv2dGeometry g,
     const int kh = tap / static_cast<int>(g.kernel[1]), kw = tap % static_cast<int>(g.kernel[1]);
     const int stride_w = static_cast<int>(g.stride[1]);
     const int x_at = column < columns ? ((column / taps - c0) * plan.extent[0] + kh * static_cast<int>(g.dilation[0])) *
-                                                plan.extent[1] + kw * static_cast<int>(g.dilation[1])
+                                                plan.extent[1] +
+                                            kw * static_cast<int>(g.dilation[1])
                                       : 0;
     T total[kProduce] = {};
     const int64_t units = g.n * plan.tiles[0] * plan.tiles[1];
@@ -322,7 +333,8 @@ const char* refuses(const Conv2dGeometry& g, Pass pass) {
   const int64_t shared_bytes =
       pass == Pass::grad_weight ? plan_grad_weight<T>(g).shared_bytes : plan_correlation<T>(g, pass).shared_bytes;
   if (shared_bytes > kSharedMemory) {
-    return "the direct algorithm stages a tile of the input in 48 KiB of shared memory, and with this kernel size, stride "
+    return "the direct algorithm stages a tile of the input in 48 KiB of shared memory, and with this kernel size, "
+           "stride "
            "and dilation the smallest does not fit";
   }
   return nullptr;

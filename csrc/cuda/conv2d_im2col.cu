@@ -1,23 +1,23 @@
 // Convolution as a matrix product, the matrix never made.
 //
-// Unfolded, x is a matrix with a row per (c, kh, kw), a *tap*, and a column per (n, oh, ow), a *pixel*; the weights are a
-// matrix [k, tap], and
+// Unfolded, x is a matrix with a row per (c, kh, kw), a *tap*, and a column per (n, oh, ow), a *pixel*; the weights are
+// a matrix [k, tap], and
 //
 //   forward      y[k, pixel] = sum over taps   of w[k, tap]    * unfolded[tap, pixel]
 //   grad_input   the same with gy for x, k for c: an Axis (correlation.h) says which taps meet which pixels. The pixels
 //                of a strided gradient fall apart into classes that share their taps; each is a product of its own.
 //   grad_weight  gw[k, tap]  = sum over pixels of gy[k, pixel] * unfolded[tap, pixel]
 //
-// The unfolded matrix would be KH*KW times as large as x. Here a block packs what its tile of the product needs, slice by
-// slice, straight from the tensors into shared memory: an element of the unfolded matrix lies at pixel.x + tap.x, one
-// number of its pixel plus one of its tap, so both are worked out once (tables of Tap and Pixel in shared memory) and
-// packing costs an addition and a test against the borders.
+// The unfolded matrix would be KH*KW times as large as x. Here a block packs what its tile of the product needs, slice
+// by slice, straight from the tensors into shared memory: an element of the unfolded matrix lies at pixel.x + tap.x,
+// one number of its pixel plus one of its tap, so both are worked out once (tables of Tap and Pixel in shared memory)
+// and packing costs an addition and a test against the borders.
 //
-// A slice is 8 steps of the sum, for 64 rows and 128 columns of the product; 128 threads hold 8 x 8 sums each in registers
-// (float32), so that 16 numbers read from shared memory make 64 products; direct needs 12 for 32, and makes its tiles
-// within one image, while pixels here run across the batch. While a slice is multiplied the next is on its way from
-// memory to registers. Each sum runs over its taps in order, whatever the tile it falls in; those of grad_weight run
-// over pixels in parts (parts_for), chunk by chunk, so that rounding errors do not grow with the batch.
+// A slice is 8 steps of the sum, for 64 rows and 128 columns of the product; 128 threads hold 8 x 8 sums each in
+// registers (float32), so that 16 numbers read from shared memory make 64 products; direct needs 12 for 32, and makes
+// its tiles within one image, while pixels here run across the batch. While a slice is multiplied the next is on its
+// way from memory to registers. Each sum runs over its taps in order, whatever the tile it falls in; those of
+// grad_weight run over pixels in parts (parts_for), chunk by chunk, so that rounding errors do not grow with the batch.
 //
 // Refused: only what does not fit 32-bit counts within an image. An infinite weight at a tap that falls on padding
 // gives NaN, as inf * 0 does.
@@ -28,9 +28,9 @@ namespace cnnops::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kDepth = 8;              // steps of a slice
-constexpr int kTable = 128;            // steps whose taps or pixels are worked out at a time
-constexpr int kNowhere = -(1 << 30);   // a height outside of every tensor, also after adding a tap's or a pixel's
+constexpr int kDepth = 8;             // steps of a slice
+constexpr int kTable = 128;           // steps whose taps or pixels are worked out at a time
+constexpr int kNowhere = -(1 << 30);  // a height outside of every tensor, also after adding a tap's or a pixel's
 
 /// Where a tap's weight is, and what it adds to its pixel's place in the unfolded tensor.
 struct alignas(16) Tap {
@@ -83,8 +83,8 @@ struct Tile {
     }
   }
 
-  /// Adds the products of `steps` steps. Element number i that this thread brings of a slice comes from a(first, i), where
-  /// `first` is the slice's first step; PlaceA and PlaceB say which elements those are.
+  /// Adds the products of `steps` steps. Element number i that this thread brings of a slice comes from a(first, i),
+  /// where `first` is the slice's first step; PlaceA and PlaceB say which elements those are.
   template <class PlaceA, class PlaceB, class A, class B>
   __device__ void add_products(Slice (&slices)[2], int steps, const A& a, const B& b) {
     T next_a[kStagedA], next_b[kStagedB];
@@ -137,7 +137,9 @@ struct Axes {
   int kernel_w;
 
   __device__ Axes(const Conv2dGeometry& g, Pass pass, int64_t class_h, int64_t class_w)
-      : h(make_axis(g, pass, 0, class_h)), w(make_axis(g, pass, 1, class_w)), channels(g, pass),
+      : h(make_axis(g, pass, 0, class_h)),
+        w(make_axis(g, pass, 1, class_w)),
+        channels(g, pass),
         kernel_w(static_cast<int>(g.kernel[1])) {}
 
   __device__ int taps() const { return channels.reduce * h.taps * w.taps; }
@@ -157,7 +159,8 @@ struct Axes {
     const int j = static_cast<int>(digits.next(w.count)), i = static_cast<int>(digits.next(h.count));
     const int64_t group_of_image = digits.rest() * channels.groups + group;
     const int in_h = i * h.in_step + h.offset0, in_w = j * w.in_step + w.offset0;
-    const int64_t out = (group_of_image * channels.produce * out_h + h.first + i * h.step) * out_w + w.first + j * w.step;
+    const int64_t out =
+        (group_of_image * channels.produce * out_h + h.first + i * h.step) * out_w + w.first + j * w.step;
     return {out, (group_of_image * channels.reduce * h.in_size + in_h) * w.in_size + in_w, in_h, in_w};
   }
 };
@@ -188,7 +191,8 @@ __global__ void __launch_bounds__(kThreads)
     const int group = static_cast<int>(digits.rest());
     const Axes axes(g, pass, class_h, class_w);
     const Channels& channels = axes.channels;
-    const int64_t out_h = pass == Pass::forward ? g.out[0] : g.in[0], out_w = pass == Pass::forward ? g.out[1] : g.in[1];
+    const int64_t out_h = pass == Pass::forward ? g.out[0] : g.in[0],
+                  out_w = pass == Pass::forward ? g.out[1] : g.in[1];
     const int64_t pixels = g.n * axes.h.count * axes.w.count;
     for (int i = threadIdx.x; i < Product::kColumns; i += kThreads) {
       shared.pixels[i] = axes.pixel(column0 + i, pixels, group, out_h, out_w);
@@ -237,7 +241,7 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T*, Stream s
 }
 
 template <class T>
-using WeightTile = Tile<T, 64, 64>;
+using WeightTile = Tile<T, 64, sizeof(T) == 4 ? 64 : 32>;
 
 template <class T>
 struct WeightShared {
@@ -246,8 +250,8 @@ struct WeightShared {
   Pixel pixels[kTable];
 };
 
-/// The gradient of the weights: rows are output channels, columns taps, and the steps of the sum pixels. Chunks of kTable
-/// pixels go round the parts like cards.
+/// The gradient of the weights: rows are output channels, columns taps, and the steps of the sum pixels. Chunks of
+/// kTable pixels go round the parts like cards.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     grad_weight_kernel(Conv2dGeometry g, int64_t tiles, int64_t row_tiles, int64_t column_tiles, int64_t parts,

@@ -4,9 +4,9 @@
 // GPUs, and, with CNNOPS_EMULATE defined, by the host's compiler against tests/cuda_on_cpu/emulation.h, which runs a
 // block's threads one after the other. For both to mean the same, a kernel
 //   - is started by launch(), with blocks and threads along x only;
-//   - walks its work with a stride (items(), or from blockIdx.x by gridDim.x), since a grid may be smaller than the work;
+//   - walks its work with a stride (Items, or from blockIdx.x by gridDim.x), since a grid may be smaller;
 //   - takes shared memory from shared_memory(), as much as its launch asked for;
-//   - lets every thread of a block reach every sync_block(): no early return, no barrier under a thread's own condition.
+//   - lets every thread of a block reach every sync_block(): no early return, no barrier within a thread's own if.
 #pragma once
 
 #include <cstddef>

@@ -1,16 +1,17 @@
 // Pooling: one thread per result, and every result a gather.
 //
-//   max, forward    y[n,c,oh,ow] = the largest input of the window, and its position kh*KW + kw, the first in scan order
+//   max, forward    y[n,c,oh,ow] = the largest input of the window, and where: kh*KW + kw, the first in scan order
 //   max, backward   gx[n,c,h,w]  = sum of gy over those windows whose maximum was here
 //   max, gather     y[n,c,oh,ow] = x at the position that won
 //   avg, forward    y[n,c,oh,ow] = (sum of the window's inputs) / divisor
 //   avg, backward   gx[n,c,h,w]  = sum of gy / divisor over the windows that cover (h, w)
 //
-// The backward passes turn the window round: an input looks at the windows that cover it, at most ceil(KH/stride) of them
-// along an axis. So nothing is zeroed beforehand and no two threads add to one number: the order of each sum is fixed.
+// The backward passes turn the window round: an input looks at the windows that cover it, at most ceil(KH/stride) of
+// them along an axis. So nothing is zeroed beforehand and no two threads add to one number: the order of each sum is
+// fixed.
 //
-// All of them are bound by memory: what counts is that neighbouring threads take neighbouring elements, and that finding
-// one's place is cheap. So indices take 32 bits (`Index`) unless the tensors are larger.
+// All of them are bound by memory: what counts is that neighbouring threads take neighbouring elements, and that
+// finding one's place is cheap. So indices take 32 bits (`Index`) unless the tensors are larger.
 #include <limits>
 
 #include "device.h"
@@ -25,9 +26,12 @@ struct Windows {
   Index in, out, kernel, stride, padding, dilation;
 
   __device__ Windows(const Pool2dGeometry& g, int dim)
-      : in(static_cast<Index>(g.in[dim])), out(static_cast<Index>(g.out[dim])),
-        kernel(static_cast<Index>(g.kernel[dim])), stride(static_cast<Index>(g.stride[dim])),
-        padding(static_cast<Index>(g.padding[dim])), dilation(static_cast<Index>(g.dilation[dim])) {}
+      : in(static_cast<Index>(g.in[dim])),
+        out(static_cast<Index>(g.out[dim])),
+        kernel(static_cast<Index>(g.kernel[dim])),
+        stride(static_cast<Index>(g.stride[dim])),
+        padding(static_cast<Index>(g.padding[dim])),
+        dilation(static_cast<Index>(g.dilation[dim])) {}
 
   __device__ bool inside(Index i) const { return 0 <= i && i < in; }
   __device__ Index start(Index o) const { return o * stride - padding; }
@@ -210,8 +214,8 @@ void max_backward(const Pool2dGeometry& g, const T* gy, const Position* position
 template <class T, class Position>
 void max_gather(const Pool2dGeometry& g, const T* x, const Position* positions, T* y, Stream stream) {
   with_index(g, [&](auto index) {
-    launch_items("max_pool2d_gather", gather_kernel<T, Position, decltype(index)>, outputs(g), stream, g, outputs(g),
-                 x, positions, y);
+    launch_items("max_pool2d_gather", gather_kernel<T, Position, decltype(index)>, outputs(g), stream, g, outputs(g), x,
+                 positions, y);
   });
 }
 

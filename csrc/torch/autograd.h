@@ -93,7 +93,9 @@ variable_list differentiable(const char* name, const variable_list& inputs, cons
     outputs = forward();
   }
   if (step) {
-    for (at::Tensor& y : outputs) torch::autograd::set_history(y, NodePointer(step));
+    for (at::Tensor& y : outputs) {
+      if (y.is_floating_point()) torch::autograd::set_history(y, NodePointer(step));
+    }
     for (const at::Tensor& t : keep(outputs)) {
       bool is_output = false;
       for (const at::Tensor& y : outputs) is_output |= y.is_same(t) && y.is_floating_point();
