@@ -30,7 +30,7 @@ build: $(BUILT)
 
 $(VENV)/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -q -r requirements.txt setuptools wheel ninja pybind11 numpy
+	$(PIP) install -q -r requirements.txt 'setuptools>=77' wheel ninja pybind11 numpy
 	touch $@
 
 # The extras come with the package itself; torch is there already and stays as it is.

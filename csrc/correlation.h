@@ -1,15 +1,14 @@
 // One axis of a convolution, seen from its outputs.
 //
-// Along one axis, both the convolution and the gradient of its input have the same shape of sum: output number i reads
-// the inputs at i*in_step + offset[t] for a few taps t of the kernel. What differs is arithmetic:
+// Along one axis, the convolution and the gradient of its input have the same shape of sum: output number i reads the
+// inputs at i*in_step + offset[t] for a few taps t of the kernel. What differs is arithmetic:
 //
 //   forward      output o reads x[o*stride - padding + k*dilation] for every k.
 //   grad_input   input h was read by output o through tap k when o*stride = h + padding - k*dilation. So only those
-//   taps
-//                count for which the right side is a multiple of the stride, and which they are depends on h modulo the
-//                stride alone. All h of one remainder (one *class*) therefore share their taps, and within a class the
-//                gradient is again a sum over i*1 + offset[t] of the output's gradient: no zeros are stuffed between
-//                elements, no multiplication by zero is done.
+//                taps count for which the right side is a multiple of the stride, and which they are depends on h
+//                modulo the stride alone. All h of one remainder (one *class*) therefore share their taps, and within
+//                a class the gradient is again a sum over i*1 + offset[t] of the output's gradient: no zeros are
+//                stuffed between elements, no multiplication by zero is done.
 //
 // The taps of a class are an arithmetic progression (kernel positions k0, k0 + k_step, ...; offsets likewise), so an
 // Axis is a handful of integers and needs no list.
@@ -48,10 +47,11 @@ CNNOPS_HOST_DEVICE static inline Axis make_axis(const Conv2dGeometry& g, Pass pa
   axis.step = stride;
   axis.in_size = g.out[dim];
   axis.in_step = 1;
-  // The first tap that meets this class, and the distance to the next that does: at most `stride` steps away.
-  for (axis.k0 = 0; axis.k0 < stride && (cls + padding - axis.k0 * dilation) % stride != 0; ++axis.k0) {
+  // The first tap that meets this class, and the distance to the next that does: less than `stride`, if they exist.
+  for (axis.k0 = 0; axis.k0 < stride && axis.k0 < kernel && (cls + padding - axis.k0 * dilation) % stride != 0;
+       ++axis.k0) {
   }
-  for (axis.k_step = 1; (axis.k_step * dilation) % stride != 0; ++axis.k_step) {
+  for (axis.k_step = 1; axis.k_step < kernel && (axis.k_step * dilation) % stride != 0; ++axis.k_step) {
   }
   const bool met = axis.k0 < stride && axis.k0 < kernel;
   axis.taps = met ? (kernel - axis.k0 + axis.k_step - 1) / axis.k_step : 0;

@@ -1,7 +1,12 @@
 """The CUDA kernels without a GPU: their own sources, compiled for the CPU and emulated (cuda_on_cpu/emulation.h).
 
-Every kernel runs with its threads in three orders, outputs poisoned beforehand, and must give the same bits in each; torch
-in float64 says what is right.
+Every kernel runs with its threads in three orders, outputs poisoned beforehand, and must give the same bits in each;
+torch in float64 says what is right. With AddressSanitizer, which has to be there before Python is:
+
+    export CNNOPS_EMULATE_FLAGS="-fsanitize=address -g"
+    python -c "import test_cuda_on_cpu; test_cuda_on_cpu.build()"  # in tests/
+    ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)" \\
+        pytest tests/test_cuda_on_cpu.py
 """
 
 import ctypes
@@ -27,7 +32,7 @@ FLAGS += shlex.split(os.environ.get("CNNOPS_EMULATE_FLAGS", ""))  # say, -fsanit
 
 pytestmark = pytest.mark.skipif(not shutil.which(CXX[0]), reason="needs a C++ compiler")
 
-LARGEST = 1.5e6  # flops of a case
+LARGEST = 2e6  # flops of a case
 DTYPES = [torch.float32, torch.float64]
 PASSES = ["forward", "grad_input", "grad_weight"]
 ALGORITHMS = ["direct", "im2col", "reference"]
@@ -271,7 +276,7 @@ def max_pool2d_input(case, dtype, values):
 
 @every_dtype
 @pytest.mark.parametrize("values", ["random", "ties", "special"])
-@pool2d_cases(MAX_POOL2D)
+@pool2d_cases([case for case in MAX_POOL2D if all(2 * p <= k for p, k in zip(case.padding, case.kernel, strict=True))])
 def test_max_pool2d(kernels, case, values, dtype):
     wide = case.kernel[0] * case.kernel[1] > 256
     integers = pool2d_integers(case)
@@ -367,7 +372,9 @@ def test_leaky_relu(kernels, size, slope, dtype):
 
 
 @every_dtype
-@pytest.mark.parametrize("n, channels, inner", [(1, 1, 1), (3, 5, 7), (2, 3, 2000), (700, 2, 1), (2, 70, 3), (5, 4, 511)])
+@pytest.mark.parametrize(
+    "n, channels, inner", [(1, 1, 1), (3, 5, 7), (2, 3, 2000), (700, 2, 1), (2, 70, 3), (5, 4, 511)]
+)
 def test_prelu_and_channel_sums(kernels, n, channels, inner, dtype):
     shape, size = (n, channels, inner), n * channels * inner
     x, gy, w = activation_input(16, size, dtype).view(shape), draw(17, *shape).to(dtype), draw(18, channels).to(dtype)

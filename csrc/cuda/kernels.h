@@ -1,9 +1,9 @@
 // Every CUDA launcher on one page.
 //
-// A launcher gets a geometry, device pointers to contiguous NCHW data and a stream; it starts kernels on that stream and
-// returns at once. It allocates nothing and synchronises nothing, so CUDA graphs can capture it. Like on the CPU, threads
-// split outputs, never one output's sum (or split it by a rule that looks at the geometry alone and add the parts in a
-// fixed order): the bits do not depend on the batch size, the run or the stream. No float atomics.
+// A launcher gets a geometry, device pointers to contiguous NCHW data and a stream; it starts kernels on that stream
+// and returns at once. It allocates nothing and synchronises nothing, so CUDA graphs can capture it. Like on the CPU,
+// threads split outputs, never one output's sum (or split it by a rule that looks at the geometry alone and add the
+// parts in a fixed order): the bits do not depend on the batch size, the run or the stream. No float atomics.
 //
 // Nothing here needs CUDA's headers: a stream is passed as the opaque pointer that it is.
 #pragma once

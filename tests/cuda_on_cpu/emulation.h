@@ -1,20 +1,22 @@
 // What csrc/cuda/device.h needs of a GPU, on a CPU: the kernels' own sources, compiled by the host's compiler with
 // CNNOPS_EMULATE defined, run here block after block.
 //
-// A block's threads are fibers. One runs until it meets the block's barrier or its end, then the next one does, a warp's
-// threads after each other: so a thread is as far ahead of the others as a GPU's scheduler could ever let it, and what a
-// missing barrier leaves to chance goes wrong for certain, in one order or another. Run every kernel in each Order.
+// A block's threads are fibers. One runs until it meets the block's barrier or its end, then the next one does, a
+// warp's threads after each other: so a thread is as far ahead of the others as a GPU's scheduler could ever let it,
+// and what a missing barrier leaves to chance goes wrong in one Order or another. Run every kernel in each.
 //
 //   - Shared memory is a new piece of the heap for every block, of the exact size, filled with NaN (all bits set): what
 //     nobody wrote shows in the results, and AddressSanitizer sees the first byte beyond the end.
 //   - A barrier that not all threads of the block reach, or at which they meet from different lines, is an error.
-//   - settings.grid_limit cuts grids short, settings.index_limit makes small tensors count as large: so the loops and the
-//     64-bit indices that only huge tensors need are run with small ones.
+//   - settings.grid_limit cuts grids short, settings.index_limit makes small tensors count as large: so the loops
+//     and the 64-bit indices that only huge tensors need are run with small ones.
 //
-// What it cannot show: races that a barrier-free order of the hardware's would reveal but no order of whole threads does,
-// its memory model, its rounding where a compiler fuses multiplications and additions, and its speed.
+// What it cannot show: races that only an interleaving within two barriers would reveal, the hardware's memory model,
+// its rounding where the compiler fuses a multiplication and an addition, and its speed.
 #pragma once
 
+#undef _FORTIFY_SOURCE  // it takes a jump from one stack to another for an attack
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -72,7 +74,7 @@ inline std::vector<int64_t> in_order(int64_t count, int64_t together, std::mt199
 /// A thread: where it stopped, and why. Its stack serves one block after the other.
 struct Fiber {
   std::unique_ptr<unsigned char[]> stack;
-  void* stopped[5];  // in GCC's and Clang's built-in setjmp, which saves no signals: switching takes nanoseconds
+  jmp_buf stopped;  // _setjmp saves no signals as ucontext does, so switching takes nanoseconds
   bool finished;
   std::source_location waits_at;
 };
@@ -83,7 +85,7 @@ struct Block {
   const std::function<void()>* body = nullptr;
   std::vector<Fiber> fibers;
   Fiber* current = nullptr;
-  void* scheduler[5];
+  jmp_buf scheduler;
   std::unique_ptr<unsigned char[]> shared;
 
   void run(const std::vector<int64_t>& order) {
@@ -97,7 +99,7 @@ struct Block {
 
   /// Back to the scheduler, until resume() comes round again.
   [[gnu::noinline]] void stop() {
-    if (!__builtin_setjmp(current->stopped)) __builtin_longjmp(scheduler, 1);
+    if (!_setjmp(current->stopped)) _longjmp(scheduler, 1);
   }
 
  private:
@@ -109,8 +111,8 @@ struct Block {
     current = &fibers[static_cast<std::size_t>(thread)];
     current->finished = false;
     threadIdx.x = static_cast<unsigned>(thread);
-    if (__builtin_setjmp(scheduler)) return;
-    if (current->stack) __builtin_longjmp(current->stopped, 1);
+    if (_setjmp(scheduler)) return;
+    if (current->stack) _longjmp(current->stopped, 1);
     current->stack.reset(new unsigned char[kStack]);
     ucontext_t context;
     getcontext(&context);

@@ -24,8 +24,8 @@ struct Arguments {
 template <class T>
 void conv2d(const std::string& algorithm, Pass pass, const Arguments& in) {
   const int64_t* i = in.integers;
-  const Conv2dGeometry g{i[0], i[1], i[2], i[3], {i[4], i[5]}, {i[6], i[7]}, {i[8], i[9]}, {i[10], i[11]},
-                         {i[12], i[13]}, {i[14], i[15]}};
+  const Conv2dGeometry g{i[0],         i[1],         i[2],           i[3],           {i[4], i[5]},
+                         {i[6], i[7]}, {i[8], i[9]}, {i[10], i[11]}, {i[12], i[13]}, {i[14], i[15]}};
   const auto choice = choose(kernels<T>().conv2d, g, pass, algorithm.c_str());
   if (!choice.row) throw std::runtime_error(choice.refusal ? choice.refusal : "no such algorithm");
   const auto& run = choice.row->run(pass);
@@ -110,15 +110,18 @@ void planted(const std::string& name, const Arguments& in) {
 template <class T>
 void call(const std::string& name, const Arguments& in) {
   const auto& k = kernels<T>();
-  const std::string family = name.substr(0, name.find('/')), member = name.substr(std::min(name.size(), family.size() + 1));
+  const std::string family = name.substr(0, name.find('/')),
+                    member = name.substr(std::min(name.size(), family.size() + 1));
   const int64_t* i = in.integers;
   const auto p = [&](int number) { return in.pointer<T>(number); };
   const T slope = static_cast<T>(in.slope);
   if (family == "conv2d") {
     const std::string pass = member.substr(0, member.find('/')), algorithm = member.substr(pass.size() + 1);
-    return conv2d<T>(algorithm, pass == "forward"      ? Pass::forward
-                                : pass == "grad_input" ? Pass::grad_input
-                                                       : Pass::grad_weight, in);
+    return conv2d<T>(algorithm,
+                     pass == "forward"      ? Pass::forward
+                     : pass == "grad_input" ? Pass::grad_input
+                                            : Pass::grad_weight,
+                     in);
   }
   if (family == "max_pool2d") return max_pool2d<T, uint8_t>(k.max_pool2d, member, in);
   if (family == "max_pool2d_wide") return max_pool2d<T, int32_t>(k.max_pool2d_wide, member, in);
@@ -172,8 +175,8 @@ const char* cnnops_algorithm(int number) {
 
 /// Elements of scratch that an algorithm wants, and the integers are those of conv2d.
 int64_t cnnops_workspace(int number, int pass, const int64_t* i) {
-  const cnnops::Conv2dGeometry g{i[0], i[1], i[2], i[3], {i[4], i[5]}, {i[6], i[7]}, {i[8], i[9]}, {i[10], i[11]},
-                                 {i[12], i[13]}, {i[14], i[15]}};
+  const cnnops::Conv2dGeometry g{i[0],         i[1],         i[2],           i[3],           {i[4], i[5]},
+                                 {i[6], i[7]}, {i[8], i[9]}, {i[10], i[11]}, {i[12], i[13]}, {i[14], i[15]}};
   return cnnops::cuda::kernels<float>().conv2d.rows[number].run(static_cast<cnnops::Pass>(pass)).workspace(g);
 }
 }
