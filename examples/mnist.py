@@ -1,7 +1,7 @@
 """Train a CNN made of cnnops on handwritten digits, side by side with its twin made of torch.nn.
 
     python examples/mnist.py                                     the lecture's CNN on the bundled digits
-    python examples/mnist.py --model keras                        another network of models.py
+    python examples/mnist.py --model keras                       another network of models.py
     python examples/mnist.py --data-root data --download         the full MNIST, fetched by torchvision
     python examples/mnist.py --save runs/a                       keep checkpoints; and after an interruption:
     python examples/mnist.py --resume runs/a                     go on, to the same final weights bit for bit

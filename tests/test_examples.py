@@ -138,16 +138,30 @@ def run(tmp_path, monkeypatch):
     return run
 
 
+@pytest.fixture
+def double_precision():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_the_loss_follows_the_twins(tmp_path, run, name):
     _, history = run("--model", name, "--limit", 960, "--epochs", 1, picture=tmp_path / "run.png")
     ours, twins = (torch.tensor(history[net]["loss"]) for net in ("cnnops", "torch.nn"))
     assert len(ours) == 15
-    assert (ours[0] - twins[0]).abs() < 1e-5  # same weights, same batch, same dropout: rounding only
-    assert (ours - twins).abs().max() < 2e-3
+    # Training multiplies a difference of rounding quickly, here by up to 10^5: so do two layouts of torch's own.
+    assert (ours[0] - twins[0]).abs() < 1e-5
+    assert (ours - twins).abs().max() < 0.05
     assert ours[-5:].mean() < 0.8 * ours[0]  # and it learns
-    assert abs(history["cnnops"]["accuracy"][0] - history["torch.nn"]["accuracy"][0]) < 0.01
     assert (tmp_path / "run.png").stat().st_size > 20_000
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_loss_is_the_twins_in_double_precision(double_precision, run, name):
+    _, history = run("--model", name, "--limit", 640, "--epochs", 1)
+    ours, twins = (torch.tensor(history[net]["loss"]) for net in ("cnnops", "torch.nn"))
+    assert (ours - twins).abs().max() < 1e-8  # no gradient is even slightly wrong
 
 
 @pytest.mark.parametrize("model", ["two-layer", "keras"])  # keras draws random numbers for its dropout
