@@ -165,6 +165,7 @@ CONV2D = [
         ("mobilenet-5x5", 1, 24, 14, 14, 24, (5, 5), {"padding": (2, 2), "groups": 24}),
         ("deeplab", 1, 32, 17, 17, 32, (3, 3), {"padding": (6, 6), "dilation": (6, 6)}),
         ("long-sum", 1, 512, 5, 5, 16, (3, 3), {"padding": (1, 1)}),
+        ("longer-sum", 1, 4096, 3, 18, 2, (3, 3), {}),
     ),
     *_conv(
         "nasty",  # shapes on which kernels go wrong
@@ -229,6 +230,7 @@ CONV2D = [
         ("depthwise-multiplier", 2, 5, 10, 9, 15, (3, 3), {"padding": (1, 1), "groups": 5}),
         ("depthwise-strided", 2, 5, 10, 9, 5, (5, 3), {"stride": (2, 3), "padding": (2, 0), "groups": 5}),
         ("depthwise-dilated", 2, 5, 17, 19, 5, (3, 3), {"dilation": (3, 4), "padding": (3, 4), "groups": 5}),
+        ("kernel-over-64-wide", 1, 2, 2, 80, 3, (1, 70), {}),
         ("big-kernel", 1, 2, 24, 25, 3, (17, 19), {"padding": (8, 9)}),
         ("batch-of-one", 1, 3, 9, 8, 5, (3, 3), {"padding": (1, 1)}),
         ("batch-of-13", 13, 3, 5, 4, 6, (3, 3), {"padding": (1, 1)}),
@@ -274,6 +276,7 @@ _POOL2D = [
         ("window-is-input", 2, 3, 5, 7, (5, 7), (1, 1), (0, 0), {}),
         ("window-over-input", 2, 3, 2, 3, (4, 5), (2, 2), (2, 2), {}),
         ("window-over-input-ceil", 2, 3, 2, 3, (4, 5), (3, 3), (2, 2), {"ceil_mode": True}),
+        ("window-over-input-by-ceil-alone", 2, 3, 6, 7, (9, 2), (9, 2), (0, 0), {"ceil_mode": True}),
         ("1x1-image", 2, 3, 1, 1, (2, 2), (2, 2), (1, 1), {}),
         ("one-row", 2, 3, 1, 41, (1, 3), (1, 2), (0, 1), {}),
         ("one-column", 2, 3, 41, 1, (3, 1), (2, 1), (1, 0), {}),
@@ -294,6 +297,7 @@ MAX_POOL2D = [
         ("dilated", 2, 3, 12, 13, (3, 3), (1, 1), (1, 1), {"dilation": (2, 2)}),
         ("dilated-strided", 2, 3, 19, 23, (3, 2), (2, 3), (1, 1), {"dilation": (2, 5)}),
         ("dilated-ceil", 2, 3, 16, 18, (3, 3), (3, 2), (1, 1), {"dilation": (3, 2), "ceil_mode": True}),
+        ("dilated-padded-widely", 2, 3, 12, 13, (2, 3), (1, 2), (2, 3), {"dilation": (3, 3)}),
         ("dilated-corners-only", 1, 2, 6, 5, (2, 2), (1, 1), (1, 1), {"dilation": (6, 5)}),
     ),
 ]

@@ -110,10 +110,15 @@ def test_fake_tensors_have_the_real_strides(name, i, device):
         with FakeTensorMode() as mode:
             fake = operator(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in view))
         real = operator(*view)
-        meta = operator(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in view))
+        meta = operator(*(as_meta(a) if isinstance(a, torch.Tensor) else a for a in view))
         for f, m, r in zip(*(t if isinstance(t, tuple | list) else [t] for t in (fake, meta, real)), strict=True):
             assert (f.shape, f.stride(), f.dtype, f.device) == (r.shape, r.stride(), r.dtype, r.device)
             assert (m.shape, m.stride(), m.dtype) == (r.shape, r.stride(), r.dtype)
+
+
+def as_meta(t):
+    """With the strides as they are; to("meta") would change an expanded tensor's."""
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
 
 
 # --- torch.compile and torch.export ---
@@ -177,14 +182,16 @@ def test_compile(device, memory_format, fresh_dynamo):
 
 @every_device
 def test_compile_with_dynamic_shapes(device, fresh_dynamo):
-    """Batch and image may change without a second compilation: the sizes stay symbols through every fake kernel."""
+    """Batch and image may change without another compilation: the sizes stay symbols through every fake kernel."""
     ours, theirs = twins(device)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(ours, fullgraph=True, backend=counter, dynamic=True)
-    for shape in (4, 3, 14, 12), (7, 3, 14, 12), (2, 3, 18, 21), (5, 3, 33, 16):
+    counts = []
+    for shape in (4, 3, 24, 26), (7, 3, 24, 26), (2, 3, 30, 21), (5, 3, 33, 36):
         x = numbers(*shape).to(device)
         assert_all_close(gradients(compiled, x), gradients(theirs, x), 1e-12)
-    assert counter.frame_count == 1
+        counts.append(counter.frame_count)
+    assert len(set(counts)) == 1, counts
 
 
 @every_device
@@ -212,9 +219,9 @@ def test_export():
 
 def test_under_fake_tensors_nothing_is_computed():
     """A network far too large for any memory can be walked through."""
-    with FakeTensorMode():
+    net = Net(cnnops.nn, torch.float32)
+    with FakeTensorMode(allow_non_fake_inputs=True):
         x = torch.empty(512, 3, 20_000, 20_000, requires_grad=True)
-        net = Net(cnnops.nn, torch.float32)
         y = net(x)
         y.sum().backward()
         assert y.shape == (512, 6 * 2500**2)
@@ -248,18 +255,19 @@ FORWARDS = {
     "prelu": lambda x: F.prelu(x, torch.ones(3, dtype=x.dtype, requires_grad=True)),
 }
 every_forward = pytest.mark.parametrize("name", FORWARDS)
+every_forward_that_keeps = pytest.mark.parametrize("name", [name for name in FORWARDS if name != "avg_pool2d"])
+every_operator = pytest.mark.parametrize("name", [name for name in FORWARDS if "in place" not in name])
 
 
-@every_forward
+@every_forward_that_keeps
 def test_a_second_backward_is_refused(name):
     """After a backward what was kept is gone; with retain_graph it is not, and gives the same."""
     x = numbers(2, 3, 6, 6).requires_grad_()
     y = FORWARDS[name](x).sum()
     first = torch.autograd.grad(y, x, retain_graph=True)
     assert_equal(torch.autograd.grad(y, x)[0], first[0])
-    if name != "avg_pool2d":  # which keeps nothing
-        with pytest.raises(RuntimeError, match="second time"):
-            torch.autograd.grad(y, x)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(y, x)
 
 
 @every_forward
@@ -296,11 +304,9 @@ def test_memory_does_not_grow():
     assert resident() - before < 20 * x.nbytes, "graphs that were dropped are still there"
 
 
-@every_forward
+@every_forward_that_keeps
 def test_saved_tensors_are_guarded(name):
     """An input or output that is needed for the gradient and overwritten before it is an error, not a wrong number."""
-    if name in ("avg_pool2d",):
-        pytest.skip("keeps nothing")
     leaf = numbers(2, 3, 6, 6).requires_grad_()
     x = leaf * 1
     y = FORWARDS[name](x)
@@ -391,12 +397,10 @@ def test_many_threads_at_once():
             assert_equal(g, w)
 
 
-@every_forward
+@every_operator
 def test_forward_mode_is_right_or_refused(name):
     """A tangent may be missing from the implementation, but never silently from the result."""
     x, tangent = numbers(2, 3, 6, 6), numbers(2, 3, 6, 6, seed="tangent")
-    if "in place" in name:
-        pytest.skip("the same operator")
     try:
         _, got = torch.func.jvp(FORWARDS[name], (x,), (tangent,))
     except (NotImplementedError, RuntimeError):
@@ -407,11 +411,9 @@ def test_forward_mode_is_right_or_refused(name):
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-@every_forward
+@every_operator
 def test_function_transforms_are_right_or_refused(name):
     """torch.func's grad and vmap: the numbers of a loop, or an error."""
-    if "in place" in name:
-        pytest.skip("the same operator")
 
     def loss(x):
         return FORWARDS[name](x[None]).pow(2).sum()

@@ -71,7 +71,10 @@ BAD = {
     "max_pool2d: padding over half": (max_pool2d(kernel_size=3, padding=2), ["padding", "2", "3"]),
     "max_pool2d: no dilation": (max_pool2d(dilation=0), ["dilation", "0"]),
     "max_pool2d: window too large": (max_pool2d(kernel_size=8), ["[2, 4, 6, 7]", "8"]),
-    "max_pool2d: window too large, ceil": (max_pool2d(kernel_size=(9, 2), ceil_mode=True), ["[2, 4, 6, 7]", "9"]),
+    "max_pool2d: window too large, ceil": (
+        max_pool2d(kernel_size=(9, 2), stride=1, ceil_mode=True),
+        ["[2, 4, 6, 7]", "9"],
+    ),
     "max_pool2d: dilated window too large": (max_pool2d(dilation=7), ["[2, 4, 6, 7]", "7"]),
     "max_pool2d: no channels": (max_pool2d((2, 0, 6, 7)), ["[2, 0, 6, 7]"]),
     "max_pool2d: empty image": (max_pool2d((2, 4, 6, 0)), ["[2, 4, 6, 0]"]),
@@ -81,7 +84,7 @@ BAD = {
     "avg_pool2d: negative padding": (avg_pool2d(padding=-1), ["padding", "-1"]),
     "avg_pool2d: padding over half": (avg_pool2d(kernel_size=(4, 3), padding=2), ["padding", "2", "3"]),
     "avg_pool2d: window too large": (avg_pool2d(kernel_size=8), ["[2, 4, 6, 7]", "8"]),
-    "avg_pool2d: divisor of 0": (avg_pool2d(divisor_override=0), ["divisor", "0"]),
+    "avg_pool2d: divisor of 0": (avg_pool2d(divisor_override=0), ["divisor", "zero"]),
     "avg_pool2d: no channels": (avg_pool2d((2, 0, 6, 7)), ["[2, 0, 6, 7]"]),
     "avg_pool2d: empty image": (avg_pool2d((2, 4, 0, 7)), ["[2, 4, 0, 7]"]),
     "prelu: weights": (lambda f, at: f.prelu(at(IMAGE), at((3,))), ["3", "4"]),
@@ -124,6 +127,24 @@ def test_avg_pool2d_of_a_matrix():
     """torch's message here is an accident (an IndexError about dimension -3); ours names the shape."""
     texts = {text_of(error_of(avg_pool2d((6, 7)), F, tensors_on(device))) for device in (*DEVICES, "meta")}
     assert len(texts) == 1 and re.search(r"2-?D|\[6, 7\]", texts.pop())
+
+
+BEYOND_32_BITS = {
+    "kernel_size": {"kernel_size": 2**31, "padding": 2**30},
+    "stride": {"kernel_size": 2, "stride": 2**31},
+    "dilation": {"kernel_size": 5, "stride": 1, "dilation": 2**62},  # times 4 it is 0 again
+}
+
+
+@pytest.mark.parametrize("name", BEYOND_32_BITS)
+@pytest.mark.parametrize("pool", ["max_pool2d", "avg_pool2d"])
+def test_windows_beyond_32_bits(pool, name):
+    """As in torch an error, on meta tensors at once: real ones would be walked for hours, or outside of memory."""
+    arguments = BEYOND_32_BITS[name]
+    if pool == "max_pool2d" or "dilation" not in arguments:
+        assert isinstance(error_of(getattr(TF, pool), randn(IMAGE), **arguments), RuntimeError)
+        error = error_of(getattr(F, pool), randn(IMAGE, device="meta"), **arguments)
+        assert isinstance(error, RuntimeError) and name in str(error)
 
 
 # --- the operators beneath, called directly ---

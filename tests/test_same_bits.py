@@ -30,12 +30,12 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 
 BATCH = 7
 CONV2D_NAMES = [
-    "lecture-2",
     "two-layer-1",
+    "keras-2",
     "alexnet-stem",
-    "resnet-7",
     "resnet-down",
     "resnet-1x1-narrow",
+    "longer-sum",
     "resnext",
     "mobilenet-5x5",
     "1x1-image-1x1",
@@ -86,15 +86,13 @@ def assert_law_holds(subject: Subject):
         return
     for start, stop in *((i, i + 1) for i in range(BATCH)), (0, 4), (3, BATCH), (1, 3):
         part = [t[start:stop] for t in expected]
-        for threads in 1, 2:
-            torch.set_num_threads(threads)
-            got = subject(select=lambda t, start=start, stop=stop: t[start:stop])
-            assert_same(part, got, f"only {start}:{stop} of the batch, {threads} threads")
-    torch.set_num_threads(2)
+        torch.set_num_threads(1 + start % 2)
+        got = subject(select=lambda t, start=start, stop=stop: t[start:stop])
+        assert_same(part, got, f"only {start}:{stop} of the batch, {torch.get_num_threads()} threads")
     turned = subject(select=lambda t: t.flip(0))
     assert_same(expected, [t.flip(0) for t in turned], "the batch turned around")
-    twice = subject(select=lambda t: torch.cat([t] * 5))
-    assert_same([torch.cat([t] * 5) for t in expected], twice, "five times the batch")
+    thrice = subject(select=lambda t: torch.cat([t] * 3))
+    assert_same([torch.cat([t] * 3) for t in expected], thrice, "three times the batch")
 
 
 def conv2d_subject(which, case: Conv2dCase, t: Conv2dOperands, run) -> Subject:
@@ -108,12 +106,20 @@ def conv2d_subject(which, case: Conv2dCase, t: Conv2dOperands, run) -> Subject:
 
 
 @pytest.mark.parametrize("which", PASSES)
-@pytest.mark.parametrize("algorithm", cnnops.ops.algorithms())
 @every_dtype
-@pytest.mark.parametrize("case", named(CONV2D, CONV2D_NAMES), ids=str)
+@pytest.mark.parametrize(
+    ("case", "algorithm"),
+    [
+        (case, algorithm)
+        for case in named(CONV2D, CONV2D_NAMES)
+        for algorithm in ["auto", *cnnops.ops.algorithms()]
+        if algorithm != "reference" or case.flops < 1e7  # it is slow
+    ],
+    ids=str,
+)
 def test_conv2d(case, dtype, algorithm, which, instruction_set):
     t = conv2d_operands(case).to(dtype)
-    if accepts(which, t, case, algorithm):
+    if algorithm == "auto" or accepts(which, t, case, algorithm):
         assert_law_holds(conv2d_subject(which, case, t, lambda *args: run_pass(*args, algorithm)))
 
 
@@ -139,7 +145,7 @@ def test_avg_pool2d(case, dtype, instruction_set):
 
 
 @every_dtype
-@pytest.mark.parametrize("shape", [(BATCH, 5, 13, 17), (BATCH, 3, 1, 1), (BATCH, 16, 64, 65)])
+@pytest.mark.parametrize("shape", [(BATCH, 5, 13, 17), (BATCH, 3, 1, 1), (BATCH, 4, 64, 65)])
 def test_activations(shape, dtype, instruction_set):
     ops = torch.ops.cnnops
     x, gy, w = numbers(*shape).to(dtype), numbers(*shape, seed="gy").to(dtype), numbers(shape[1]).to(dtype)
@@ -195,20 +201,20 @@ def test_a_training_step(dtype):
 
 
 @pytest.mark.parametrize("which", PASSES)
-@pytest.mark.parametrize("name", ["lecture-2", "resnet-1x1-narrow", "channels-prime"])
-def test_the_numbers_tell_orders_of_summation_apart(name, which):
+@pytest.mark.parametrize("algorithm", cnnops.ops.algorithms())
+def test_the_numbers_tell_orders_of_summation_apart(algorithm, which):
     """The same sums taken backwards have other bits, so a kernel that changed its order would be seen."""
-    case = replace(next(case for case in CONV2D if case.name == name), n=BATCH, bias=False)
-    t = conv2d_operands(case).to(torch.float32)
-    forwards = run_pass(which, t, case, "reference")
-    if which == "forward":
-        backwards = run_pass(which, replace(t, x=t.x.flip(1), w=t.w.flip(1)), case, "reference")
-    elif which == "grad_input":
-        backwards = run_pass(which, replace(t, gy=t.gy.flip(1), w=t.w.flip(0)), case, "reference")
-    else:
-        backwards = run_pass(which, replace(t, gy=t.gy.flip(0), x=t.x.flip(0)), case, "reference")
-    assert not same_bits(forwards, backwards)
-    torch.testing.assert_close(forwards, backwards, rtol=1e-4, atol=1e-4)
+    case = replace(next(case for case in CONV2D if case.name == "row-of-33"), n=BATCH, bias=False)
+    t = conv2d_operands(case)
+    flipped = {
+        "forward": replace(t, x=t.x.flip(1), w=t.w.flip(1)),
+        "grad_input": replace(t, gy=t.gy.flip(1), w=t.w.flip(0)),
+        "grad_weight": replace(t, gy=t.gy.flip(0), x=t.x.flip(0)),
+    }[which]
+    if accepts(which, t, case, algorithm):
+        forwards, backwards = run_pass(which, t, case, algorithm), run_pass(which, flipped, case, algorithm)
+        assert not same_bits(forwards, backwards)
+        torch.testing.assert_close(forwards, backwards)
 
 
 CULPRITS = {
