@@ -69,13 +69,19 @@ def _string_padding(input: Tensor, weight: Tensor, stride, padding: str, dilatio
     if padding == "valid":
         return input, 0
     if padding != "same":
-        raise ValueError(f"conv2d: padding must be 'same', 'valid' or numbers, but got {padding!r}")
+        raise RuntimeError(f"conv2d: padding must be 'same', 'valid' or numbers, but got {padding!r}")
     if any(s != 1 for s in pair(stride)):
         raise RuntimeError(f"conv2d: padding='same' is not supported for strided convolutions, but stride={stride}")
     total = [d * (k - 1) for d, k in zip(pair(dilation), weight.shape[2:], strict=True)]
     if any(t % 2 for t in total):  # one more row below or column to the right than on the other side
         input = F.pad(input, (0, total[1] % 2, 0, total[0] % 2))
     return input, [t // 2 for t in total]
+
+
+def _window(kernel_size, stride) -> list[list[int]]:
+    """Pooling's kernel_size and stride as pairs; no stride, None or [], means the kernel_size."""
+    kernel_size = pair(kernel_size)
+    return [kernel_size, kernel_size if stride is None else pair(stride) or kernel_size]
 
 
 def max_pool2d(
@@ -101,7 +107,7 @@ def max_pool2d(
     Raises:
         RuntimeError: windows that do not fit, padding of more than half a window.
     """
-    window = [pair(kernel_size), pair(kernel_size if stride is None else stride), pair(padding), pair(dilation)]
+    window = [*_window(kernel_size, stride), pair(padding), pair(dilation)]
     if not return_indices:
         return _batched("max_pool2d", input, lambda x: ops.max_pool2d(x, *window, ceil_mode)[0])
     if input.dim() == 3:
@@ -144,7 +150,7 @@ def avg_pool2d(
     Raises:
         RuntimeError: windows that do not fit, padding of more than half a window, a divisor of 0.
     """
-    window = [pair(kernel_size), pair(kernel_size if stride is None else stride), pair(padding)]
+    window = [*_window(kernel_size, stride), pair(padding)]
     return _batched(
         "avg_pool2d", input, lambda x: ops.avg_pool2d(x, *window, ceil_mode, count_include_pad, divisor_override)
     )

@@ -30,9 +30,10 @@ struct Axis {
   int64_t in_size, in_step, offset0, offset_step;
 };
 
-/// How many classes of outputs an axis has: 1 forward; `stride` for the gradient of the input (empty ones included).
+/// How many classes of outputs an axis has: 1 forward; for the gradient of the input the stride, as far as there are
+/// inputs to fill the classes.
 CNNOPS_HOST_DEVICE static inline int64_t axis_classes(const Conv2dGeometry& g, Pass pass, int dim) {
-  return pass == Pass::forward ? 1 : g.stride[dim];
+  return pass == Pass::forward ? 1 : g.stride[dim] < g.in[dim] ? g.stride[dim] : g.in[dim];
 }
 
 /// Class number `cls` of axis `dim` (0 height, 1 width). A class may have outputs but no taps: those outputs are zero.

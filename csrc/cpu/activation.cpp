@@ -1,6 +1,6 @@
 // ReLU and its relatives, element by element; and the sums per channel that biases and slopes need.
 //
-//   relu        y = x <= 0 ? 0 : x            gx = y <= 0 ? 0 : gy            (NaN stays NaN)
+//   relu        y = x < 0 ? 0 : x             gx = y <= 0 ? 0 : gy            (NaN stays NaN)
 //   leaky_relu  y = x > 0 ? x : slope*x       gx = kept > 0 ? gy : slope*gy   (`kept`: y, or x for a negative slope)
 //   prelu       y = x > 0 ? x : w[c]*x        gx = x > 0 ? gy : w[c]*gy       gw[c] = sum of gy*x where x <= 0
 //
@@ -14,7 +14,7 @@ namespace {
 
 template <class T>
 void relu(const T* x, T* y, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) y[i] = x[i] <= 0 ? T(0) : x[i];
+  for (int64_t i = begin; i < end; ++i) y[i] = x[i] < 0 ? T(0) : x[i];
 }
 
 template <class T>

@@ -240,8 +240,10 @@ const char* refuses(const Conv2dGeometry& g, Pass pass) {
     return "its vectors run along a row, and rows of fewer than 8 pixels leave most of a vector empty";
   if (g.kernel[0] * g.kernel[1] == 1)
     return "a 1x1 kernel has no taps to share a copied row: this is a plain matrix product";
-  if (pass != Pass::grad_weight && correlation_workspace<T>(g, pass) > kLargestBuffer)
-    return "the input rows under one output row (channels x kernel height x width of a tile) pass its buffer of 1 MiB";
+  if (larger(correlation_workspace<T>(g, Pass::forward), correlation_workspace<T>(g, Pass::grad_input)) >
+      kLargestBuffer)
+    return "the rows under one row of results (channels x kernel height x width of a tile) pass its buffer of 2^18 "
+           "numbers";
   return nullptr;
 }
 

@@ -28,14 +28,22 @@ Inside outputs_inside(const Pool2dGeometry& g, int dim, int64_t k) {
   return {smaller(begin, g.out[dim]), larger(smaller(begin, g.out[dim]), smaller(end, g.out[dim]))};
 }
 
+/// The taps of an axis through which any of the outputs [first, last] sees the image, and perhaps a few more.
+Inside taps_inside(const Pool2dGeometry& g, int dim, int64_t first, int64_t last) {
+  const int64_t before = g.padding[dim] - last * g.stride[dim];               // k*dilation >= before
+  const int64_t beyond = g.in[dim] + g.padding[dim] - first * g.stride[dim];  // k*dilation < beyond
+  return {before > 0 ? ceil_div(before, g.dilation[dim]) : 0,
+          beyond > 0 ? smaller(g.kernel[dim], ceil_div(beyond, g.dilation[dim])) : 0};
+}
+
 /// Calls tap(kh, kw, ow_begin, ow_end, row), where row[ow*stride] is what output (oh, ow) sees through the tap, for all
 /// taps of output row oh that lie inside the image.
 template <class T, class Tap>
 void for_taps_of_output_row(const Pool2dGeometry& g, T* plane, int64_t oh, const Tap& tap) {
-  for (int64_t kh = 0; kh < g.kernel[0]; ++kh) {
+  const Inside height = taps_inside(g, 0, oh, oh), width = taps_inside(g, 1, 0, g.out[1] - 1);
+  for (int64_t kh = height.begin; kh < height.end; ++kh) {
     const int64_t ih = oh * g.stride[0] - g.padding[0] + kh * g.dilation[0];
-    if (ih < 0 || ih >= g.in[0]) continue;
-    for (int64_t kw = 0; kw < g.kernel[1]; ++kw) {
+    for (int64_t kw = width.begin; kw < width.end; ++kw) {
       const Inside ow = outputs_inside(g, 1, kw);
       tap(kh, kw, ow.begin, ow.end, plane + ih * g.in[1] + kw * g.dilation[1] - g.padding[1]);
     }
@@ -46,10 +54,11 @@ void for_taps_of_output_row(const Pool2dGeometry& g, T* plane, int64_t oh, const
 /// where `row` is the row of `plane` (a plane of the input's shape) at that tap.
 template <class T, class Tap>
 void for_taps_of_input_row(const Pool2dGeometry& g, T* plane, int64_t ih, const Tap& tap) {
-  for (int64_t kh = 0; kh < g.kernel[0]; ++kh) {
+  const Inside height = taps_inside(g, 0, 0, g.out[0] - 1), width = taps_inside(g, 1, 0, g.out[1] - 1);
+  for (int64_t kh = height.begin; kh < height.end; ++kh) {
     const int64_t from = ih + g.padding[0] - kh * g.dilation[0];  // = oh * stride
     if (from < 0 || from % g.stride[0] != 0 || from / g.stride[0] >= g.out[0]) continue;
-    for (int64_t kw = 0; kw < g.kernel[1]; ++kw) {
+    for (int64_t kw = width.begin; kw < width.end; ++kw) {
       const Inside ow = outputs_inside(g, 1, kw);
       tap(from / g.stride[0], kh, kw, ow.begin, ow.end, plane + ih * g.in[1] + kw * g.dilation[1] - g.padding[1]);
     }
@@ -66,11 +75,12 @@ void max_pool2d(const Pool2dGeometry& g, const T* x, T* y, Position* positions, 
       best[ow] = -T(__builtin_huge_val());
       won[ow] = 0;
     }
-    // torch lets the first tap inside the image win if all are -inf: taps are first visited from the last to the first.
-    for (int64_t kw = g.kernel[1] - 1; kw >= 0; --kw) {
-      const int64_t kh = g.padding[0] > oh * g.stride[0] ? ceil_div(g.padding[0] - oh * g.stride[0], g.dilation[0]) : 0;
+    // Where all are -inf the first tap inside the image wins: taps write their position from the last to the first.
+    const int64_t kh0 = taps_inside(g, 0, oh, oh).begin;
+    const Inside width = taps_inside(g, 1, 0, g.out[1] - 1);
+    for (int64_t kw = width.end - 1; kw >= width.begin; --kw) {
       const Inside ow = outputs_inside(g, 1, kw);
-      for (int64_t j = ow.begin; j < ow.end; ++j) won[j] = Position(kh * g.kernel[1] + kw);
+      for (int64_t j = ow.begin; j < ow.end; ++j) won[j] = Position(kh0 * g.kernel[1] + kw);
     }
     for_taps_of_output_row(g, x + plane * g.in[0] * g.in[1], oh,
                            [&](int64_t kh, int64_t kw, int64_t ow_begin, int64_t ow_end, const T* row) {

@@ -1,7 +1,7 @@
 // Activations, element by element, and the sums over all but the channel axis that their gradients and those of biases
 // need.
 //
-//   relu         y = x <= 0 ? 0 : x            gx = y <= 0 ? 0 : gy
+//   relu         y = x < 0 ? 0 : x             gx = y <= 0 ? 0 : gy
 //   leaky_relu   y = x > 0 ? x : x*slope       gx = kept > 0 ? gy : gy*slope
 //   prelu        y = x > 0 ? x : x*w[c]        gx = x > 0 ? gy : gy*w[c]       gw[c] = sum of x > 0 ? 0 : gy*x
 //
@@ -44,7 +44,7 @@ void map(const char* name, int64_t size, const Function& function, T* y, Stream 
 template <class T>
 struct Relu {
   const T* x;
-  __device__ T operator()(int64_t i) const { return x[i] <= 0 ? T(0) : x[i]; }
+  __device__ T operator()(int64_t i) const { return x[i] < 0 ? T(0) : x[i]; }
 };
 
 template <class T>

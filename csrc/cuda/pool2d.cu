@@ -36,6 +36,9 @@ struct Windows {
   __device__ bool inside(Index i) const { return 0 <= i && i < in; }
   __device__ Index start(Index o) const { return o * stride - padding; }
 
+  /// The first tap of window o that is not before the image.
+  __device__ Index first_tap(Index o) const { return start(o) < 0 ? (dilation - 1 - start(o)) / dilation : 0; }
+
   /// The outputs whose windows may cover input i: [first, last]. With dilation, see tap().
   __device__ Index first_over(Index i) const {
     const Index from = i + padding - (kernel - 1) * dilation;
@@ -81,12 +84,12 @@ __global__ void max_kernel(Pool2dGeometry g, int64_t size, const T* x, T* y, Pos
     const T* plane = x + place.plane * height.in * width.in;
     T best = kLowest<T>;
     Index position = -1;
-    for (Index kh = 0; kh < height.kernel; ++kh) {
+    for (Index kh = height.first_tap(place.row); kh < height.kernel; ++kh) {
       const Index h = height.start(place.row) + kh * height.dilation;
-      if (!height.inside(h)) continue;
-      for (Index kw = 0; kw < width.kernel; ++kw) {
+      if (h >= height.in) break;
+      for (Index kw = width.first_tap(place.column); kw < width.kernel; ++kw) {
         const Index w = width.start(place.column) + kw * width.dilation;
-        if (!width.inside(w)) continue;
+        if (w >= width.in) break;
         const T value = plane[h * width.in + w];
         if (position < 0 || value > best || value != value) {  // NaN wins over everything, as in torch
           best = value;

@@ -57,10 +57,15 @@ inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t
   TORCH_CHECK(t.dim() == dim, op, ": expected ", dim, "D ", name, ", but got ", t.dim(), "D of shape ", t.sym_sizes());
 }
 
-/// A pair {h, w}, each at least `least`.
-inline std::array<int64_t, 2> check_pair(const char* op, const char* name, IntArrayRef pair, int64_t least) {
+// Beyond these, sums and products of sizes might not fit 64 bits. Pooling's limit is torch's.
+constexpr int64_t kMostStride = int64_t(1) << 62, kMostConv2d = int64_t(1) << 48, kMostPool2d = (int64_t(1) << 31) - 1;
+
+/// A pair {h, w}, each at least `least` and at most `most`.
+inline std::array<int64_t, 2> check_pair(const char* op, const char* name, IntArrayRef pair, int64_t least,
+                                         int64_t most) {
   TORCH_CHECK(pair.size() == 2, op, ": expected ", name, " to be two integers {h, w}, but got ", pair);
   TORCH_CHECK(pair[0] >= least && pair[1] >= least, op, ": ", name, " must be at least ", least, ", but got ", pair);
+  TORCH_CHECK(pair[0] <= most && pair[1] <= most, op, ": ", name, " must be at most ", most, ", but got ", pair);
   return {pair[0], pair[1]};
 }
 
@@ -77,8 +82,9 @@ BasicConv2dGeometry<Int> conv2d_geometry(const char* op, c10::ArrayRef<Int> inpu
                                          IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
                                          int64_t groups) {
   BasicConv2dGeometry<Int> g{};
-  const auto s = check_pair(op, "stride", stride, 1), p = check_pair(op, "padding", padding, 0),
-             d = check_pair(op, "dilation", dilation, 1);
+  const auto s = check_pair(op, "stride", stride, 1, kMostStride),
+             p = check_pair(op, "padding", padding, 0, kMostConv2d),
+             d = check_pair(op, "dilation", dilation, 1, kMostConv2d);
   TORCH_CHECK(groups >= 1, op, ": groups must be at least 1, but got ", groups);
   TORCH_CHECK(weight[0] >= groups && weight[0] % groups == 0, op, ": expected weight of shape ", weight,
               " to have output channels divisible by groups, but groups=", groups);
@@ -124,8 +130,10 @@ BasicPool2dGeometry<Int> pool2d_geometry(const char* op, c10::ArrayRef<Int> inpu
                                          IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
                                          bool ceil_mode) {
   BasicPool2dGeometry<Int> g{};
-  const auto k = check_pair(op, "kernel_size", kernel_size, 1), s = check_pair(op, "stride", stride, 1),
-             p = check_pair(op, "padding", padding, 0), d = check_pair(op, "dilation", dilation, 1);
+  const auto k = check_pair(op, "kernel_size", kernel_size, 1, kMostPool2d),
+             s = check_pair(op, "stride", stride, 1, kMostPool2d),
+             p = check_pair(op, "padding", padding, 0, kMostPool2d),
+             d = check_pair(op, "dilation", dilation, 1, kMostPool2d);
   TORCH_CHECK(p[0] <= k[0] / 2 && p[1] <= k[1] / 2, op,
               ": padding should be at most half of kernel size, but got padding=", padding,
               " and kernel_size=", kernel_size);

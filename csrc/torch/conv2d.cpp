@@ -34,11 +34,13 @@ struct KeptSettings {
 
 // ---- run ----
 
+/// Nothing to compute: a refusal comes first all the same, so that it does not depend on the batch size.
+bool nothing_to_do(const Conv2dGeometry& g, const Tensor& out) { return g.n == 0 || out.numel() == 0; }
+
 /// Runs one pass. Kernels know contiguous tensors: others are copied here, and so is the result where it is to be
 /// channels_last.
 void run(const Conv2dGeometry& g, Pass pass, const std::string& algorithm, const Tensor& a, const Tensor& b,
          const OptionalTensor& bias, const Tensor& out) {
-  if (out.numel() == 0) return;
   const Tensor ac = a.contiguous(), bc = b.contiguous();
   const Tensor bias_c = bias ? bias->contiguous() : Tensor();
   const Tensor result = contiguous_like(out);
@@ -49,6 +51,7 @@ void run(const Conv2dGeometry& g, Pass pass, const std::string& algorithm, const
 #ifdef CNNOPS_CUDA
       const c10::cuda::CUDAGuard guard(a.device());
       const auto& row = choose_or_throw(cuda::kernels<scalar_t>().conv2d, g, pass, algorithm);
+      if (nothing_to_do(g, out)) return;
       const int64_t size = row.run(pass).workspace(g);
       const Tensor workspace = at::empty({size}, a.options().memory_format(at::MemoryFormat::Contiguous));
       row.run(pass).run(
@@ -59,6 +62,7 @@ void run(const Conv2dGeometry& g, Pass pass, const std::string& algorithm, const
 #endif
     } else {
       const auto& row = choose_or_throw(cpu_kernels<scalar_t>().conv2d, g, pass, algorithm);
+      if (nothing_to_do(g, out)) return;
       const cpu::Conv2dRun<scalar_t>& run = row.run(pass);
       const cpu::Conv2dOperands<scalar_t> operands{ac.const_data_ptr<scalar_t>(), bc.const_data_ptr<scalar_t>(),
                                                    bias_data, result.data_ptr<scalar_t>()};
@@ -163,9 +167,8 @@ Tensor conv2d_grad_weight(const Tensor& grad_output, const Tensor& input, IntArr
                           IntArrayRef padding, IntArrayRef dilation, int64_t groups, std::string_view algorithm) {
   const Settings s{stride, padding, dilation, groups, std::string(algorithm)};
   const auto [g, out] = prepare_grad_weight<int64_t>(grad_output, input, kernel_size, s);
-  if (g.n == 0) return out.zero_();
   run(g, Pass::grad_weight, s.algorithm, grad_output, input, {}, out);
-  return out;
+  return g.n == 0 ? out.zero_() : out;
 }
 
 Tensor conv2d_grad_weight_meta(const Tensor& grad_output, const Tensor& input, c10::SymIntArrayRef kernel_size,
