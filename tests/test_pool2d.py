@@ -363,9 +363,13 @@ def test_unbatched_gradients(pool):
 def test_sizes_are_64_bit(pool):
     ours, theirs, *_ = POOLS[pool]
     x = torch.empty(3, 2, 70_000, 80_001, device="meta")
-    for arguments in (2, 1), (3, 2, 1), (2**31 - 1, 2**31 - 1, 2**30 - 1, 1, False):
+    widest = (2**31 - 1, 1)
+    for arguments in (2, 1), (3, 2, 1), (widest, widest, (2**30 - 1, 0), 1, False):
         if arguments[0] == 3 or pool == "max":
             assert ours(x, *arguments).shape == theirs(x, *arguments).shape
+    if pool == "max":  # positions within a window are 32-bit
+        with pytest.raises(RuntimeError, match="places"):
+            ours(x, 2**31 - 1, 2**31 - 1, 2**30 - 1)
 
 
 @pytest.mark.huge

@@ -1,149 +1,172 @@
-// Convolution where it stands: vectors of one output row, a few output channels at a time, sums in registers.
+// Convolution where it stands: register tiles over a strip of the image, every tap a constant shift.
 //
-//   y[n, k..k+M, oh, ow..ow+V*lanes]  +=  w[k..k+M, c, kh, kw] (each number spread over a vector)
-//                                       * x[n, c, ih, iw..] (V vectors, shared by the M channels)
+//   y[k, oh, ow]  +=  w[k, c, kh, kw] * x[c, oh + kh*dilation - padding, ow + kw*dilation - padding]       (stride 1)
 //
-// A register tile of M channels x V vectors makes M*V multiply-adds from V loads of the input. The input rows that a
-// tile needs are first copied, with zeros for the border, to a small buffer: [c][th][column]. One copy serves all
-// output channels and all taps of the row, and nothing else is packed: that is why `direct` beats `im2col` where
-// channels are few, as in the first layers of a network. The gradient of the input runs through the same code (see
-// ../correlation.h).
+// Lay the rows of x one behind the other, with the border's zeros, at a pitch P that is wider than a row of y by what
+// the kernel reaches. Then output (oh, ow) is place q = oh*P + ow of a long line, and what it sees through a tap is
+// place q + kh*dilation*P + kw*dilation of x's line: the same shift for all outputs. So vectors run along the line,
+// over the ends of rows, whatever the width of the image; only the few places between two rows are computed in vain.
 //
-// The gradient of the weight turns the vectors round: lanes run along an output row, a tile holds M output channels x
-// F taps of the kernel's row, and the lanes are added up at the end, after the images' sums, images in their order.
+// A strip of rows of all input channels is copied so, once, to a buffer that fits the second-level cache. From it a
+// register tile of M output channels x V vectors takes V loads for M*V multiply-adds, and no edge is left to test for.
+// Every copied number serves all taps and all output channels, where `im2col` packs it once for each tap: that is why
+// `direct` is ahead where it can be used. The gradient of the input is the same with the taps mirrored
+// (../correlation.h).
 //
-// A task is one output row of a group (forward, grad_input), or one row of eight filters (grad_weight). Zeros of the
-// border are multiplied: an infinite or NaN weight (forward, grad_input) or gradient (grad_weight) gives NaN there,
-// where plain loops would skip it. Refuses strides along the width, rows too short to fill half a vector, 1x1 kernels,
-// and rows that overflow the buffer.
+// For the gradient of the weight, gy is laid out at the same pitch, zeros between its rows, and
+//   gw[k, c, kh, kw] = sum over q of gy[k, q] * x[c, q + shift of (kh, kw)]
+// is a product of two lines. A register tile holds M filters x F taps; its lanes are added up at the very end. Sums run
+// over a strip (of several images, if they are small), then over strips and images in their order.
+//
+// A task is a strip of an image for at most 64 output channels (forward, grad_input), or M filters of 8 input channels
+// (grad_weight). Zeros of the border are multiplied: an infinite or NaN weight or gradient gives NaN there, where plain
+// loops would skip it. Refuses strides, 1x1 kernels, kernels that reach further than a row is wide, and layers whose
+// shortest strip overflows the buffer.
 #include "correlate.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
 
-constexpr int64_t kNarrowestRow = 8;
-constexpr int64_t kLargestBuffer = 1 << 18;  // elements: 1 MiB of float
 constexpr int kMaxVectors = 3;
+constexpr int64_t kTaskRows = 64;         // output channels of a task
+constexpr int64_t kWidestPiece = 256;     // columns; wider images are cut
+constexpr int64_t kStripPlaces = 640;     // about as many places of the line in a strip
+constexpr int64_t kGoodBuffer = 1 << 17;  // numbers in a strip of all channels
+constexpr int64_t kLargestBuffer = 1 << 18;
+constexpr int64_t kSumChannels = 8, kSumPlaces = 1024;  // grad_weight: input channels of a task, places of a strip
+
+/// How images are cut into strips of `rows` x `columns` outputs, and how a strip lies in the buffer.
+struct Strips {
+  int64_t down, across;      // strips of an image
+  int64_t rows, columns;     // outputs of a strip
+  int64_t reach_h, reach_w;  // how far the kernel reaches
+  int64_t first_h, first_w;  // offset of the tap furthest up and to the left
+  int64_t pitch;             // P
+  int64_t plane;             // numbers of a channel, with room for the last vectors to read beyond
+
+  int64_t shift(const Correlation& t, int64_t th, int64_t tw) const {
+    return (t.h.offset0 + th * t.h.offset_step - first_h) * pitch + t.w.offset0 + tw * t.w.offset_step - first_w;
+  }
+};
+
+/// Strips of at most `places` places, lower still if so many channels would not fit `buffer` numbers.
+template <class T>
+Strips make_strips(const Axis& h, const Axis& w, int64_t channels, int64_t places, int64_t buffer) {
+  Strips s;
+  const int64_t down = (h.taps - 1) * h.offset_step, right = (w.taps - 1) * w.offset_step;
+  s.reach_h = larger(down, -down);
+  s.reach_w = larger(right, -right);
+  s.first_h = h.offset0 + smaller(down, 0);
+  s.first_w = w.offset0 + smaller(right, 0);
+  s.across = ceil_div(w.count, kWidestPiece);
+  s.columns = ceil_div(w.count, s.across);
+  s.pitch = s.columns + s.reach_w;
+  const int64_t slack = kMaxVectors * kLanes<T> + s.reach_w;
+  const int64_t fitting = (buffer / channels - slack) / s.pitch - s.reach_h;
+  const int64_t most = smaller(h.count, larger(1, smaller(places / s.pitch, fitting)));
+  s.down = ceil_div(h.count, most);
+  s.rows = ceil_div(h.count, s.down);
+  s.plane = round_up((s.rows + s.reach_h) * s.pitch + slack, kLanes<T>);
+  return s;
+}
+
+template <class T>
+Strips correlation_strips(const Correlation& t) {
+  return make_strips<T>(t.h, t.w, t.channels, kStripPlaces, kGoodBuffer);
+}
+
+/// One line of a strip: rows [row0, row0 + rows) x columns [column0, ...) of a plane, `width` of each, at pitch P.
+template <class T>
+void copy_strip(const T* plane, int64_t height, int64_t width, int64_t row0, int64_t column0, int64_t rows,
+                int64_t columns, int64_t pitch, T* to) {
+  for (int64_t i = 0; i < rows; ++i, to += pitch) {
+    const bool inside = row0 + i >= 0 && row0 + i < height;
+    copy_padded(plane + (inside ? row0 + i : 0) * width, inside ? width : 0, column0, 1, columns, to);
+    for (int64_t j = columns; j < pitch; ++j) to[j] = 0;
+  }
+}
 
 // ---- forward and grad_input ----
 
-/// How an output row is cut into tiles, and where a tile's input lies in the buffer.
-struct RowTiles {
-  int64_t vectors;       // V
-  int64_t first_offset;  // of the tap furthest to the left
-  int64_t width;         // of a row of the buffer
-};
-
-template <class T>
-RowTiles row_tiles(const Axis& w) {
-  const int64_t needed = ceil_div(w.count, kLanes<T>), reach = (w.taps - 1) * w.offset_step;
-  RowTiles r{1, w.offset0 + smaller(reach, 0), 0};
-  for (int64_t v = 2; v <= kMaxVectors; ++v) {
-    if (round_up(needed, v) <= round_up(needed, r.vectors)) r.vectors = v;
-  }
-  r.width = round_up(r.vectors * kLanes<T> + larger(reach, -reach), kLanes<T>);
-  return r;
-}
-
-/// The taps [begin, end) along the height for which output row i reads a row inside the image.
-struct RowTaps {
-  int64_t begin, end;
-};
-
-RowTaps row_taps(const Axis& h, int64_t i) {
-  RowTaps taps{0, h.taps};
-  const auto outside = [&](int64_t th) {
-    const int64_t ih = i * h.in_step + h.offset0 + th * h.offset_step;
-    return ih < 0 || ih >= h.in_size;
-  };
-  while (taps.begin < taps.end && outside(taps.begin)) ++taps.begin;
-  while (taps.begin < taps.end && outside(taps.end - 1)) --taps.end;
-  return taps;
-}
-
-/// M output channels x V vectors of one output row, for all inputs and taps of the correlation.
+/// M output channels x V vectors of the line, for all input channels and taps; to sums[m][V * lanes].
 template <class T, int M, int V>
-void row_tile(const Correlation& t, const RowTiles& r, RowTaps taps, const T* buffer, const T* weight, const T* bias,
-              T* out, int64_t count) {
+void line_tile(const Correlation& t, const Strips& s, const T* line, const T* weight, T* sums) {
   Vec<T> sum[M][V]{};
-  for (int64_t c = 0; c < t.channels; ++c)
-    for (int64_t th = taps.begin; th < taps.end; ++th, buffer += r.width) {
+  for (int64_t c = 0; c < t.channels; ++c, line += s.plane)
+    for (int64_t th = 0; th < t.h.taps; ++th) {
       const T* filter = weight + c * t.weight_channel + t.weight_tap(th, 0);
-      const T* row = buffer + t.w.offset0 - r.first_offset;
-      for (int64_t tw = 0; tw < t.w.taps; ++tw, filter += t.w.k_step, row += t.w.offset_step) {
-        Vec<T> x[V];
-        for (int v = 0; v < V; ++v) x[v] = load(row + v * kLanes<T>);
+      const T* x = line + s.shift(t, th, 0);
+      for (int64_t tw = 0; tw < t.w.taps; ++tw, filter += t.w.k_step, x += t.w.offset_step) {
+        Vec<T> seen[V];
+        for (int v = 0; v < V; ++v) seen[v] = load(x + v * kLanes<T>);
         for (int m = 0; m < M; ++m) {
           const Vec<T> w = broadcast(filter[m * t.weight_row]);
-          for (int v = 0; v < V; ++v) sum[m][v] = multiply_add(w, x[v], sum[m][v]);
+          for (int v = 0; v < V; ++v) sum[m][v] = multiply_add(w, seen[v], sum[m][v]);
         }
       }
     }
-  for (int m = 0; m < M; ++m) {
-    for (int v = 0; v < V; ++v) {
-      const Vec<T> y = sum[m][v] + broadcast(bias ? bias[m] : T(0));
-      T* to = out + m * t.out_plane + v * kLanes<T>;
-      const int64_t left = count - v * kLanes<T>;
-      if (left > 0) store_first(to, y, smaller(left, kLanes<T>));
-    }
-  }
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < V; ++v) store(sums + (m * V + v) * kLanes<T>, sum[m][v]);
 }
 
 template <class T, int M>
-auto row_tile_of(int64_t vectors) {
-  return vectors == 1 ? row_tile<T, M, 1> : vectors == 2 ? row_tile<T, M, 2> : row_tile<T, M, 3>;
+auto line_tile_of(int64_t vectors) {
+  return vectors == 1 ? line_tile<T, M, 1> : vectors == 2 ? line_tile<T, M, 2> : line_tile<T, M, 3>;
 }
 
-/// Copies the input rows under the tile that begins at output (i, j0): [c][th][column].
-template <class T>
-void copy_rows(const Correlation& t, const RowTiles& r, RowTaps taps, const T* in, int64_t n, int64_t i, int64_t j0,
-               T* to) {
-  for (int64_t c = 0; c < t.channels; ++c)
-    for (int64_t th = taps.begin; th < taps.end; ++th, to += r.width) {
-      const int64_t ih = i * t.h.in_step + t.h.offset0 + th * t.h.offset_step;
-      const T* row = in + (n * t.in_channels + t.in_channel0 + c) * t.in_plane + ih * t.in_width;
-      for (int64_t j = 0; j < r.width; j += kLanes<T>)
-        store(to + j, load_inside(row, t.w.in_size, j0 + r.first_offset + j, 1, kLanes<T>));
-    }
-}
-
-/// Tasks are numbered (group, class of rows, n, row i), over the rows of class 0: it has the most.
+/// Tasks are numbered (group, block of output channels, n, strip down, strip across).
 struct Tasks {
-  int64_t classes, rows, total;
-  Tasks(const Conv2dGeometry& g, Pass pass)
-      : classes(axis_classes(g, pass, 0)),
-        rows(make_axis(g, pass, 0, 0).count),
-        total(g.groups * classes * g.n * rows) {}
+  int64_t blocks, per_image, total;
+  Tasks(const Conv2dGeometry& g, const Correlation& t, const Strips& s)
+      : blocks(ceil_div(t.rows, kTaskRows)), per_image(s.down * s.across), total(g.groups * blocks * g.n * per_image) {}
 };
 
 template <class T, Pass pass>
 void correlate(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* buffer, int64_t begin, int64_t end) {
-  const Tasks tasks(g, pass);
-  Correlation t{};
-  RowTiles r{};
-  for (int64_t task = begin, known = -1; task < end; ++task) {
-    const int64_t i = task % tasks.rows, n = task / tasks.rows % g.n, cls = task / (tasks.rows * g.n);
-    if (cls != known) {  // the next group, or class of rows
-      known = cls;
-      t = make_correlation(g, pass, cls / tasks.classes, cls % tasks.classes, 0);
-      r = row_tiles<T>(t.w);
-    }
-    if (i >= t.h.count) continue;
-    const RowTaps taps = row_taps(t.h, i);
-    for (int64_t j0 = 0; j0 < t.w.count; j0 += r.vectors * kLanes<T>) {
-      copy_rows(t, r, taps, o.a, n, i, j0, buffer);
-      for (int64_t m = 0; m < t.rows;) {
-        const int64_t left = t.rows - m, channel = t.out_channel0 + m;
-        const T* weight = o.b + t.weight0 + m * t.weight_row;
-        T* out = o.out + (n * t.out_channels + channel) * t.out_plane + (t.h.first + i * t.h.step) * t.out_width + j0;
+  Correlation t = make_correlation(g, pass, 0, 0, 0);
+  const Strips s = correlation_strips<T>(t);
+  const Tasks tasks(g, t, s);
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t strip = task % tasks.per_image, n = task / tasks.per_image % g.n;
+    const int64_t block = task / tasks.per_image / g.n % tasks.blocks;
+    t = make_correlation(g, pass, task / tasks.per_image / g.n / tasks.blocks, 0, 0);
+    const int64_t i0 = strip / s.across * s.rows, rows = smaller(s.rows, t.h.count - i0);
+    const int64_t j0 = strip % s.across * s.columns, columns = smaller(s.columns, t.w.count - j0);
+
+    for (int64_t c = 0; c < t.channels; ++c)
+      copy_strip(o.a + (n * t.in_channels + t.in_channel0 + c) * t.in_plane, t.h.in_size, t.w.in_size, i0 + s.first_h,
+                 j0 + s.first_w, rows + s.reach_h, s.pitch, s.pitch, buffer + c * s.plane);
+
+    const int64_t places = (rows - 1) * s.pitch + columns;
+    const int64_t last = smaller((block + 1) * kTaskRows, t.rows);
+    for (int64_t q = 0; q < places;) {
+      const int64_t vectors = smaller(kMaxVectors, ceil_div(places - q, kLanes<T>)), width = vectors * kLanes<T>;
+      for (int64_t m = block * kTaskRows; m < last;) {
+        const int64_t left = last - m, channel = t.out_channel0 + m;
         const int64_t size = left >= kTileRows ? kTileRows : left >= 4 ? 4 : left >= 2 ? 2 : 1;
-        const auto run = size == kTileRows ? row_tile_of<T, kTileRows>(r.vectors)
-                         : size == 4       ? row_tile_of<T, 4>(r.vectors)
-                         : size == 2       ? row_tile_of<T, 2>(r.vectors)
-                                           : row_tile_of<T, 1>(r.vectors);
-        run(t, r, taps, buffer, weight, o.bias ? o.bias + channel : nullptr, out, t.w.count - j0);
+        const auto run = size == kTileRows ? line_tile_of<T, kTileRows>(vectors)
+                         : size == 4       ? line_tile_of<T, 4>(vectors)
+                         : size == 2       ? line_tile_of<T, 2>(vectors)
+                                           : line_tile_of<T, 1>(vectors);
+        T sums[kTileRows * kMaxVectors * kLanes<T>];
+        run(t, s, buffer + q, o.b + t.weight0 + m * t.weight_row, sums);
+
+        // From places of the line to rows of the image.
+        for (int64_t i = q / s.pitch, j = q % s.pitch, at = 0; at < width && i < rows; ++i, j = 0) {
+          const int64_t count = smaller(columns - j, width - at);
+          T* row = o.out + (n * t.out_channels + channel) * t.out_plane + (i0 + i) * t.out_width + j0 + j;
+          for (int64_t r = 0; r < size && count > 0; ++r) {
+            const Vec<T> bias = broadcast(o.bias ? o.bias[channel + r] : T(0));
+            for (int64_t v = 0; v < count; v += kLanes<T>)
+              store_first(row + r * t.out_plane + v,
+                          load_first(sums + r * width + at + v, smaller(count - v, kLanes<T>)) + bias,
+                          smaller(count - v, kLanes<T>));
+          }
+          at += s.pitch - j;
+        }
         m += size;
       }
+      q += width;
     }
   }
 }
@@ -151,100 +174,171 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* buffer, i
 template <class T>
 int64_t correlation_workspace(const Conv2dGeometry& g, Pass pass) {
   const Correlation t = make_correlation(g, pass, 0, 0, 0);
-  return t.channels * ceil_div(g.kernel[0], t.h.k_step) * row_tiles<T>(t.w).width;
+  return t.channels * correlation_strips<T>(t).plane;
 }
 
 // ---- grad_weight ----
 
-// A tile of M output channels x F taps: M*F sums, 24 of 32 registers (or 12 of 16).
-constexpr int kMostTaps = 5;
-constexpr int64_t kTileFilters = 8;  // output channels of a task; a multiple of no tile, so that all F can share it
-constexpr int filters_per_tile(int taps) {
-  return kVectorBytes == 64 ? (taps <= 3 ? 8 : taps == 4 ? 6 : 4) : (taps <= 3 ? 4 : taps == 4 ? 3 : 2);
-}
+constexpr int kTapsPerTile = 3;  // F: with M = kTileRows, 24 of 32 registers hold sums, or 12 of 16
 
-/// M filters' taps kw .. kw+F of row kh: over each image, sums[m][f] += gy[k + m, oh, :] * x[ih, : shifted by tap f],
-/// lane by lane; then the images' sums in their order.
+/// Lines of several images: [channel][image][plane], each with so many places to sum over.
+struct Lines {
+  int64_t images, plane, places;
+};
+
+/// totals[m][f] += sum over the lines of gy[m] * x shifted by tap f, lane by lane. The mask blanks what x has
+/// between two rows: gy is zero there, but zero times infinity would not be.
 template <class T, int M, int F>
-void filter_tile(const Conv2dGeometry& g, const Conv2dOperands<T>& o, int64_t k, int64_t c, int64_t kh, int64_t kw) {
-  const int64_t c_group = g.c / g.groups, c_in = k / (g.k / g.groups) * c_group + c, plane = g.out[0] * g.out[1];
-  Vec<T> total[M][F]{};
-  for (int64_t n = 0; n < g.n; ++n) {
-    const T* gy = o.a + (n * g.k + k) * plane;
-    const T* x = o.b + (n * g.c + c_in) * g.in[0] * g.in[1];
-    Vec<T> sum[M][F]{};
-    for (int64_t oh = 0; oh < g.out[0]; ++oh) {
-      const int64_t ih = oh * g.stride[0] - g.padding[0] + kh * g.dilation[0];
-      if (ih < 0 || ih >= g.in[0]) continue;
-      for (int64_t ow = 0; ow < g.out[1]; ow += kLanes<T>) {
-        const int64_t left = smaller(g.out[1] - ow, kLanes<T>);
-        const int64_t iw = ow * g.stride[1] - g.padding[1] + kw * g.dilation[1];
-        Vec<T> window[F];
-        for (int f = 0; f < F; ++f)
-          window[f] = load_inside(x + ih * g.in[1], g.in[1], iw + f * g.dilation[1], g.stride[1], left);
-        for (int m = 0; m < M; ++m) {
-          const T* from = gy + m * plane + oh * g.out[1] + ow;
-          const Vec<T> grad = left == kLanes<T> ? load(from) : load_first(from, left);
-          for (int f = 0; f < F; ++f) sum[m][f] = multiply_add(grad, window[f], sum[m][f]);
-        }
+void product_tile(const Lines& lines, const T* mask, const T* gy, const T* x, int64_t tap_shift, Vec<T>* totals) {
+  Vec<T> sum[M][F]{};
+  for (int64_t image = 0; image < lines.images; ++image, gy += lines.plane, x += lines.plane)
+    for (int64_t q = 0; q < lines.places; q += kLanes<T>) {
+      Vec<T> seen[F];
+      for (int f = 0; f < F; ++f) seen[f] = keep<T>(load(x + q + f * tap_shift), load(mask + q));
+      for (int m = 0; m < M; ++m) {
+        const Vec<T> grad = load(gy + m * lines.images * lines.plane + q);
+        for (int f = 0; f < F; ++f) sum[m][f] = multiply_add(grad, seen[f], sum[m][f]);
       }
     }
-    for (int m = 0; m < M; ++m)
-      for (int f = 0; f < F; ++f) total[m][f] += sum[m][f];
-  }
   for (int m = 0; m < M; ++m)
-    for (int f = 0; f < F; ++f)
-      o.out[(((k + m) * c_group + c) * g.kernel[0] + kh) * g.kernel[1] + kw + f] = sum_lanes<T>(total[m][f]);
+    for (int f = 0; f < F; ++f) totals[m * F + f] += sum[m][f];
 }
 
-template <class T, int F>
-void filters(const Conv2dGeometry& g, const Conv2dOperands<T>& o, int64_t k, int64_t last, int64_t c, int64_t kh,
-             int64_t kw) {
-  constexpr int M = filters_per_tile(F);
-  for (; k + M <= last; k += M) filter_tile<T, M, F>(g, o, k, c, kh, kw);
-  for (; k < last; ++k) filter_tile<T, 1, F>(g, o, k, c, kh, kw);
+template <class T, int M>
+auto product_tile_of(int64_t taps) {
+  return taps == 1 ? product_tile<T, M, 1> : taps == 2 ? product_tile<T, M, 2> : product_tile<T, M, 3>;
 }
 
-/// Tasks are numbered (group, block of kTileFilters output channels, c, kh).
-int64_t filter_tasks(const Conv2dGeometry& g) {
-  return g.groups * ceil_div(g.k / g.groups, kTileFilters) * (g.c / g.groups) * g.kernel[0];
+/// Tasks are numbered (group, block of kTileRows output channels, block of kSumChannels input channels).
+struct WeightTasks {
+  int64_t k_group, c_group, k_blocks, c_blocks, total;
+  explicit WeightTasks(const Conv2dGeometry& g)
+      : k_group(g.k / g.groups),
+        c_group(g.c / g.groups),
+        k_blocks(ceil_div(k_group, kTileRows)),
+        c_blocks(ceil_div(c_group, kSumChannels)),
+        total(g.groups * k_blocks * c_blocks) {}
+};
+
+template <class T>
+Strips weight_strips(const Conv2dGeometry& g) {
+  return make_strips<T>(make_axis(g, Pass::forward, 0, 0), make_axis(g, Pass::forward, 1, 0), kSumChannels, kSumPlaces,
+                        kLargestBuffer);
+}
+
+/// Small images, one strip each, are summed over several at a time.
+int64_t images_at_a_time(const Strips& s) {
+  return s.down * s.across > 1 ? 1 : larger(1, kSumPlaces / (s.rows * s.pitch));
+}
+
+/// gy's lines, x's lines, the mask, and a vector of sums for each weight of the task.
+template <class T>
+int64_t weight_workspace(const Conv2dGeometry& g) {
+  const Strips s = weight_strips<T>(g);
+  return ((kTileRows + kSumChannels) * images_at_a_time(s) + 1) * s.plane +
+         kTileRows * kSumChannels * g.kernel[0] * g.kernel[1] * kLanes<T>;
 }
 
 template <class T>
-void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T*, int64_t begin, int64_t end) {
-  const int64_t c_group = g.c / g.groups, k_group = g.k / g.groups, blocks = ceil_div(k_group, kTileFilters);
+void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspace, int64_t begin, int64_t end) {
+  const WeightTasks tasks(g);
+  const Strips s = weight_strips<T>(g);
+  const int64_t taps = g.kernel[0] * g.kernel[1];
+  const int64_t batch = images_at_a_time(s);
+  T *gy = workspace, *x = gy + kTileRows * batch * s.plane;
+  T* mask = x + kSumChannels * batch * s.plane;
+  Vec<T>* totals = reinterpret_cast<Vec<T>*>(mask + s.plane);
+  int64_t masked_rows = 0, masked_columns = 0;  // what the mask is made for
+
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t kh = task % g.kernel[0], c = task / g.kernel[0] % c_group, block = task / g.kernel[0] / c_group;
-    const int64_t k0 = block / blocks * k_group, first = k0 + block % blocks * kTileFilters;
-    const int64_t last = smaller(first + kTileFilters, k0 + k_group);
-    for (int64_t kw = 0; kw < g.kernel[1];) {
-      const int64_t taps = smaller(g.kernel[1] - kw, kMostTaps);
-      const auto run = taps == 5   ? filters<T, 5>
-                       : taps == 4 ? filters<T, 4>
-                       : taps == 3 ? filters<T, 3>
-                       : taps == 2 ? filters<T, 2>
-                                   : filters<T, 1>;
-      run(g, o, first, last, c, kh, kw);
-      kw += taps;
-    }
+    const int64_t group = task / tasks.c_blocks / tasks.k_blocks;
+    const int64_t k0 = task / tasks.c_blocks % tasks.k_blocks * kTileRows, c0 = task % tasks.c_blocks * kSumChannels;
+    const int64_t ks = smaller(kTileRows, tasks.k_group - k0), cs = smaller(kSumChannels, tasks.c_group - c0);
+    for (int64_t i = 0; i < ks * cs * taps; ++i) totals[i] = Vec<T>{};
+
+    for (int64_t n0 = 0; n0 < g.n; n0 += batch)
+      for (int64_t i0 = 0; i0 < g.out[0]; i0 += s.rows)
+        for (int64_t j0 = 0; j0 < g.out[1]; j0 += s.columns) {
+          const int64_t rows = smaller(s.rows, g.out[0] - i0), columns = smaller(s.columns, g.out[1] - j0);
+          const Lines lines{smaller(batch, g.n - n0), s.plane, round_up(rows * s.pitch, kLanes<T>)};
+          if (rows != masked_rows || columns != masked_columns) {
+            masked_rows = rows;
+            masked_columns = columns;
+            for (int64_t q = 0; q < lines.places; ++q)
+              mask[q] = q % s.pitch < columns && q < rows * s.pitch ? all_ones<T>() : T(0);
+          }
+          for (int64_t n = n0; n < n0 + lines.images; ++n) {
+            for (int64_t k = 0; k < ks; ++k) {
+              T* line = gy + (k * lines.images + n - n0) * s.plane;
+              copy_strip(o.a + (n * g.k + group * tasks.k_group + k0 + k) * g.out[0] * g.out[1], g.out[0], g.out[1], i0,
+                         j0, rows, columns, s.pitch, line);
+              for (int64_t q = rows * s.pitch; q < lines.places; ++q) line[q] = 0;
+            }
+            for (int64_t c = 0; c < cs; ++c) {
+              T* line = x + (c * lines.images + n - n0) * s.plane;
+              copy_strip(o.b + (n * g.c + group * tasks.c_group + c0 + c) * g.in[0] * g.in[1], g.in[0], g.in[1],
+                         i0 + s.first_h, j0 + s.first_w, rows + s.reach_h, s.pitch, s.pitch, line);
+              for (int64_t q = (rows + s.reach_h) * s.pitch; q < s.plane; ++q) line[q] = 0;
+            }
+          }
+
+          Vec<T>* sums = totals;
+          for (int64_t c = 0; c < cs; ++c)
+            for (int64_t kh = 0; kh < g.kernel[0]; ++kh)
+              for (int64_t kw = 0; kw < g.kernel[1]; kw += kTapsPerTile) {
+                const int64_t f = smaller(kTapsPerTile, g.kernel[1] - kw);
+                const T* seen = x + c * lines.images * s.plane + kh * g.dilation[0] * s.pitch + kw * g.dilation[1];
+                for (int64_t k = 0; k < ks;) {
+                  const int64_t left = ks - k, size = left >= kTileRows ? kTileRows : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+                  const auto run = size == kTileRows ? product_tile_of<T, kTileRows>(f)
+                                   : size == 4       ? product_tile_of<T, 4>(f)
+                                   : size == 2       ? product_tile_of<T, 2>(f)
+                                                     : product_tile_of<T, 1>(f);
+                  run(lines, mask, gy + k * lines.images * s.plane, seen, g.dilation[1], sums);
+                  sums += size * f;
+                  k += size;
+                }
+              }
+        }
+
+    // The sums stand in the order in which they were made: (c, kh, taps of a tile, k, tap).
+    const Vec<T>* sums = totals;
+    for (int64_t c = 0; c < cs; ++c)
+      for (int64_t kh = 0; kh < g.kernel[0]; ++kh)
+        for (int64_t kw = 0; kw < g.kernel[1]; kw += kTapsPerTile)
+          for (int64_t k = 0; k < ks; ++k)
+            for (int64_t f = 0; f < smaller(kTapsPerTile, g.kernel[1] - kw); ++f)
+              o.out[(((group * tasks.k_group + k0 + k) * tasks.c_group + c0 + c) * g.kernel[0] + kh) * g.kernel[1] +
+                    kw + f] = sum_lanes<T>(*sums++);
   }
 }
 
 // ---- the row of the table ----
 
 template <class T>
+bool overflows(const Conv2dGeometry& g) {
+  return correlation_workspace<T>(g, Pass::forward) > kLargestBuffer ||
+         correlation_workspace<T>(g, Pass::grad_input) > kLargestBuffer || weight_workspace<T>(g) > kLargestBuffer;
+}
+
+/// What is accepted forwards is accepted backwards.
+template <class T>
 const char* refuses(const Conv2dGeometry& g, Pass pass) {
-  if (g.stride[1] != 1)
-    return "its neighbouring lanes read neighbouring pixels, so the stride along the width must be 1";
-  if (g.in[1] < kNarrowestRow || (pass != Pass::grad_input && g.out[1] < kNarrowestRow))
-    return "its vectors run along a row, and rows of fewer than 8 pixels leave most of a vector empty";
+  const int64_t reach = (g.kernel[1] - 1) * g.dilation[1];
+  if (g.stride[0] != 1 || g.stride[1] != 1)
+    return "its neighbouring lanes see neighbouring pixels, so strides must be 1";
   if (g.kernel[0] * g.kernel[1] == 1)
-    return "a 1x1 kernel has no taps to share a copied row: this is a plain matrix product";
-  if (larger(correlation_workspace<T>(g, Pass::forward), correlation_workspace<T>(g, Pass::grad_input)) >
-      kLargestBuffer)
-    return "the rows under one row of results (channels x kernel height x width of a tile) pass its buffer of 2^18 "
-           "numbers";
+    return "a 1x1 kernel has no taps to share a copied pixel: it is a plain matrix product";
+  if (g.in[1] < reach || (pass != Pass::grad_input && g.out[1] < reach))
+    return "the kernel reaches further than a row is wide, so most of its vectors would fall between rows";
+  if (overflows<T>(g)) return "the rows under one row of results, of all channels, pass its buffer of 2^18 numbers";
   return nullptr;
+}
+
+template <class T, Pass pass>
+int64_t correlation_tasks(const Conv2dGeometry& g) {
+  const Correlation t = make_correlation(g, pass, 0, 0, 0);
+  return Tasks(g, t, correlation_strips<T>(t)).total;
 }
 
 }  // namespace
@@ -253,14 +347,14 @@ template <class T>
 Conv2dAlgorithm<Conv2dRun<T>> conv2d_direct() {
   return {
       "direct",
-      "register tiles along an output row; stride 1 along the width, rows of 8 pixels and more",
+      "register tiles along strips of the image; stride 1",
       refuses<T>,
-      {[](const Conv2dGeometry& g) { return Tasks(g, Pass::forward).total; },
+      {correlation_tasks<T, Pass::forward>,
        [](const Conv2dGeometry& g) { return correlation_workspace<T>(g, Pass::forward); }, correlate<T, Pass::forward>},
-      {[](const Conv2dGeometry& g) { return Tasks(g, Pass::grad_input).total; },
+      {correlation_tasks<T, Pass::grad_input>,
        [](const Conv2dGeometry& g) { return correlation_workspace<T>(g, Pass::grad_input); },
        correlate<T, Pass::grad_input>},
-      {filter_tasks, [](const Conv2dGeometry&) { return int64_t(0); }, grad_weight<T>}};
+      {[](const Conv2dGeometry& g) { return WeightTasks(g).total; }, weight_workspace<T>, grad_weight<T>}};
 }
 
 template Conv2dAlgorithm<Conv2dRun<float>> conv2d_direct();

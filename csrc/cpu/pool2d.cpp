@@ -4,8 +4,8 @@
 //   avg   y[n,c,oh,ow] = the sum of x over the window / divisor(oh, ow)
 //
 // Tap (kh, kw) of the window of output (oh, ow) sees x[oh*stride - padding + kh*dilation, ...]; taps outside the image
-// are skipped. Instead of walking each window, a whole output row is held while one tap after the other is applied to
-// all of it: each inner loop is a straight run over neighbouring outputs, with no bounds to check.
+// are skipped. Outputs whose windows lie inside the image are made a vector at a time, tap by tap; those at the borders
+// one by one.
 //
 // Max pooling remembers the winner by its position in the window, kh*KW + kw: one byte where torch keeps an eight-byte
 // index. The backward kernels gather: the gradient of an input row is the sum over the few output rows whose windows
@@ -65,33 +65,89 @@ void for_taps_of_input_row(const Pool2dGeometry& g, T* plane, int64_t ih, const 
   }
 }
 
+/// The outputs [begin, end) of a row for which all taps lie inside the image along the width.
+Inside whole_windows(const Pool2dGeometry& g) {
+  const int64_t begin = outputs_inside(g, 1, 0).begin;
+  return {begin, larger(begin, outputs_inside(g, 1, g.kernel[1] - 1).end)};
+}
+
+/// A vector of positions, as wide as a vector of T; and how they are stored and loaded as bytes or words.
+template <class T>
+using Places = decltype(Vec<T>{} > Vec<T>{});
+template <class T>
+Places<T> all_places(int64_t position) {
+  Places<T> places{};
+  return places + decltype(places[0] + 0)(position);
+}
+template <class T, class Position>
+using Packed __attribute__((vector_size(kLanes<T> * sizeof(Position)))) = Position;
+
+template <class T, class Position>
+void store_positions(Position* to, Places<T> places, int64_t count) {
+  const Packed<T, Position> packed = __builtin_convertvector(places, Packed<T, Position>);
+  __builtin_memcpy(to, &packed, count * sizeof(Position));
+}
+
+template <class T, class Position>
+Places<T> load_positions(const Position* from, int64_t count) {
+  Packed<T, Position> packed{};
+  __builtin_memcpy(&packed, from, count * sizeof(Position));
+  return __builtin_convertvector(packed, Places<T>);
+}
+
+/// Outputs ow .. ow + count of row oh, whose windows are whole along the width; `rows` are the taps inside the image.
+template <class T, class Position>
+void max_of_vector(const Pool2dGeometry& g, const T* plane, int64_t oh, Inside rows, int64_t ow, int64_t count,
+                   T* best_of, Position* won_at) {
+  Vec<T> best = broadcast(-T(__builtin_huge_val()));
+  Places<T> won = all_places<T>(rows.begin * g.kernel[1]);
+  for (int64_t kh = rows.begin; kh < rows.end; ++kh) {
+    const int64_t ih = oh * g.stride[0] - g.padding[0] + kh * g.dilation[0];
+    const T* row = plane + ih * g.in[1] + ow * g.stride[1] - g.padding[1];
+    for (int64_t kw = 0; kw < g.kernel[1]; ++kw) {
+      const Vec<T> value = load_strided(row + kw * g.dilation[1], g.stride[1], count);
+      const auto wins = (value > best) | (value != value);
+      best = wins ? value : best;
+      won = wins ? all_places<T>(kh * g.kernel[1] + kw) : won;
+    }
+  }
+  store_first(best_of, best, count);
+  store_positions<T>(won_at, won, count);
+}
+
+/// The same for one output, whose window may hang over the border.
+template <class T, class Position>
+void max_of_window(const Pool2dGeometry& g, const T* plane, int64_t oh, Inside rows, int64_t ow, T* best_of,
+                   Position* won_at) {
+  const Inside columns = taps_inside(g, 1, ow, ow);
+  T best = -T(__builtin_huge_val());
+  int64_t won = columns.begin < columns.end ? rows.begin * g.kernel[1] + columns.begin : 0;
+  for (int64_t kh = rows.begin; kh < rows.end; ++kh)
+    for (int64_t kw = columns.begin; kw < columns.end; ++kw) {
+      const int64_t ih = oh * g.stride[0] - g.padding[0] + kh * g.dilation[0];
+      const T value = plane[ih * g.in[1] + ow * g.stride[1] - g.padding[1] + kw * g.dilation[1]];
+      if (value > best || value != value) {
+        best = value;
+        won = kh * g.kernel[1] + kw;
+      }
+    }
+  *best_of = best;
+  *won_at = Position(won);
+}
+
 template <class T, class Position>
 void max_pool2d(const Pool2dGeometry& g, const T* x, T* y, Position* positions, int64_t begin, int64_t end) {
+  const Inside whole = whole_windows(g);
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t plane = task / g.out[0], oh = task % g.out[0], s = g.stride[1];
+    const int64_t oh = task % g.out[0];
+    const T* plane = x + task / g.out[0] * g.in[0] * g.in[1];
     T* best = y + task * g.out[1];
     Position* won = positions + task * g.out[1];
-    for (int64_t ow = 0; ow < g.out[1]; ++ow) {
-      best[ow] = -T(__builtin_huge_val());
-      won[ow] = 0;
-    }
-    // Where all are -inf the first tap inside the image wins: taps write their position from the last to the first.
-    const int64_t kh0 = taps_inside(g, 0, oh, oh).begin;
-    const Inside width = taps_inside(g, 1, 0, g.out[1] - 1);
-    for (int64_t kw = width.end - 1; kw >= width.begin; --kw) {
-      const Inside ow = outputs_inside(g, 1, kw);
-      for (int64_t j = ow.begin; j < ow.end; ++j) won[j] = Position(kh0 * g.kernel[1] + kw);
-    }
-    for_taps_of_output_row(g, x + plane * g.in[0] * g.in[1], oh,
-                           [&](int64_t kh, int64_t kw, int64_t ow_begin, int64_t ow_end, const T* row) {
-                             const Position here = Position(kh * g.kernel[1] + kw);
-                             for (int64_t ow = ow_begin; ow < ow_end; ++ow) {
-                               const T value = row[ow * s];
-                               const bool wins = value > best[ow] || value != value;
-                               best[ow] = wins ? value : best[ow];
-                               won[ow] = wins ? here : won[ow];
-                             }
-                           });
+    const Inside rows = taps_inside(g, 0, oh, oh);
+    for (int64_t ow = 0; ow < whole.begin; ++ow) max_of_window(g, plane, oh, rows, ow, best + ow, won + ow);
+    for (int64_t ow = whole.begin; ow < whole.end; ow += kLanes<T>)
+      max_of_vector(g, plane, oh, rows, ow, smaller(whole.end - ow, kLanes<T>), best + ow, won + ow);
+    for (int64_t ow = whole.end; ow < g.out[1]; ++ow) max_of_window(g, plane, oh, rows, ow, best + ow, won + ow);
   }
 }
 
@@ -104,10 +160,12 @@ void max_pool2d_backward(const Pool2dGeometry& g, const T* gy, const Position* p
     for (int64_t iw = 0; iw < g.in[1]; ++iw) to[iw] = 0;
     for_taps_of_input_row(g, gx + plane * g.in[0] * g.in[1], ih,
                           [&](int64_t oh, int64_t kh, int64_t kw, int64_t ow_begin, int64_t ow_end, T* row) {
-                            const Position here = Position(kh * g.kernel[1] + kw);
-                            const int64_t out = (plane * g.out[0] + oh) * g.out[1];
-                            for (int64_t ow = ow_begin; ow < ow_end; ++ow)
-                              row[ow * s] += positions[out + ow] == here ? gy[out + ow] : T(0);
+                            const int64_t out = (plane * g.out[0] + oh) * g.out[1], here = kh * g.kernel[1] + kw;
+                            for (int64_t ow = ow_begin; ow < ow_end; ow += kLanes<T>) {
+                              const int64_t count = smaller(ow_end - ow, kLanes<T>);
+                              const auto won = load_positions<T>(positions + out + ow, count) == all_places<T>(here);
+                              add_strided(row + ow * s, s, won ? load_first(gy + out + ow, count) : Vec<T>{}, count);
+                            }
                           });
   }
 }

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -67,6 +68,7 @@ static inline Vec<T> load_first(const T* p, int64_t count) {
     return (Vec<T>)_mm512_maskz_loadu_pd(__mmask8((1u << count) - 1), p);
   }
 #else
+  if (count == kLanes<T>) return load(p);
   Vec<T> v{};
   for (int64_t i = 0; i < count; ++i) v[i] = p[i];
   return v;
@@ -82,8 +84,69 @@ static inline void store_first(T* p, Vec<T> v, int64_t count) {
     _mm512_mask_storeu_pd(p, __mmask8((1u << count) - 1), (__m512d)v);
   }
 #else
+  if (count == kLanes<T>) return store(p, v);
   for (int64_t i = 0; i < count; ++i) p[i] = v[i];
 #endif
+}
+
+/// The even places of two vectors that follow each other, the second begun one place early: p[0], p[2], ...
+template <class T, int... lane>
+static inline Vec<T> even_places(Vec<T> first, Vec<T> second, std::integer_sequence<int, lane...>) {
+  return __builtin_shufflevector(first, second, (2 * lane < kLanes<T> ? 2 * lane : 2 * lane + 1)...);
+}
+
+/// Lane j is p[j*step] for j < count, zero after them; nothing beyond p[(count - 1)*step] is read.
+template <class T>
+static inline Vec<T> load_strided(const T* p, int64_t step, int64_t count) {
+  constexpr int64_t L = kLanes<T>;
+  if (step == 1) return load_first(p, count);
+  if (step == 2) {
+    const int64_t reach = 2 * count - 1;
+    return even_places<T>(load_first(p, smaller(reach, L)), load_first(p + L - 1, larger(reach - L + 1, 0)),
+                          std::make_integer_sequence<int, int(L)>());
+  }
+  Vec<T> v{};
+  for (int64_t j = 0; j < count; ++j) v[j] = p[j * step];
+  return v;
+}
+
+/// v's lanes from number `from` on, each followed by a zero.
+template <class T, int... lane>
+static inline Vec<T> between_zeros(Vec<T> v, std::integer_sequence<int, lane...>, bool upper) {
+  constexpr int L = kLanes<T>;
+  return upper ? __builtin_shufflevector(v, Vec<T>{}, (lane % 2 ? L : L / 2 + lane / 2)...)
+               : __builtin_shufflevector(v, Vec<T>{}, (lane % 2 ? L : lane / 2)...);
+}
+
+/// p[j*step] += v[j] for j < count; nothing beyond p[(count - 1)*step] is touched.
+template <class T>
+static inline void add_strided(T* p, int64_t step, Vec<T> v, int64_t count) {
+  constexpr int64_t L = kLanes<T>;
+  if (step == 1) {
+    store_first(p, load_first(p, count) + v, count);
+  } else if (step == 2) {
+    const int64_t reach = 2 * count - 1, low = smaller(reach, L), high = reach - low;
+    constexpr auto lanes = std::make_integer_sequence<int, int(L)>();
+    store_first(p, load_first(p, low) + between_zeros<T>(v, lanes, false), low);
+    if (high > 0) store_first(p + L, load_first(p + L, high) + between_zeros<T>(v, lanes, true), high);
+  } else {
+    for (int64_t j = 0; j < count; ++j) p[j * step] += v[j];
+  }
+}
+
+/// A number whose bits are all ones, as a mask's lane.
+template <class T>
+static inline T all_ones() {
+  T x;
+  __builtin_memset(&x, 0xff, sizeof x);
+  return x;
+}
+
+/// The lanes of v where mask's bits are ones, zero where they are zeros.
+template <class T>
+static inline Vec<T> keep(Vec<T> v, Vec<T> mask) {
+  typedef long long bits __attribute__((vector_size(kVectorBytes)));
+  return (Vec<T>)((bits)v & (bits)mask);
 }
 
 /// Lane j is row[start + j*step] where that lies in [0, size) and j < count, zero elsewhere.

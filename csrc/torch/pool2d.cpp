@@ -97,6 +97,8 @@ MaxPrepared<Int> prepare_max(const Tensor& input, const Window& w) {
   check_dim("max_pool2d", "input", input, 4);
   check_alike("max_pool2d", {{"input", input}});
   const auto g = geometry<Int>("max_pool2d", sizes_of<Int>(input), w);
+  TORCH_CHECK(g.kernel[0] <= kMostPool2d / g.kernel[1], "max_pool2d: a window of kernel_size=", w.kernel_size,
+              " has more than ", kMostPool2d, " places");
   const Int sizes[] = {g.n, g.c, g.out[0], g.out[1]};
   const auto format = format_of({input});
   return {g, empty<Int>(sizes, input.options(), format),
