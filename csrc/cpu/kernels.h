@@ -12,16 +12,6 @@
 
 namespace cnnops::cpu {
 
-/// The operands of a pass, and its result `out`:
-///   forward      a = x,  b = w, bias (or nullptr), out = y
-///   grad_input   a = gy, b = w, out = gx
-///   grad_weight  a = gy, b = x, out = gw
-template <class T>
-struct Conv2dOperands {
-  const T *a, *b, *bias;
-  T* out;
-};
-
 template <class T>
 struct Conv2dRun {
   int64_t (*tasks)(const Conv2dGeometry&);

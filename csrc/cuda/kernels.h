@@ -14,13 +14,6 @@ namespace cnnops::cuda {
 
 using Stream = void*;  // a cudaStream_t
 
-/// The operands of a pass: see cpu/kernels.h.
-template <class T>
-struct Conv2dOperands {
-  const T *a, *b, *bias;
-  T* out;
-};
-
 template <class T>
 struct Conv2dRun {
   int64_t (*workspace)(const Conv2dGeometry&);  // elements of T for the whole launch

@@ -64,8 +64,8 @@ void run(const Conv2dGeometry& g, Pass pass, const std::string& algorithm, const
       const auto& row = choose_or_throw(cpu_kernels<scalar_t>().conv2d, g, pass, algorithm);
       if (nothing_to_do(g, out)) return;
       const cpu::Conv2dRun<scalar_t>& run = row.run(pass);
-      const cpu::Conv2dOperands<scalar_t> operands{ac.const_data_ptr<scalar_t>(), bc.const_data_ptr<scalar_t>(),
-                                                   bias_data, result.data_ptr<scalar_t>()};
+      const Conv2dOperands<scalar_t> operands{ac.const_data_ptr<scalar_t>(), bc.const_data_ptr<scalar_t>(), bias_data,
+                                              result.data_ptr<scalar_t>()};
       const int64_t tasks = run.tasks(g), bytes = run.workspace(g) * int64_t(sizeof(scalar_t));
       const int64_t work = g.n * g.k * g.out[0] * g.out[1] * (g.c / g.groups) * g.kernel[0] * g.kernel[1];
       at::parallel_for(0, tasks, grain_for(work / tasks), [&](int64_t begin, int64_t end) {
