@@ -108,10 +108,8 @@ class Build(BuildExtension):
 
     def run(self):
         if CUDA_WANTED == "1" and not NVCC:
-            raise SystemExit(
-                f"CNNOPS_CUDA=1, but torch {torch.__version__} finds no compiler of its CUDA version: "
-                f"pip install {compiler_wheel()}"
-            )
+            remedy = f'pip install "{compiler_wheel()}"' if torch.version.cuda else "install a CUDA build of torch"
+            raise SystemExit(f"CNNOPS_CUDA=1, but torch {torch.__version__} finds no compiler of its CUDA: {remedy}")
         super().run()
         folder = ROOT if self.inplace else Path(self.build_lib)
         (folder / "cnnops" / "_build.py").write_text(
