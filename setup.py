@@ -108,7 +108,11 @@ class Build(BuildExtension):
 
     def run(self):
         if CUDA_WANTED == "1" and not NVCC:
-            remedy = f'pip install "{compiler_wheel()}"' if torch.version.cuda else "install a CUDA build of torch"
+            remedy = (
+                "pip install '" + "' '".join(compiler_wheels()) + "'"
+                if torch.version.cuda
+                else "install a CUDA build of torch"
+            )
             raise SystemExit(f"CNNOPS_CUDA=1, but torch {torch.__version__} finds no compiler of its CUDA: {remedy}")
         super().run()
         folder = ROOT if self.inplace else Path(self.build_lib)
@@ -144,8 +148,9 @@ class Build(BuildExtension):
         return objects
 
 
-def compiler_wheel() -> str:
-    return f"cuda-toolkit[nvcc,crt]=={torch.version.cuda}.*"
+def compiler_wheels() -> list[str]:
+    """The registry's compiler; its back end by name, since not every release asks for the one that fits."""
+    return [f"cuda-toolkit[nvcc,crt]=={torch.version.cuda}.*", f"nvidia-nvvm=={torch.version.cuda}.*"]
 
 
 class InstallNvcc(Command):
@@ -162,7 +167,7 @@ class InstallNvcc(Command):
     def run(self):
         wanted = CUDA_WANTED == "1" or (CUDA_WANTED != "0" and torch.cuda.is_available())
         if wanted and not NVCC and torch.version.cuda:
-            subprocess.run([sys.executable, "-m", "pip", "install", "-q", compiler_wheel()], check=True)
+            subprocess.run([sys.executable, "-m", "pip", "install", "-q", *compiler_wheels()], check=True)
 
 
 CUDA_WANTED = os.environ.get("CNNOPS_CUDA")
