@@ -80,5 +80,5 @@ def test_sizes_are_64_bit():
 def test_more_than_2_to_the_31_elements(algorithm):
     x = torch.zeros(1, 1, 2, 2**30 + 5)
     x[..., -1] = torch.tensor([2.0, 3.0])
-    y = F.conv2d(x, torch.ones(1, 1, 2, 2), stride=(1, 2), padding=(0, 1), algorithm=algorithm)
-    assert_equal(y[0, 0, 0, -3:], torch.tensor([0.0, 0.0, 5.0]))
+    y = F.conv2d(x, torch.ones(1, 1, 2, 2), padding=(0, 1), algorithm=algorithm)
+    assert_equal(y[0, 0, 0, -3:], torch.tensor([0.0, 5.0, 5.0]))
