@@ -59,7 +59,7 @@ static inline void copy_padded(const T* from, int64_t size, int64_t start, int64
   if (step == 1) {
     for (int64_t j = 0; j < count; j += kLanes<T>) {
       const int64_t lanes = smaller(count - j, kLanes<T>);
-      store_first(to + j, load_inside(from, size, start + j, 1, lanes), lanes);
+      store_first(to + j, load_inside(from, size, start + j, lanes), lanes);
     }
   } else {
     for (int64_t j = 0, i = start; j < count; ++j, i += step) to[j] = i >= 0 && i < size ? from[i] : T(0);

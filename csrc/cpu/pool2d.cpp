@@ -4,8 +4,8 @@
 //   avg   y[n,c,oh,ow] = the sum of x over the window / divisor(oh, ow)
 //
 // Tap (kh, kw) of the window of output (oh, ow) sees x[oh*stride - padding + kh*dilation, ...]; taps outside the image
-// are skipped. Outputs whose windows lie inside the image are made a vector at a time, tap by tap; those at the borders
-// one by one.
+// are skipped. The maxima of windows that lie inside the image are found a vector at a time, tap by tap, those at the
+// borders one by one; averages hold a whole output row and add one tap after the other to all of it.
 //
 // Max pooling remembers the winner by its position in the window, kh*KW + kw: one byte where torch keeps an eight-byte
 // index. The backward kernels gather: the gradient of an input row is the sum over the few output rows whose windows

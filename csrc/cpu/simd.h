@@ -149,27 +149,25 @@ static inline Vec<T> keep(Vec<T> v, Vec<T> mask) {
   return (Vec<T>)((bits)v & (bits)mask);
 }
 
-/// Lane j is row[start + j*step] where that lies in [0, size) and j < count, zero elsewhere.
+/// Lane j is row[start + j] where that lies in [0, size) and j < count, zero elsewhere.
 template <class T>
-static inline Vec<T> load_inside(const T* row, int64_t size, int64_t start, int64_t step, int64_t count) {
-  if (step == 1 && start >= 0 && start + kLanes<T> <= size && count == kLanes<T>) return load(row + start);
+static inline Vec<T> load_inside(const T* row, int64_t size, int64_t start, int64_t count) {
+  if (start >= 0 && start + kLanes<T> <= size && count == kLanes<T>) return load(row + start);
 #if defined(__AVX512F__)
-  if (step == 1) {
-    const int64_t begin = smaller(larger(-start, 0), count), end = larger(smaller(size - start, count), begin);
-    const uint32_t lanes = (1u << end) - (1u << begin);
-    if constexpr (sizeof(T) == 4) {
-      return (Vec<T>)_mm512_maskz_loadu_ps(__mmask16(lanes), row + start);
-    } else {
-      return (Vec<T>)_mm512_maskz_loadu_pd(__mmask8(lanes), row + start);
-    }
+  const int64_t begin = smaller(larger(-start, 0), count), end = larger(smaller(size - start, count), begin);
+  const uint32_t lanes = (1u << end) - (1u << begin);
+  if constexpr (sizeof(T) == 4) {
+    return (Vec<T>)_mm512_maskz_loadu_ps(__mmask16(lanes), row + start);
+  } else {
+    return (Vec<T>)_mm512_maskz_loadu_pd(__mmask8(lanes), row + start);
   }
-#endif
+#else
   Vec<T> v{};
   for (int64_t j = 0; j < count; ++j) {
-    const int64_t i = start + j * step;
-    if (i >= 0 && i < size) v[j] = row[i];
+    if (start + j >= 0 && start + j < size) v[j] = row[start + j];
   }
   return v;
+#endif
 }
 
 /// a*b + c, rounded once where the processor can.
