@@ -28,7 +28,7 @@ CUDA = ROOT / "csrc" / "cuda"
 # Widest last. A name here is a namespace in csrc/cpu and a value of CNNOPS_ISA.
 INSTRUCTION_SETS = {"base": ""}
 if platform.machine() in ("x86_64", "AMD64"):
-    INSTRUCTION_SETS["avx2"] = "-mavx2 -mfma"
+    INSTRUCTION_SETS["avx2"] = "-mavx2 -mfma -mf16c"
     INSTRUCTION_SETS["avx512"] = "-mavx512f -mavx512vl -mavx512bw -mavx512dq -mfma -mprefer-vector-width=512"
 COMPILED_ONCE = [CPU / "instruction_sets.cpp"]
 

@@ -16,10 +16,6 @@
 
 #include "geometry.h"
 
-#ifndef CNNOPS_HOST_DEVICE
-#define CNNOPS_HOST_DEVICE  // nvcc's device.h defines it as __host__ __device__
-#endif
-
 namespace cnnops {
 
 /// Output `first + i*step`, for 0 <= i < count, is the sum over taps t in [0, taps) of

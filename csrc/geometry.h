@@ -7,14 +7,28 @@
 
 #include <cstdint>
 
+#ifndef CNNOPS_HOST_DEVICE
+#define CNNOPS_HOST_DEVICE  // nvcc's device.h defines it as __host__ __device__
+#endif
+
 namespace cnnops {
 
 /// Which of convolution's three bilinear operators is meant. Each is the derivative of the other two.
 enum class Pass { forward, grad_input, grad_weight };
 
+/// How all tensors of an operation lie in memory, weights included: (n, c, h, w) or (n, h, w, c), the last axis densest.
+enum class Layout { contiguous, channels_last };
+
+/// What lies beyond the border of an image of `size` pixels: nothing; or the image mirrored at the outermost pixel's
+/// middle; that pixel, on and on; or the image again.
+enum class Border { zeros, reflect, replicate, circular };
+
 /// y[n,k,oh,ow] = bias[k] + sum over c, kh, kw of
 ///     x[n, g*C/G + c, oh*stride - padding + kh*dilation, ow*stride - padding + kw*dilation] * w[k,c,kh,kw]
-/// with x zero outside its borders and g = k / (K/G) the group of output channel k.
+/// where g = k / (K/G) is the group of output channel k, and `border` says what x is outside its image. `padding` is
+/// what comes above and to the left; how much there is below and to the right shows in the size of y alone.
+///
+/// Kernels of grad_input see Border::zeros only: the gradient beyond other borders is folded back in a step of its own.
 template <class Int>
 struct BasicConv2dGeometry {
   Int n, c, k;        // batch, input channels, output channels (of all groups together)
@@ -22,15 +36,22 @@ struct BasicConv2dGeometry {
   Int in[2], out[2];  // H, W of x and OH, OW of y
   Int kernel[2];      // KH, KW
   int64_t stride[2], padding[2], dilation[2];
+  Layout layout;
+  Border border;
 };
 using Conv2dGeometry = BasicConv2dGeometry<int64_t>;
 
 /// A window slides over each plane of x: output (oh, ow) sees the inputs (oh*stride - padding + kh*dilation, ...).
+/// Adaptive pooling cuts each axis into `out` windows of about the same size instead, window o from floor(o*in/out) to
+/// ceil((o+1)*in/out): then `kernel` is the largest window's size, and stride, padding and dilation are 1, 0, 1.
 template <class Int>
 struct BasicPool2dGeometry {
   Int n, c;  // planes are independent: kernels see n*c of them
   Int in[2], out[2];
-  int64_t kernel[2], stride[2], padding[2], dilation[2];
+  Int kernel[2];
+  int64_t stride[2], padding[2], dilation[2];
+  Layout layout;
+  bool adaptive;
 };
 using Pool2dGeometry = BasicPool2dGeometry<int64_t>;
 
@@ -40,5 +61,27 @@ struct Divisor {
   bool count_include_pad;
   int64_t divisor_override;
 };
+
+/// Max unpooling: planes of `in` numbers, each put at its index into a plane of `out` zeros. Of numbers with the same
+/// index the last stays.
+struct Unpool2dGeometry {
+  int64_t n, c, in, out;
+  Layout layout;
+};
+
+/// The pixel that position i of an axis shows, for i beyond [0, size): -1 for none. Padding is at most `size`.
+CNNOPS_HOST_DEVICE static inline int64_t pixel_at(int64_t i, int64_t size, Border border) {
+  if (i >= 0 && i < size) return i;
+  switch (border) {
+    case Border::reflect:
+      return i < 0 ? -i : 2 * (size - 1) - i;
+    case Border::replicate:
+      return i < 0 ? 0 : size - 1;
+    case Border::circular:
+      return i < 0 ? i + size : i - size;
+    default:
+      return -1;
+  }
+}
 
 }  // namespace cnnops

@@ -4,18 +4,15 @@
 namespace cnnops::cpu {
 
 namespace base {
-const Kernels<float>& float32();
-const Kernels<double>& float64();
+KernelSet kernels();
 }  // namespace base
 
 #if defined(__x86_64__)
 namespace avx2 {
-const Kernels<float>& float32();
-const Kernels<double>& float64();
+KernelSet kernels();
 }  // namespace avx2
 namespace avx512 {
-const Kernels<float>& float32();
-const Kernels<double>& float64();
+KernelSet kernels();
 }  // namespace avx512
 #endif
 
@@ -27,11 +24,12 @@ Table<InstructionSet> instruction_sets() {
          return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                 __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
        },
-       avx512::float32, avx512::float64},
-      {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, avx2::float32,
-       avx2::float64},
+       avx512::kernels},
+      {"avx2",
+       [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); },
+       avx2::kernels},
 #endif
-      {"base", [] { return true; }, base::float32, base::float64},
+      {"base", [] { return true; }, base::kernels},
   };
   return {sets, sizeof sets / sizeof *sets};
 }

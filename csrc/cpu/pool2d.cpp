@@ -80,17 +80,17 @@ Places<T> all_places(int64_t position) {
   return places + decltype(places[0] + 0)(position);
 }
 template <class T, class Position>
-using Packed __attribute__((vector_size(kLanes<T> * sizeof(Position)))) = Position;
+using PackedPlaces __attribute__((vector_size(kLanes<T> * sizeof(Position)))) = Position;
 
 template <class T, class Position>
 void store_positions(Position* to, Places<T> places, int64_t count) {
-  const Packed<T, Position> packed = __builtin_convertvector(places, Packed<T, Position>);
+  const PackedPlaces<T, Position> packed = __builtin_convertvector(places, PackedPlaces<T, Position>);
   __builtin_memcpy(to, &packed, count * sizeof(Position));
 }
 
 template <class T, class Position>
 Places<T> load_positions(const Position* from, int64_t count) {
-  Packed<T, Position> packed{};
+  PackedPlaces<T, Position> packed{};
   __builtin_memcpy(&packed, from, count * sizeof(Position));
   return __builtin_convertvector(packed, Places<T>);
 }

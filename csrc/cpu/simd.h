@@ -1,13 +1,17 @@
 // One small vector type, so that a kernel body is written once and compiled for every instruction set.
 //
 // Vec<T> is the compiler's own vector of as many T as the widest register holds: 64 bytes with AVX-512, 32 with AVX2,
-// 16 otherwise (SSE2, NEON). Arithmetic operators work lane by lane. The build turns floating-point contraction off, so
+// 16 otherwise (SSE2, NEON). Arithmetic operators work lane by lane. Functions that load and store take pointers to any
+// type S of stored numbers (../numbers.h) and widen to Sum<S> or round on the way. The build turns floating-point contraction off, so
 // a multiply-add is fused where this file says so and nowhere else: that keeps the bits of main loops and remainders
 // alike.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 #include <utility>
+
+#include "../numbers.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -43,14 +47,82 @@ using Vec = typename VectorOf<T>::type;
 template <class T>
 constexpr int kLanes = kVectorBytes / int(sizeof(T));
 
-template <class T>
-static inline Vec<T> load(const T* p) {
-  return *reinterpret_cast<const typename VectorOf<T>::unaligned*>(p);
+/// As many stored numbers S as a vector of Sum<S> has lanes.
+template <class S>
+struct PackedOf {
+  static constexpr int lanes = kLanes<Sum<S>>;
+  using bits = std::conditional_t<sizeof(S) == 2 && kReal<S>, uint16_t, S>;
+  typedef bits type __attribute__((vector_size(lanes * sizeof(S))));
+};
+template <class S>
+using Packed = typename PackedOf<S>::type;
+
+typedef uint32_t WordLanes __attribute__((vector_size(kVectorBytes)));
+
+/// Vectors of stored numbers to vectors that are computed with, and back: numbers.h's value() and rounded(), by lanes.
+template <class S>
+static inline Vec<Sum<S>> widen(Packed<S> packed) {
+  if constexpr (std::is_same_v<S, Sum<S>>) {
+    return packed;
+  } else if constexpr (std::is_same_v<S, BFloat16>) {
+    return (Vec<float>)(__builtin_convertvector(packed, WordLanes) << 16);
+  } else if constexpr (std::is_same_v<S, Float16>) {
+#if defined(__AVX512F__)
+    return (Vec<float>)_mm512_cvtph_ps((__m256i)packed);
+#elif defined(__F16C__)
+    return (Vec<float>)_mm256_cvtph_ps((__m128i)packed);
+#else
+    Vec<float> v;
+    for (int i = 0; i < kLanes<float>; ++i) v[i] = value(Float16{packed[i]});
+    return v;
+#endif
+  } else {
+    return __builtin_convertvector(packed, Vec<Sum<S>>);
+  }
 }
 
-template <class T>
-static inline void store(T* p, Vec<T> v) {
-  *reinterpret_cast<typename VectorOf<T>::unaligned*>(p) = v;
+template <class S>
+static inline Packed<S> narrow(Vec<Sum<S>> v) {
+  if constexpr (std::is_same_v<S, Sum<S>>) {
+    return v;
+  } else if constexpr (std::is_same_v<S, BFloat16>) {
+    const WordLanes bits = (WordLanes)v, even = bits + 0x7fff + (bits >> 16 & 1);
+    const WordLanes nan = WordLanes{} + 0x7fc00000;
+    return __builtin_convertvector(((v == v) ? even : nan) >> 16, Packed<S>);
+  } else if constexpr (std::is_same_v<S, Float16>) {
+#if defined(__AVX512F__)
+    return (Packed<S>)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__F16C__)
+    return (Packed<S>)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    Packed<S> packed;
+    for (int i = 0; i < kLanes<float>; ++i) packed[i] = rounded<Float16>(v[i]).bits;
+    return packed;
+#endif
+  } else {
+    return __builtin_convertvector(v, Packed<S>);
+  }
+}
+
+template <class S>
+static inline Vec<Sum<S>> load(const S* p) {
+  if constexpr (std::is_same_v<S, Sum<S>>) {
+    return *reinterpret_cast<const typename VectorOf<S>::unaligned*>(p);
+  } else {
+    Packed<S> packed;
+    __builtin_memcpy(&packed, p, sizeof packed);
+    return widen<S>(packed);
+  }
+}
+
+template <class S>
+static inline void store(S* p, Vec<Sum<S>> v) {
+  if constexpr (std::is_same_v<S, Sum<S>>) {
+    *reinterpret_cast<typename VectorOf<S>::unaligned*>(p) = v;
+  } else {
+    const Packed<S> packed = narrow<S>(v);
+    __builtin_memcpy(p, &packed, sizeof packed);
+  }
 }
 
 template <class T>
@@ -58,34 +130,52 @@ static inline Vec<T> broadcast(T x) {
   return x - Vec<T>{};
 }
 
-/// The first `count` lanes from memory, zeros after them; nothing beyond them is read.
-template <class T>
-static inline Vec<T> load_first(const T* p, int64_t count) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) {
-    return (Vec<T>)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p);
+/// Lanes [begin, end) of the vector at p, zeros elsewhere; nothing outside them is read.
+template <class S>
+static inline Vec<Sum<S>> load_lanes(const S* p, int64_t begin, int64_t end) {
+  const uint32_t lanes = (1u << end) - (1u << begin);
+  if constexpr (sizeof(S) == 8) {
+    return (Vec<S>)_mm512_maskz_loadu_epi64(__mmask8(lanes), p);
+  } else if constexpr (sizeof(S) == 4) {
+    return (Vec<S>)_mm512_maskz_loadu_epi32(__mmask16(lanes), p);
+  } else if constexpr (sizeof(S) == 2) {
+    return widen<S>((Packed<S>)_mm256_maskz_loadu_epi16(__mmask16(lanes), p));
   } else {
-    return (Vec<T>)_mm512_maskz_loadu_pd(__mmask8((1u << count) - 1), p);
+    return widen<S>((Packed<S>)_mm_maskz_loadu_epi8(__mmask16(lanes), p));
   }
+}
+#endif
+
+/// The first `count` lanes from memory, zeros after them; nothing beyond them is read.
+template <class S>
+static inline Vec<Sum<S>> load_first(const S* p, int64_t count) {
+#if defined(__AVX512F__)
+  return load_lanes(p, 0, count);
 #else
-  if (count == kLanes<T>) return load(p);
-  Vec<T> v{};
-  for (int64_t i = 0; i < count; ++i) v[i] = p[i];
+  if (count == kLanes<Sum<S>>) return load(p);
+  Vec<Sum<S>> v{};
+  for (int64_t i = 0; i < count; ++i) v[i] = value(p[i]);
   return v;
 #endif
 }
 
-template <class T>
-static inline void store_first(T* p, Vec<T> v, int64_t count) {
+template <class S>
+static inline void store_first(S* p, Vec<Sum<S>> v, int64_t count) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) {
-    _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), (__m512)v);
+  const uint32_t lanes = (1u << count) - 1;
+  if constexpr (sizeof(S) == 8) {
+    _mm512_mask_storeu_epi64(p, __mmask8(lanes), (__m512i)v);
+  } else if constexpr (sizeof(S) == 4) {
+    _mm512_mask_storeu_epi32(p, __mmask16(lanes), (__m512i)v);
+  } else if constexpr (sizeof(S) == 2) {
+    _mm256_mask_storeu_epi16(p, __mmask16(lanes), (__m256i)narrow<S>(v));
   } else {
-    _mm512_mask_storeu_pd(p, __mmask8((1u << count) - 1), (__m512d)v);
+    _mm_mask_storeu_epi8(p, __mmask16(lanes), (__m128i)narrow<S>(v));
   }
 #else
-  if (count == kLanes<T>) return store(p, v);
-  for (int64_t i = 0; i < count; ++i) p[i] = v[i];
+  if (count == kLanes<Sum<S>>) return store(p, v);
+  for (int64_t i = 0; i < count; ++i) p[i] = rounded<S>(v[i]);
 #endif
 }
 
@@ -96,8 +186,9 @@ static inline Vec<T> even_places(Vec<T> first, Vec<T> second, std::integer_seque
 }
 
 /// Lane j is p[j*step] for j < count, zero after them; nothing beyond p[(count - 1)*step] is read.
-template <class T>
-static inline Vec<T> load_strided(const T* p, int64_t step, int64_t count) {
+template <class S>
+static inline Vec<Sum<S>> load_strided(const S* p, int64_t step, int64_t count) {
+  using T = Sum<S>;
   constexpr int64_t L = kLanes<T>;
   if (step == 1) return load_first(p, count);
   if (step == 2) {
@@ -106,7 +197,7 @@ static inline Vec<T> load_strided(const T* p, int64_t step, int64_t count) {
                           std::make_integer_sequence<int, int(L)>());
   }
   Vec<T> v{};
-  for (int64_t j = 0; j < count; ++j) v[j] = p[j * step];
+  for (int64_t j = 0; j < count; ++j) v[j] = value(p[j * step]);
   return v;
 }
 
@@ -150,21 +241,17 @@ static inline Vec<T> keep(Vec<T> v, Vec<T> mask) {
 }
 
 /// Lane j is row[start + j] where that lies in [0, size) and j < count, zero elsewhere.
-template <class T>
-static inline Vec<T> load_inside(const T* row, int64_t size, int64_t start, int64_t count) {
+template <class S>
+static inline Vec<Sum<S>> load_inside(const S* row, int64_t size, int64_t start, int64_t count) {
+  using T = Sum<S>;
   if (start >= 0 && start + kLanes<T> <= size && count == kLanes<T>) return load(row + start);
 #if defined(__AVX512F__)
   const int64_t begin = smaller(larger(-start, 0), count), end = larger(smaller(size - start, count), begin);
-  const uint32_t lanes = (1u << end) - (1u << begin);
-  if constexpr (sizeof(T) == 4) {
-    return (Vec<T>)_mm512_maskz_loadu_ps(__mmask16(lanes), row + start);
-  } else {
-    return (Vec<T>)_mm512_maskz_loadu_pd(__mmask8(lanes), row + start);
-  }
+  return load_lanes(row + start, begin, end);
 #else
   Vec<T> v{};
   for (int64_t j = 0; j < count; ++j) {
-    if (start + j >= 0 && start + j < size) v[j] = row[start + j];
+    if (start + j >= 0 && start + j < size) v[j] = value(row[start + j]);
   }
   return v;
 #endif

@@ -4,31 +4,39 @@
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
 
-template <class T>
-Kernels<T> make_kernels() {
-  static const Conv2dAlgorithm<Conv2dRun<T>> conv2d[] = {
-      conv2d_direct<T>(),
-      conv2d_im2col<T>(),
-      conv2d_reference<T>(),
-  };
-  Kernels<T> kernels{};
-  kernels.conv2d = {conv2d, sizeof conv2d / sizeof *conv2d};
-  set_pool2d(kernels);
-  set_activation(kernels);
+template <class S>
+constexpr bool kReady = std::is_same_v<S, float> || std::is_same_v<S, double>;
+
+template <class S>
+Kernels<S> make_kernels() {
+  Kernels<S> kernels{};
+  if constexpr (kReady<S>) {
+    static const Conv2dAlgorithm<Conv2dRun<S>> conv2d[] = {
+        conv2d_direct<S>(),
+        conv2d_im2col<S>(),
+        conv2d_reference<S>(),
+    };
+    kernels.conv2d = {conv2d, sizeof conv2d / sizeof *conv2d};
+    set_pool2d(kernels);
+    set_activation(kernels);
+  }
   return kernels;
+}
+
+// Made at the first call, not when the library is loaded: this code may be for another processor than the one at hand.
+template <class S>
+const Kernels<S>& kernels_of() {
+  static const Kernels<S> kernels = make_kernels<S>();
+  return kernels;
+}
+
+template <class... S>
+KernelSet set_of(const std::tuple<const Kernels<S>& (*)()...>*) {
+  return {kernels_of<S>...};
 }
 
 }  // namespace
 
-// Made at the first call, not when the library is loaded: this code may be for another processor than the one at hand.
-const Kernels<float>& float32() {
-  static const Kernels<float> kernels = make_kernels<float>();
-  return kernels;
-}
-
-const Kernels<double>& float64() {
-  static const Kernels<double> kernels = make_kernels<double>();
-  return kernels;
-}
+KernelSet kernels() { return set_of(static_cast<const KernelSet*>(nullptr)); }
 
 }  // namespace cnnops::cpu::CNNOPS_ISA

@@ -1,6 +1,6 @@
 // Every CUDA launcher on one page.
 //
-// A launcher gets a geometry, device pointers to contiguous NCHW data and a stream; it starts kernels on that stream
+// A launcher gets a geometry, device pointers to dense data in the geometry's layout and a stream; it starts kernels on that stream
 // and returns at once. It allocates nothing and synchronises nothing, so CUDA graphs can capture it. Like on the CPU,
 // threads split outputs, never one output's sum (or split it by a rule that looks at the geometry alone and add the
 // parts in a fixed order): the bits do not depend on the batch size, the run or the stream. No float atomics.
@@ -9,47 +9,55 @@
 #pragma once
 
 #include "../algorithm.h"
+#include "../numbers.h"
 
 namespace cnnops::cuda {
 
 using Stream = void*;  // a cudaStream_t
 
-template <class T>
+template <class S>
 struct Conv2dRun {
-  int64_t (*workspace)(const Conv2dGeometry&);  // elements of T for the whole launch
-  void (*run)(const Conv2dGeometry&, const Conv2dOperands<T>&, T* workspace, Stream);
+  int64_t (*workspace)(const Conv2dGeometry&);  // elements of Sum<S> for the whole launch
+  void (*run)(const Conv2dGeometry&, const Conv2dOperands<S>&, Sum<S>* workspace, Stream);
 };
 
-/// The kernels of one type of number; the meaning of each is said in cpu/kernels.h.
-template <class T>
+/// The kernels of one type of stored number; the meaning of each is said in cpu/kernels.h, and nullptr means the same.
+template <class S>
 struct Kernels {
-  Table<Conv2dAlgorithm<Conv2dRun<T>>> conv2d;
+  using T = Sum<S>;
+  Table<Conv2dAlgorithm<Conv2dRun<S>>> conv2d;
+  void (*fold_border)(const Conv2dGeometry&, const S* padded, S* gx, Stream);
 
   template <class Position>
   struct MaxPool2d {
-    void (*forward)(const Pool2dGeometry&, const T* x, T* y, Position* positions, Stream);
-    void (*backward)(const Pool2dGeometry&, const T* gy, const Position* positions, T* gx, Stream);
-    void (*gather)(const Pool2dGeometry&, const T* x, const Position* positions, T* y, Stream);
+    void (*forward)(const Pool2dGeometry&, const S* x, S* y, Position* positions, Stream);
+    void (*backward)(const Pool2dGeometry&, const S* gy, const Position* positions, S* gx, Stream);
+    void (*gather)(const Pool2dGeometry&, const S* x, const Position* positions, S* y, Stream);
   };
   MaxPool2d<uint8_t> max_pool2d;
   MaxPool2d<int32_t> max_pool2d_wide;
-  void (*avg_pool2d)(const Pool2dGeometry&, Divisor, const T* x, T* y, Stream);
-  void (*avg_pool2d_backward)(const Pool2dGeometry&, Divisor, const T* gy, T* gx, Stream);
+  void (*avg_pool2d)(const Pool2dGeometry&, Divisor, const S* x, S* y, Stream);
+  void (*avg_pool2d_backward)(const Pool2dGeometry&, Divisor, const S* gy, S* gx, Stream);
 
-  void (*relu)(const T* x, T* y, int64_t size, Stream);
-  void (*relu_backward)(const T* gy, const T* y, T* gx, int64_t size, Stream);
-  void (*leaky_relu)(const T* x, T slope, T* y, int64_t size, Stream);
-  void (*leaky_relu_backward)(const T* gy, const T* kept, T slope, T* gx, int64_t size, Stream);
-  void (*prelu)(const T* x, const T* w, int64_t channels, int64_t inner, T* y, int64_t size, Stream);
-  void (*prelu_backward)(const T* gy, const T* x, const T* w, int64_t channels, int64_t inner, T* gx, int64_t size,
+  /// `workspace`: one int64_t for each number of y. Of several numbers with one index the last stays, as on the CPU.
+  void (*max_unpool2d)(const Unpool2dGeometry&, const S* x, const int64_t* indices, int64_t* workspace, S* y, Stream);
+
+  void (*relu)(const S* x, S* y, int64_t size, Stream);
+  void (*relu_backward)(const S* gy, const S* y, S* gx, int64_t size, Stream);
+  void (*hardtanh)(const S* x, T low, T high, S* y, int64_t size, Stream);
+  void (*hardtanh_backward)(const S* gy, const S* y, T low, T high, S* gx, int64_t size, Stream);
+  void (*leaky_relu)(const S* x, T slope, S* y, int64_t size, Stream);
+  void (*leaky_relu_backward)(const S* gy, const S* kept, T slope, S* gx, int64_t size, Stream);
+  void (*prelu)(const S* x, const S* w, int64_t channels, int64_t inner, S* y, int64_t size, Stream);
+  void (*prelu_backward)(const S* gy, const S* x, const S* w, int64_t channels, int64_t inner, S* gx, int64_t size,
                          Stream);
 
-  void (*channel_sum)(const T* x, int64_t n, int64_t channels, int64_t inner, T* sums, Stream);
-  void (*prelu_grad_weight)(const T* gy, const T* x, int64_t n, int64_t channels, int64_t inner, T* sums, Stream);
+  void (*channel_sum)(const S* x, int64_t n, int64_t channels, int64_t inner, S* sums, Stream);
+  void (*prelu_grad_weight)(const S* gy, const S* x, int64_t n, int64_t channels, int64_t inner, S* sums, Stream);
 };
 
-/// Defined for float and double.
-template <class T>
-const Kernels<T>& kernels();
+/// Defined for all ForNumbers.
+template <class S>
+const Kernels<S>& kernels();
 
 }  // namespace cnnops::cuda

@@ -25,13 +25,9 @@ namespace cnnops {
 const cpu::InstructionSet& instruction_set();
 void set_instruction_set(const std::string& name);
 
-template <class T>
-const cpu::Kernels<T>& cpu_kernels() {
-  if constexpr (std::is_same_v<T, float>) {
-    return instruction_set().float32();
-  } else {
-    return instruction_set().float64();
-  }
+template <class S>
+const cpu::Kernels<S>& cpu_kernels() {
+  return std::get<const cpu::Kernels<S>& (*)()>(instruction_set().kernels())();
 }
 
 /// Scratch memory of the calling thread, aligned to 64 bytes. It is kept from call to call (fresh pages cost more than
