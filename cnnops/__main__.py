@@ -38,7 +38,7 @@ def algorithm_table(device: str) -> Table:
     table = Table(title=f"conv2d on {device}: auto takes the first that accepts", title_justify="left")
     table.add_column("algorithm")
     table.add_column("how, and what for")
-    for name, summary in _C.algorithms(device, "float32"):
+    for name, summary in _C.algorithms(device):
         table.add_row(name, summary)
     return table
 

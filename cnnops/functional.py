@@ -1,25 +1,43 @@
 """torch.nn.functional's convolution, pooling and rectifiers, with our kernels below.
 
-Same names, same order of arguments, same errors. Tensors are float32 or float64, on the CPU or a GPU, contiguous or
-channels_last (the result has the input's layout). Every function is differentiable to any order, and an element of its
-result has the same bits whatever the batch size, the position in the batch, the thread count or the run.
+Same names, same order of arguments, same errors. Tensors are float32, float64, bfloat16 or float16 (the 16-bit types
+are summed in float32 and rounded once), on the CPU or a GPU, contiguous or channels_last; the result has the input's
+layout. Every function is differentiable to any order, forward and backward, and an element of its result has the same
+bits whatever the batch size, the position in the batch, the thread count or the run.
 """
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
+import functools
 
-from cnnops import ops
-from cnnops.ops import pair
+from torch import Tensor, sign
+from torch.compiler import is_compiling
+from torch.overrides import handle_torch_function, has_torch_function
+
+from cnnops import _C, ops
 
 
-def _batched(name: str, input: Tensor, run):
-    """Calls run() with a batch dimension, which it adds for an input (C, H, W) and takes away again."""
-    if input.dim() == 3:
-        return run(input.unsqueeze(0)).squeeze(0)
-    if input.dim() != 4:
-        raise RuntimeError(f"{name}: expected 3D (unbatched) or 4D (batched) input, but got shape {list(input.shape)}")
-    return run(input)
+def _calls():
+    """The operators: by C++ entries with little overhead, or where torch.compile looks on, by torch.ops."""
+    return ops if is_compiling() else _C
+
+
+def _overridable(function):
+    """Lets __torch_function__ see the call, as torch's own functions do. (_C's entries do that by themselves.)"""
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        everything = (*args, *kwargs.values())
+        if has_torch_function(everything):
+            return handle_torch_function(wrapper, everything, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+def _pair(value):
+    """``3 -> (3, 3)``; ``(3,) -> (3, 3)``; ``(3, 5) -> (3, 5)``, as torch takes sizes."""
+    if isinstance(value, int):
+        return value, value
+    return (value[0], value[-1])
 
 
 def conv2d(
@@ -31,21 +49,25 @@ def conv2d(
     dilation=1,
     groups: int = 1,
     *,
+    padding_mode: str = "zeros",
     algorithm: str = "auto",
 ) -> Tensor:
     r"""2-D convolution (cross-correlation), as :func:`torch.nn.functional.conv2d`.
 
     .. math:: y_{n,k,oh,ow} = b_k + \sum_{c,kh,kw} w_{k,c,kh,kw} \, x_{n,c,ih,iw}
 
-    where ``ih = oh*stride - padding + kh*dilation``, ``iw`` likewise, and x is zero outside its borders.
+    where ``ih = oh*stride - padding + kh*dilation``, ``iw`` likewise, and ``padding_mode`` says what x is outside its
+    borders.
 
     Args:
         input: (N, C, H, W) or (C, H, W).
         weight: (K, C / groups, KH, KW).
         bias: (K), optional.
         stride, dilation: an int or a pair (h, w), in pixels.
-        padding: an int, a pair, ``"valid"`` (none) or ``"same"`` (as much as keeps H and W; stride 1 only).
+        padding: an int, a pair (h, w), ``"valid"`` (none) or ``"same"`` (as much as keeps H and W; stride 1 only); or
+            all four sides as ((top, bottom), (left, right)).
         groups: C and K are cut into so many groups, each convolved with its own.
+        padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``; no padded copy of the input is made.
         algorithm: ``"auto"``, or a name from ``cnnops.ops.algorithms()`` for this pass and its gradients.
 
     Returns:
@@ -53,35 +75,91 @@ def conv2d(
 
     Raises:
         RuntimeError: shapes, dtypes or devices that do not fit; an algorithm that refuses this geometry.
-        ValueError: an unknown algorithm.
+        NotImplementedError: a dtype without kernels.
+        ValueError: an unknown algorithm or padding_mode.
     """
-    if isinstance(padding, str):
-        input, padding = _string_padding(input, weight, stride, padding, dilation)
-    return _batched(
-        "conv2d",
-        input,
-        lambda x: ops.conv2d(x, weight, bias, pair(stride), pair(padding), pair(dilation), groups, algorithm),
-    )
+    if not isinstance(padding, int) and (isinstance(padding, str) or not isinstance(padding[0], int)):
+        if has_torch_function((input, weight)):
+            settings = {"padding_mode": padding_mode, "algorithm": algorithm}
+            arguments = (input, weight, bias, stride, padding, dilation, groups)
+            return handle_torch_function(conv2d, (input, weight), *arguments, **settings)
+        padding = _four_sides(padding, weight.shape[2:], stride, dilation)
+    return _calls().conv2d(input, weight, bias, stride, padding, dilation, groups, padding_mode, algorithm)
 
 
-def _string_padding(input: Tensor, weight: Tensor, stride, padding: str, dilation):
-    """The input and the pair that stand for padding="same" or "valid"."""
+def _four_sides(padding, kernel_size, stride, dilation):
+    """(top, left, bottom, right) from a name or from ((top, bottom), (left, right))."""
     if padding == "valid":
-        return input, 0
+        return 0
     if padding != "same":
-        raise RuntimeError(f"conv2d: padding must be 'same', 'valid' or numbers, but got {padding!r}")
-    if any(s != 1 for s in pair(stride)):
+        if isinstance(padding, str):
+            raise RuntimeError(f"conv2d: padding must be 'same', 'valid' or numbers, but got {padding!r}")
+        (top, bottom), (left, right) = padding
+        return top, left, bottom, right
+    if _pair(stride) != (1, 1):
         raise RuntimeError(f"conv2d: padding='same' is not supported for strided convolutions, but stride={stride}")
-    total = [d * (k - 1) for d, k in zip(pair(dilation), weight.shape[2:], strict=True)]
-    if any(t % 2 for t in total):  # one more row below or column to the right than on the other side
-        input = F.pad(input, (0, total[1] % 2, 0, total[0] % 2))
-    return input, [t // 2 for t in total]
+    total = [d * (k - 1) for d, k in zip(_pair(dilation), kernel_size, strict=True)]
+    before = [t // 2 for t in total]  # an odd one more goes below and to the right, as in torch
+    return *before, total[0] - before[0], total[1] - before[1]
 
 
-def _window(kernel_size, stride) -> list[list[int]]:
-    """Pooling's kernel_size and stride as pairs; no stride, None or [], means the kernel_size."""
-    kernel_size = pair(kernel_size)
-    return [kernel_size, kernel_size if stride is None else pair(stride) or kernel_size]
+@_overridable
+def conv_transpose2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride=1,
+    padding=0,
+    output_padding=0,
+    groups: int = 1,
+    dilation=1,
+    *,
+    algorithm: str = "auto",
+) -> Tensor:
+    r"""The transposed convolution, as :func:`torch.nn.functional.conv_transpose2d`: conv2d's gradient of its input.
+
+    .. math:: y_{n,k,oh,ow} = b_k + \sum_{c,kh,kw} w_{c,k,kh,kw} \, x_{n,c,ih,iw}, \quad oh = ih*stride - padding + kh*dilation
+
+    Args:
+        input: (N, C, H, W) or (C, H, W).
+        weight: (C, K / groups, KH, KW).
+        bias: (K), optional.
+        stride, padding, dilation: ints or pairs (h, w), in pixels.
+        output_padding: so many rows and columns more at the bottom and the right; less than stride or dilation.
+
+    Returns:
+        (N, K, OH, OW) with ``OH = (H-1)*stride - 2*padding + dilation*(KH-1) + output_padding + 1``, OW likewise.
+
+    Raises:
+        RuntimeError, NotImplementedError, ValueError: as :func:`conv2d`.
+    """  # noqa: E501
+    if input.dim() == 3:
+        arguments = (weight, bias, stride, padding, output_padding, groups, dilation)
+        return conv_transpose2d(input.unsqueeze(0), *arguments, algorithm=algorithm).squeeze(0)
+    if input.dim() != 4 or weight.dim() != 4:
+        raise RuntimeError(
+            "conv_transpose2d: expected 3D (unbatched) or 4D (batched) input and 4D weight, but got shapes "
+            f"{list(input.shape)} and {list(weight.shape)}"
+        )
+    stride, padding, output_padding, dilation = (_pair(v) for v in (stride, padding, output_padding, dilation))
+    size, cut = [], []
+    for i, k, s, p, more, d in zip(
+        input.shape[2:], weight.shape[2:], stride, padding, output_padding, dilation, strict=True
+    ):
+        if more < 0 or (more >= s and more >= d):
+            raise RuntimeError(
+                "conv_transpose2d: output padding must be at least 0 and smaller than either stride or dilation, but got "
+                f"output_padding={output_padding}, stride={stride} and dilation={dilation}"
+            )
+        size.append((i - 1) * s - 2 * p + d * (k - 1) + more + 1)
+        cut.append(p - more)
+    if size[0] < 1 or size[1] < 1:
+        raise RuntimeError(
+            f"conv_transpose2d: given input of shape {list(input.shape)}, calculated output size {size} is too small"
+        )
+    return ops.conv2d_grad_input(
+        input, weight, bias, size, stride, [*padding, *cut], dilation, groups, "zeros", algorithm
+    )
 
 
 def max_pool2d(
@@ -96,7 +174,7 @@ def max_pool2d(
     """The largest value of each window, as :func:`torch.nn.functional.max_pool2d`.
 
     Args:
-        input: (N, C, H, W) or (C, H, W).
+        input: (N, C, H, W) or (C, H, W); of integers as well.
         kernel_size, stride, padding, dilation: ints or pairs (h, w); stride is kernel_size by default.
         ceil_mode: let a last window hang over the border if it starts inside.
         return_indices: also return where each maximum stands, as int64 indices into the plane (H, W).
@@ -107,23 +185,69 @@ def max_pool2d(
     Raises:
         RuntimeError: windows that do not fit, padding of more than half a window.
     """
-    window = [*_window(kernel_size, stride), pair(padding), pair(dilation)]
-    if not return_indices:
-        return _batched("max_pool2d", input, lambda x: ops.max_pool2d(x, *window, ceil_mode)[0])
-    if input.dim() == 3:
-        return tuple(t.squeeze(0) for t in max_pool2d(input.unsqueeze(0), *window, ceil_mode, True))
-    values, positions = ops.max_pool2d(input, *window, ceil_mode)
-    return values, _plane_indices(positions, input.shape[-1], *window)
+    if return_indices:
+        return _max_pool2d_with_indices(input, kernel_size, stride, padding, dilation, ceil_mode)
+    stride = () if stride is None else stride
+    if is_compiling():
+        return ops.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode)[0]
+    return _C.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode)
 
 
-def _plane_indices(positions: Tensor, width: int, kernel_size, stride, padding, dilation) -> Tensor:
-    """torch's indices ih*W + iw from the positions kh*KW + kw within the windows."""
+@_overridable
+def _max_pool2d_with_indices(input: Tensor, kernel_size, stride, padding, dilation, ceil_mode):
+    values, positions = ops.max_pool2d(input, kernel_size, stride or (), padding, dilation, ceil_mode)
+    starts = []
+    for out, s, p in zip(values.shape[-2:], _pair(stride or kernel_size), _pair(padding), strict=True):
+        starts.append([o * s - p for o in range(out)])
+    return values, _plane_indices(input, positions, _pair(kernel_size)[1], _pair(dilation), *starts)
+
+
+def _plane_indices(input: Tensor, positions: Tensor, width: int, dilation, tops, lefts) -> Tensor:
+    """torch's indices ih*W + iw, from the positions kh*width + kw in windows that start at these rows and columns."""
     positions = positions.long()
-    oh = torch.arange(positions.shape[-2], device=positions.device).unsqueeze(1)
-    ow = torch.arange(positions.shape[-1], device=positions.device)
-    ih = oh * stride[0] - padding[0] + positions // kernel_size[1] * dilation[0]
-    iw = ow * stride[1] - padding[1] + positions % kernel_size[1] * dilation[1]
-    return ih * width + iw
+    tops = positions.new_tensor(tops).unsqueeze(1)
+    ih = tops + positions // width * dilation[0]
+    iw = positions.new_tensor(lefts) + positions % width * dilation[1]
+    return ih * input.shape[-1] + iw
+
+
+@_overridable
+def max_unpool2d(input: Tensor, indices: Tensor, kernel_size, stride=None, padding=0, output_size=None) -> Tensor:
+    """Puts numbers back where max pooling found them, as :func:`torch.nn.functional.max_unpool2d`; zeros elsewhere.
+
+    Args:
+        input: (N, C, H, W) or (C, H, W).
+        indices: int64, of input's shape, as max_pool2d returns them. Of several numbers with one index the last in
+            scan order stays, on every device.
+        kernel_size, stride, padding: of the pooling to be undone.
+        output_size: (OH, OW) or the whole shape, where the pooling dropped rows or columns.
+
+    Returns:
+        (N, C, OH, OW) with ``OH = (H-1)*stride - 2*padding + kernel_size`` unless output_size says otherwise.
+
+    Raises:
+        RuntimeError: indices that do not fit (on a GPU they are not looked at).
+        ValueError: an output_size that the pooling could not have come from.
+    """
+    if input.dim() == 3:
+        arguments = (kernel_size, stride, padding, output_size if output_size is None else tuple(output_size)[-2:])
+        return max_unpool2d(input.unsqueeze(0), indices.unsqueeze(0), *arguments).squeeze(0)
+    kernel_size, padding = _pair(kernel_size), _pair(padding)
+    stride = _pair(stride) if stride else kernel_size
+    default = [
+        (i - 1) * s + k - 2 * p for i, s, k, p in zip(input.shape[-2:], stride, kernel_size, padding, strict=True)
+    ]
+    if output_size is None:
+        output_size = default
+    elif len(output_size) not in (2, 4):
+        raise ValueError(f"max_unpool2d: output_size should have 2 or 4 elements, but got {output_size}")
+    output_size = list(output_size)[-2:]
+    for size, usual, s in zip(output_size, default, stride, strict=True):
+        if not usual - s < size < usual + s:
+            raise ValueError(
+                f"max_unpool2d: invalid output_size {output_size}: each must differ from {default} by less than the stride"
+            )
+    return ops.max_unpool2d(input, indices, output_size)
 
 
 def avg_pool2d(
@@ -138,7 +262,7 @@ def avg_pool2d(
     """The mean of each window, as :func:`torch.nn.functional.avg_pool2d`.
 
     Args:
-        input: (N, C, H, W) or (C, H, W).
+        input: (N, C, H, W) or (C, H, W); of int64 as well, then rounded towards zero.
         kernel_size, stride, padding: ints or pairs (h, w); stride is kernel_size by default.
         ceil_mode: let a last window hang over the border if it starts inside.
         count_include_pad: count the padding's zeros among the window's places.
@@ -150,27 +274,132 @@ def avg_pool2d(
     Raises:
         RuntimeError: windows that do not fit, padding of more than half a window, a divisor of 0.
     """
-    window = [*_window(kernel_size, stride), pair(padding)]
-    return _batched(
-        "avg_pool2d", input, lambda x: ops.avg_pool2d(x, *window, ceil_mode, count_include_pad, divisor_override)
-    )
+    stride = () if stride is None else stride
+    return _calls().avg_pool2d(input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
 
 
-def _maybe_inplace(input: Tensor, output: Tensor, inplace: bool) -> Tensor:
-    return input.copy_(output) if inplace else output
+def _adaptive_size(input: Tensor, output_size):
+    """The pair (OH, OW), where None stands for the input's own size."""
+    return [i if o is None else o for i, o in zip(input.shape[-2:], output_size, strict=True)]
+
+
+def adaptive_avg_pool2d(input: Tensor, output_size) -> Tensor:
+    """The mean of each of OH x OW windows that cut the image into parts of about the same size, as
+    :func:`torch.nn.functional.adaptive_avg_pool2d`. Window o covers ``floor(o*H/OH)`` to ``ceil((o+1)*H/OH)``.
+
+    Args:
+        input: (N, C, H, W) or (C, H, W).
+        output_size: an int or a pair (OH, OW); None stands for the input's size.
+
+    Returns:
+        (N, C, OH, OW).
+    """
+    if not isinstance(output_size, int) and None in output_size:
+        if has_torch_function((input,)):
+            return handle_torch_function(adaptive_avg_pool2d, (input,), input, output_size)
+        output_size = _adaptive_size(input, output_size)
+    return _calls().adaptive_avg_pool2d(input, output_size)
+
+
+@_overridable
+def adaptive_max_pool2d(input: Tensor, output_size, return_indices: bool = False):
+    """The largest value of each of OH x OW windows, as :func:`torch.nn.functional.adaptive_max_pool2d`.
+
+    The windows are those of :func:`adaptive_avg_pool2d`; the rest is as for :func:`max_pool2d`.
+    """
+    if not isinstance(output_size, int) and None in output_size:
+        output_size = _adaptive_size(input, output_size)
+    values, positions = ops.adaptive_max_pool2d(input, output_size)
+    if not return_indices:
+        return values
+    starts = [
+        [o * size // out for o in range(out)] for size, out in zip(input.shape[-2:], values.shape[-2:], strict=True)
+    ]
+    size, out = input.shape[-1], values.shape[-1]
+    width = -(-size // out) + (1 if size % out else 0) if out else 1  # the widest window
+    return values, _plane_indices(input, positions, width, (1, 1), *starts)
+
+
+def lp_pool2d(input: Tensor, norm_type, kernel_size, stride=None, ceil_mode: bool = False) -> Tensor:
+    """The p-norm of each window, ``(sum of x**p) ** (1/p)``, as :func:`torch.nn.functional.lp_pool2d`.
+
+    Args:
+        input: (N, C, H, W) or (C, H, W).
+        norm_type: p; infinity gives max pooling of the absolute values, minus infinity the least of them.
+        kernel_size, stride: ints or pairs (h, w); stride is kernel_size by default.
+        ceil_mode: let a last window hang over the border if it starts inside.
+
+    Raises:
+        ValueError: a norm_type of 0.
+    """
+    if norm_type == 0:
+        raise ValueError(f"lp_pool2d: norm_type must not be zero, but got {norm_type}")
+    if norm_type == float("inf"):
+        return max_pool2d(input.abs(), kernel_size, stride, ceil_mode=ceil_mode)
+    if norm_type == -float("inf"):
+        return -max_pool2d(-input.abs(), kernel_size, stride, ceil_mode=ceil_mode)
+    mean = avg_pool2d(input.pow(norm_type), kernel_size, stride, ceil_mode=ceil_mode)
+    kh, kw = _pair(kernel_size)
+    return (sign(mean) * relu(mean.abs())).mul(kh * kw).pow(1.0 / norm_type)
 
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
-    """``max(x, 0)`` of every element of a tensor of any shape. NaN stays NaN; the gradient at 0 is 0.
+    """``max(x, 0)`` of every element of a tensor of any shape, as :func:`torch.nn.functional.relu`; integers as well.
 
-    The backward pass keeps the result, never the input. ``inplace=True`` writes the result into ``input``.
+    NaN stays NaN; the gradient at 0 is 0. The backward pass keeps the result, never the input. ``inplace=True`` writes
+    the result over the input.
     """
-    return _maybe_inplace(input, ops.relu(input), inplace)
+    if is_compiling():
+        return ops.relu_(input) if inplace else ops.relu(input)
+    return _C.relu(input, inplace)
+
+
+def relu_(input: Tensor) -> Tensor:
+    """:func:`relu` in place."""
+    return relu(input, True)
+
+
+def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
+    """Every element clamped to [min_val, max_val], as :func:`torch.nn.functional.hardtanh`; integers as well.
+
+    The gradient at the limits is 0. The backward pass keeps the result, never the input.
+
+    Raises:
+        ValueError: min_val above max_val.
+    """
+    if is_compiling():
+        return (ops.hardtanh_ if inplace else ops.hardtanh)(input, min_val, max_val)
+    return _C.hardtanh(input, min_val, max_val, inplace)
+
+
+def hardtanh_(input: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Tensor:
+    """:func:`hardtanh` in place."""
+    return hardtanh(input, min_val, max_val, True)
+
+
+def relu6(input: Tensor, inplace: bool = False) -> Tensor:
+    """``min(max(x, 0), 6)`` of every element, as :func:`torch.nn.functional.relu6`.
+
+    Source: Krizhevsky, Convolutional Deep Belief Networks on CIFAR-10, 2010.
+    """
+    return hardtanh(input, 0.0, 6.0, inplace)
 
 
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
-    """``x`` where positive, ``negative_slope * x`` elsewhere, for a tensor of any shape."""
-    return _maybe_inplace(input, ops.leaky_relu(input, negative_slope), inplace)
+    """``x`` where positive, ``negative_slope * x`` elsewhere, for a tensor of any shape, as
+    :func:`torch.nn.functional.leaky_relu`.
+
+    Raises:
+        RuntimeError: a derivative of the in-place form with a negative slope, whose result hides the input's sign.
+    """
+    if is_compiling():
+        return (ops.leaky_relu_ if inplace else ops.leaky_relu)(input, negative_slope)
+    return _C.leaky_relu(input, negative_slope, inplace)
+
+
+def leaky_relu_(input: Tensor, negative_slope: float = 0.01) -> Tensor:
+    """:func:`leaky_relu` in place."""
+    return leaky_relu(input, negative_slope, True)
 
 
 def prelu(input: Tensor, weight: Tensor) -> Tensor:
@@ -178,4 +407,4 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
 
     Source: He et al., Delving Deep into Rectifiers, 2015.
     """
-    return ops.prelu(input, weight)
+    return _calls().prelu(input, weight)

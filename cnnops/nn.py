@@ -1,17 +1,21 @@
-"""Modules that take the place of torch.nn's: same constructor, parameters, initial values, repr and state_dict."""
+"""Modules that take the place of torch.nn's: same constructor, parameters, initial values, repr and state_dict.
+
+Each computes by the function of the same name in :mod:`cnnops.functional`, where shapes, dtypes, errors and determinism
+are said.
+"""
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from cnnops import functional
 
 
 class Conv2d(nn.Conv2d):
-    """:class:`torch.nn.Conv2d` on cnnops' kernels.
+    """:class:`torch.nn.Conv2d` on cnnops' kernels; see :func:`cnnops.functional.conv2d`.
 
-    One keyword more: ``algorithm``, ``"auto"`` or a name from ``cnnops.ops.algorithms()``. Input (N, C, H, W) or
-    (C, H, W), float32 or float64. See :func:`cnnops.functional.conv2d` for shapes, errors and determinism.
+    One keyword more: ``algorithm``, ``"auto"`` or a name from ``cnnops.ops.algorithms()``.
     """
+
+    algorithm = "auto"
 
     def __init__(self, *args, algorithm: str = "auto", **kwargs):
         super().__init__(*args, **kwargs)
@@ -19,19 +23,69 @@ class Conv2d(nn.Conv2d):
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         padding = self.padding
-        if self.padding_mode != "zeros":
-            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-            padding = 0
+        if isinstance(padding, str):
+            left, right, top, bottom = self._reversed_padding_repeated_twice
+            padding = top, left, bottom, right
         return functional.conv2d(
-            input, weight, bias, self.stride, padding, self.dilation, self.groups, algorithm=self.algorithm
+            input,
+            weight,
+            bias,
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+            padding_mode=self.padding_mode,
+            algorithm=self.algorithm,
         )
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (f", algorithm={self.algorithm}" if self.algorithm != "auto" else "")
 
 
+class LazyConv2d(nn.LazyConv2d):
+    """:class:`torch.nn.LazyConv2d`: a :class:`Conv2d` that learns its number of input channels from its first input."""
+
+    cls_to_become = Conv2d
+    algorithm = "auto"
+    _conv_forward = Conv2d._conv_forward
+
+    def __init__(self, *args, algorithm: str = "auto", **kwargs):
+        super().__init__(*args, **kwargs)
+        self.algorithm = algorithm
+
+
+class ConvTranspose2d(nn.ConvTranspose2d):
+    """:class:`torch.nn.ConvTranspose2d` on cnnops' kernels; see :func:`cnnops.functional.conv_transpose2d`.
+
+    One keyword more: ``algorithm``, as in :class:`Conv2d`.
+    """
+
+    algorithm = "auto"
+
+    def __init__(self, *args, algorithm: str = "auto", **kwargs):
+        super().__init__(*args, **kwargs)
+        self.algorithm = algorithm
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        output_padding = self.output_padding
+        if output_size is not None:
+            geometry = (self.stride, self.padding, self.kernel_size, 2, self.dilation)
+            output_padding = self._output_padding(input, output_size, *geometry)
+        return functional.conv_transpose2d(
+            input,
+            self.weight,
+            self.bias,
+            self.stride,
+            self.padding,
+            output_padding,
+            self.groups,
+            self.dilation,
+            algorithm=self.algorithm,
+        )
+
+
 class MaxPool2d(nn.MaxPool2d):
-    """:class:`torch.nn.MaxPool2d` on cnnops' kernels. See :func:`cnnops.functional.max_pool2d`."""
+    """:class:`torch.nn.MaxPool2d` on cnnops' kernels; see :func:`cnnops.functional.max_pool2d`."""
 
     def forward(self, input: Tensor):
         return functional.max_pool2d(
@@ -39,8 +93,15 @@ class MaxPool2d(nn.MaxPool2d):
         )
 
 
+class MaxUnpool2d(nn.MaxUnpool2d):
+    """:class:`torch.nn.MaxUnpool2d` on cnnops' kernels; see :func:`cnnops.functional.max_unpool2d`."""
+
+    def forward(self, input: Tensor, indices: Tensor, output_size: list[int] | None = None) -> Tensor:
+        return functional.max_unpool2d(input, indices, self.kernel_size, self.stride, self.padding, output_size)
+
+
 class AvgPool2d(nn.AvgPool2d):
-    """:class:`torch.nn.AvgPool2d` on cnnops' kernels. See :func:`cnnops.functional.avg_pool2d`."""
+    """:class:`torch.nn.AvgPool2d` on cnnops' kernels; see :func:`cnnops.functional.avg_pool2d`."""
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.avg_pool2d(
@@ -54,22 +115,57 @@ class AvgPool2d(nn.AvgPool2d):
         )
 
 
+class AdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
+    """:class:`torch.nn.AdaptiveAvgPool2d` on cnnops' kernels; see :func:`cnnops.functional.adaptive_avg_pool2d`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.adaptive_avg_pool2d(input, self.output_size)
+
+
+class AdaptiveMaxPool2d(nn.AdaptiveMaxPool2d):
+    """:class:`torch.nn.AdaptiveMaxPool2d` on cnnops' kernels; see :func:`cnnops.functional.adaptive_max_pool2d`."""
+
+    def forward(self, input: Tensor):
+        return functional.adaptive_max_pool2d(input, self.output_size, self.return_indices)
+
+
+class LPPool2d(nn.LPPool2d):
+    """:class:`torch.nn.LPPool2d` on cnnops' kernels; see :func:`cnnops.functional.lp_pool2d`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.lp_pool2d(input, float(self.norm_type), self.kernel_size, self.stride, self.ceil_mode)
+
+
 class ReLU(nn.ReLU):
-    """:class:`torch.nn.ReLU` on cnnops' kernels. See :func:`cnnops.functional.relu`."""
+    """:class:`torch.nn.ReLU` on cnnops' kernels; see :func:`cnnops.functional.relu`."""
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.relu(input, self.inplace)
 
 
+class Hardtanh(nn.Hardtanh):
+    """:class:`torch.nn.Hardtanh` on cnnops' kernels; see :func:`cnnops.functional.hardtanh`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.hardtanh(input, self.min_val, self.max_val, self.inplace)
+
+
+class ReLU6(nn.ReLU6):
+    """:class:`torch.nn.ReLU6` on cnnops' kernels; see :func:`cnnops.functional.relu6`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.relu6(input, self.inplace)
+
+
 class LeakyReLU(nn.LeakyReLU):
-    """:class:`torch.nn.LeakyReLU` on cnnops' kernels. See :func:`cnnops.functional.leaky_relu`."""
+    """:class:`torch.nn.LeakyReLU` on cnnops' kernels; see :func:`cnnops.functional.leaky_relu`."""
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.leaky_relu(input, self.negative_slope, self.inplace)
 
 
 class PReLU(nn.PReLU):
-    """:class:`torch.nn.PReLU` on cnnops' kernels. See :func:`cnnops.functional.prelu`."""
+    """:class:`torch.nn.PReLU` on cnnops' kernels; see :func:`cnnops.functional.prelu`."""
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.prelu(input, self.weight)

@@ -81,11 +81,11 @@ def conv2d_operands(case: Conv2dCase, whole=False) -> Conv2dOperands:
 
 def run_pass(which, t: Conv2dOperands, case: Conv2dCase, algorithm="auto"):
     """One of our three operators."""
-    ops, rest = torch.ops.cnnops, (*case.arguments.values(), algorithm)
+    ops, rest = torch.ops.cnnops, (*case.arguments.values(), "zeros", algorithm)
     if which == "forward":
         return ops.conv2d(t.x, t.w, t.b, *rest)
     if which == "grad_input":
-        return ops.conv2d_grad_input(t.gy, t.w, t.x.shape[2:], *rest)
+        return ops.conv2d_grad_input(t.gy, t.w, None, t.x.shape[2:], *rest)
     return ops.conv2d_grad_weight(t.gy, t.x, t.w.shape[2:], *rest)
 
 

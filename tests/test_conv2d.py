@@ -355,7 +355,7 @@ def test_grad_input_is_the_transposed_convolution(device, algorithm):
     gy, w = numbers(2, 6, 4, 9, whole=True).to(device), numbers(6, 2, 3, 2, whole=True).to(device)
     for extra_h, extra_w in (0, 0), (1, 0), (0, 2), (1, 2):
         expected = TF.conv_transpose2d(gy.cpu(), w.cpu(), None, (2, 3), (1, 0), (extra_h, extra_w), 2)
-        rest = (expected.shape[2:], (2, 3), (1, 0), (1, 1), 2, algorithm)
+        rest = (None, expected.shape[2:], (2, 3), (1, 0), (1, 1), 2, "zeros", algorithm)
         with or_refusal(algorithm):
             assert_equal(torch.ops.cnnops.conv2d_grad_input(gy, w, *rest), expected)
 

@@ -19,7 +19,7 @@ from cnnops import functional as F
 ops = torch.ops.cnnops
 every_device = pytest.mark.parametrize("device", DEVICES)
 
-CONV = ((2, 1), (1, 0), (1, 2), 2)
+CONV = ((2, 1), (1, 0), (1, 2), 2, "zeros")
 WINDOW = ((3, 2), (2, 2), (1, 1), (1, 1), True)
 WIDE_WINDOW = ((17, 18), (1, 1), (8, 9), (1, 1), False)  # more places than a byte counts
 AVERAGE = ((3, 2), (2, 2), (1, 1), True, False, None)
@@ -42,7 +42,7 @@ def samples(device="cpu"):
             (channels_last, w, b, *CONV, "auto"),
             (x[:0], w, b, *CONV, "auto"),
         ],
-        "conv2d_grad_input": [(gy, w, (7, 8), *CONV, "auto"), (gy[:0], w, (7, 8), *CONV, "auto")],
+        "conv2d_grad_input": [(gy, w, draw(4), (7, 8), *CONV, "auto"), (gy[:0], w, None, (7, 8), *CONV, "auto")],
         "conv2d_grad_weight": [(gy, x, (3, 3), *CONV, "auto"), (gy, channels_last, (3, 3), *CONV, "auto")],
         "channel_sum": [(x,), (channels_last,), (draw(3, 2),), (draw(0, 2, 3),)],
         "max_pool2d": [(x, *WINDOW), (channels_last, *WINDOW), (x[:0], *WINDOW), (x, *WIDE_WINDOW)],

@@ -155,11 +155,15 @@ AVERAGE = ((2, 2), (2, 2), (0, 0), False, True, None)
 POOLED = (2, 4, 3, 3)
 
 BAD_OPERATORS = {
-    "grad_output of another size": ("conv2d_grad_input", [(2, 8, 4, 4), WEIGHT, (6, 7), *PAIRS, 1], ["[2, 8, 4, 4]"]),
-    "grad_output of other channels": ("conv2d_grad_input", [(2, 7, 4, 5), WEIGHT, (6, 7), *PAIRS, 1], ["7"]),
-    "input_size too small": ("conv2d_grad_input", [(2, 8, 1, 1), WEIGHT, (2, 3), *PAIRS, 1], ["3"]),
-    "3-D grad_output": ("conv2d_grad_input", [(8, 4, 5), WEIGHT, (6, 7), *PAIRS, 1], ["[8, 4, 5]"]),
-    "groups of the gradient": ("conv2d_grad_input", [(2, 8, 4, 5), WEIGHT, (6, 7), *PAIRS, 3], ["3"]),
+    "grad_output of another size": (
+        "conv2d_grad_input",
+        [(2, 8, 4, 4), WEIGHT, None, (6, 7), *PAIRS, 1],
+        ["[2, 8, 4, 4]"],
+    ),
+    "grad_output of other channels": ("conv2d_grad_input", [(2, 7, 4, 5), WEIGHT, None, (6, 7), *PAIRS, 1], ["7"]),
+    "input_size too small": ("conv2d_grad_input", [(2, 8, 1, 1), WEIGHT, None, (2, 3), *PAIRS, 1], ["3"]),
+    "3-D grad_output": ("conv2d_grad_input", [(8, 4, 5), WEIGHT, None, (6, 7), *PAIRS, 1], ["[8, 4, 5]"]),
+    "groups of the gradient": ("conv2d_grad_input", [(2, 8, 4, 5), WEIGHT, None, (6, 7), *PAIRS, 3], ["3"]),
     "another size": ("conv2d_grad_weight", [(2, 8, 4, 4), IMAGE, (3, 3), *PAIRS, 1], ["[2, 8, 4, 4]"]),
     "another batch": ("conv2d_grad_weight", [(3, 8, 4, 5), IMAGE, (3, 3), *PAIRS, 1], ["3"]),
     "kernel_size over input": ("conv2d_grad_weight", [(2, 8, 4, 5), IMAGE, (9, 3), *PAIRS, 1], ["9"]),
@@ -191,9 +195,6 @@ BAD_OPERATORS = {
         ["Int"],
     ),
     "average's grad_output": ("avg_pool2d_backward", [(2, 4, 2, 3), (6, 7), *AVERAGE], ["[2, 4, 2, 3]"]),
-    "3-D pooling": ("max_pool2d", [(4, 6, 7), *WINDOW], ["[4, 6, 7]"]),
-    "3-D averaging": ("avg_pool2d", [(4, 6, 7), *AVERAGE], ["[4, 6, 7]"]),
-    "3-D convolution": ("conv2d", [(4, 6, 7), WEIGHT, None, *PAIRS, 1], ["[4, 6, 7]"]),
     "relu's shapes": ("relu_backward", [(2, 3), (3, 2)], ["[2, 3]", "[3, 2]"]),
     "relu's broadcast": ("relu_backward", [(2, 3), (1, 3)], ["[2, 3]", "[1, 3]"]),
     "leaky_relu's shapes": ("leaky_relu_backward", [(2, 3), (3, 2), 0.5], ["[2, 3]", "[3, 2]"]),
@@ -207,7 +208,7 @@ BAD_OPERATORS = {
 def test_bad_operator_call(name):
     """A wrong shape here would be memory read or written where it should not be."""
     operator, arguments, values = BAD_OPERATORS[name]
-    algorithm = ["auto"] if operator.startswith("conv2d") else []
+    algorithm = ["zeros", "auto"] if operator.startswith("conv2d") else []
     texts = set()
     for device in *DEVICES, "meta":
         made = [
@@ -235,7 +236,7 @@ def is_shape(operator, i):
 def test_devices_may_not_be_mixed():
     x, w = randn(IMAGE), randn(WEIGHT, device="meta")
     with pytest.raises(RuntimeError, match="device.*(cpu|meta).*(meta|cpu)"):
-        torch.ops.cnnops.conv2d(x, w, None, *PAIRS, 1, "auto")
+        torch.ops.cnnops.conv2d(x, w)
 
 
 # --- dtypes ---
@@ -250,10 +251,15 @@ CALLS = {
 }
 
 
+INTEGERS = {"max_pool2d": [torch.int64, torch.uint8], "relu": [torch.int64, torch.uint8], "avg_pool2d": [torch.int64]}
+
+
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64], ids=str)
 def test_dtypes_that_are_not_numbers_of_ours(name, dtype):
     """Nothing is converted in silence: the error names the dtype and those that work, on meta tensors too."""
+    if dtype in INTEGERS.get(name, []):
+        return
     texts = set()
     for device in *DEVICES, "meta":
         error = error_of(CALLS[name], torch.zeros(IMAGE, dtype=dtype, device=device))

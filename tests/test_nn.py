@@ -123,7 +123,7 @@ def test_the_algorithm_is_a_keyword_of_the_module():
     assert set(module.state_dict()) == {"weight", "bias"}
     assert nn.Conv2d(4, 8, 3).algorithm == "auto"
     x = numbers(2, 4, 9, 9).float()
-    reference = torch.ops.cnnops.conv2d(x, module.weight, module.bias, (1, 1), (0, 0), (1, 1), 1, "reference")
+    reference = torch.ops.cnnops.conv2d(x, module.weight, module.bias, (1, 1), (0, 0), (1, 1), 1, "zeros", "reference")
     assert torch.equal(module(x), reference)
     with pytest.raises(TypeError):
         nn.Conv2d(4, 8, 3, 1, 0, 1, 1, True, "zeros", None, None, "reference")

@@ -6,7 +6,9 @@
 // it is the cheapest. As that function calls differentiable operators, gradients of gradients need nothing more.
 #pragma once
 
+#include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
@@ -39,13 +41,31 @@ struct Backward {
   bool needs(size_t input) const { return node.task_should_compute_output(input); }
 };
 
+/// a + b, where an undefined tensor stands for zeros.
+inline at::Tensor sum_of(const at::Tensor& a, const at::Tensor& b) {
+  return !a.defined() ? b : !b.defined() ? a : at::add(a, b);
+}
+
+/// The inputs without their tangents, and the tangents, undefined where there are none.
+inline std::pair<variable_list, variable_list> split_tangents(const variable_list& inputs) {
+  variable_list primals, tangents;
+  for (const at::Tensor& t : inputs) {
+    const bool has_tangent = t.defined() && t._fw_grad(0).defined();
+    primals.push_back(has_tangent ? t._fw_primal(0) : t);
+    tangents.push_back(has_tangent ? t._fw_grad(0) : at::Tensor());
+  }
+  return {primals, tangents};
+}
+
 /// The recorded step. `Gradients` is a function Backward -> variable_list, one gradient (or none) per input.
 template <class Gradients>
 class Step final : public torch::autograd::Node {
  public:
   Step(const char* name, Gradients gradients) : name_(name), gradients_(std::move(gradients)) {}
 
-  void keep(const at::Tensor& t, bool is_output) { kept_.emplace_back(t, is_output); }
+  void keep(const at::Tensor& t, bool is_output, bool is_inplace_on_view = false) {
+    kept_.emplace_back(t, is_output, is_inplace_on_view);
+  }
   std::string name() const override { return name_; }
 
   variable_list apply(variable_list&& grads) override {
@@ -73,14 +93,15 @@ class Step final : public torch::autograd::Node {
 ///   inputs     the tensors to differentiate by, in the order of `gradients`' results; undefined ones are allowed
 ///   forward    () -> the outputs; those of integer type are not differentiable
 ///   keep       outputs -> the tensors (inputs or outputs) that `gradients` will find in Backward::kept
-template <class Forward, class Keep, class Gradients>
+///   tangents   (inputs, their tangents, outputs) -> the tangents of the differentiable outputs: forward-mode
+///              derivatives, for which an undefined tangent stands for zeros, in and out
+template <class Forward, class Keep, class Gradients, class Tangents>
 variable_list differentiable(const char* name, const variable_list& inputs, const Forward& forward, const Keep& keep,
-                             Gradients gradients) {
-  bool recording = false;
+                             Gradients gradients, const Tangents& tangents) {
+  bool recording = false, forward_mode = false;
   for (const at::Tensor& t : inputs) {
-    if (!t.defined()) continue;
-    recording |= t.requires_grad();
-    TORCH_CHECK_NOT_IMPLEMENTED(!t._fw_grad(0).defined(), name, ": forward-mode differentiation is not implemented");
+    recording |= t.defined() && t.requires_grad();
+    forward_mode |= t.defined() && t._fw_grad(0).defined();
   }
   decltype(make_step<Step<Gradients>>(name, std::move(gradients))) step;
   if (recording && at::GradMode::is_enabled()) {
@@ -102,13 +123,40 @@ variable_list differentiable(const char* name, const variable_list& inputs, cons
       step->keep(t, is_output);
     }
   }
+  if (forward_mode) {
+    const auto [primals, directions] = split_tangents(inputs);
+    const variable_list results = tangents(primals, directions, outputs);
+    for (size_t i = 0; i < results.size(); ++i) {
+      if (results[i].defined()) outputs[i]._set_fw_grad(results[i], /*level=*/0, /*is_inplace_op=*/false);
+    }
+  }
   return outputs;
 }
 
-/// A typed handle of one of our operators, for calls through the dispatcher.
-template <class Signature>
-c10::TypedOperatorHandle<Signature> find_operator(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").template typed<Signature>();
+/// The same for a function that writes its result over its input. `keep` is the result, the input itself.
+template <class Forward, class Gradients, class Tangents>
+at::Tensor& differentiable_in_place(const char* name, at::Tensor& input, const Forward& forward, Gradients gradients,
+                                    const Tangents& tangents) {
+  const bool forward_mode = input._fw_grad(0).defined();
+  decltype(make_step<Step<Gradients>>(name, std::move(gradients))) step;
+  torch::autograd::check_inplace(input, input.requires_grad() && at::GradMode::is_enabled());
+  if (input.requires_grad() && at::GradMode::is_enabled()) {
+    step = make_step<Step<Gradients>>(name, std::move(gradients));
+    step->set_next_edges(torch::autograd::collect_next_edges(input));
+  }
+  const auto [primals, directions] = split_tangents({input});
+  {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    forward(input);
+  }
+  torch::autograd::impl::bump_version(input);
+  if (step) {
+    torch::autograd::rebase_history(variable_list{input}, NodePointer(step));
+    step->keep(input, true, input.is_view());
+  }
+  if (forward_mode)
+    input._set_fw_grad(tangents(directions[0], input._fw_primal(0)), /*level=*/0, /*is_inplace_op=*/true);
+  return input;
 }
 
 }  // namespace cnnops

@@ -2,9 +2,12 @@
 // algorithms there are, which of them a convolution would run, and the settings.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
 #include "checks.h"
+#include "functional.h"
+#include "numbers.h"
 #include "run.h"
 #include "tables.h"
 
@@ -41,47 +44,54 @@ std::vector<std::string> instruction_sets() {
   return names;
 }
 
-/// Calls body(table) with the algorithms of a device ("cpu" or "cuda") and dtype ("float32" or "float64").
-template <class Body>
-auto with_table(const std::string& device, const std::string& dtype, const Body& body) {
-  TORCH_CHECK_VALUE(dtype == "float32" || dtype == "float64", "no kernels for dtype ", dtype,
-                    "; float32 and float64 work");
-  TORCH_CHECK_VALUE(device == "cpu" || device == "cuda", "no kernels for device ", device, "; cpu and cuda work");
+/// Calls body(table) with the algorithms of a device for type of number S.
+template <class S, class Body>
+auto with_table(const c10::Device& device, const Body& body) {
+  TORCH_CHECK_VALUE(device.is_cpu() || device.is_cuda(), "no kernels for device ", device, "; cpu and cuda work");
 #ifdef CNNOPS_CUDA
-  if (device == "cuda") {
-    return dtype == "float32" ? body(cuda::kernels<float>().conv2d) : body(cuda::kernels<double>().conv2d);
-  }
+  if (device.is_cuda()) return body(cuda::kernels<S>().conv2d);
 #else
-  if (device == "cuda") refuse_cuda();
+  if (device.is_cuda()) refuse_cuda();
 #endif
-  return dtype == "float32" ? body(cpu_kernels<float>().conv2d) : body(cpu_kernels<double>().conv2d);
+  return body(cpu_kernels<S>().conv2d);
 }
 
 /// Rows (name, summary), fastest first.
-std::vector<std::pair<std::string, std::string>> algorithms(const std::string& device, const std::string& dtype) {
-  return with_table(device, dtype, [](const auto& table) {
+std::vector<std::pair<std::string, std::string>> algorithms(const std::string& device) {
+  return with_table<float>(c10::Device(device), [](const auto& table) {
     std::vector<std::pair<std::string, std::string>> rows;
     for (const auto& row : table) rows.emplace_back(row.name, row.summary);
     return rows;
   });
 }
 
-/// The row that a convolution of these shapes would run.
-std::string conv2d_algorithm(const std::string& device, const std::string& dtype, const std::string& which,
-                             const Sizes& input, const Sizes& weight, const Sizes& stride, const Sizes& padding,
-                             const Sizes& dilation, int64_t groups, const std::string& algorithm) {
+/// The row that a convolution of these tensors would run.
+std::string conv2d_algorithm(const at::Tensor& input, const at::Tensor& weight, const Sizes& stride,
+                             const Sizes& padding, const Sizes& dilation, int64_t groups,
+                             const std::string& padding_mode, const std::string& algorithm, const std::string& which) {
   TORCH_CHECK_VALUE(which == "forward" || which == "grad_input" || which == "grad_weight", "unknown pass '", which,
                     "'; known are forward, grad_input, grad_weight");
   const Pass pass = which == "forward" ? Pass::forward : which == "grad_input" ? Pass::grad_input : Pass::grad_weight;
   check_algorithm(algorithm);
-  const auto g = conv2d_geometry<int64_t>("conv2d", input, weight, stride, padding, dilation, groups);
-  return with_table(device, dtype,
-                    [&](const auto& table) { return std::string(choose_or_throw(table, g, pass, algorithm).name); });
+  check_dim("conv2d", "input", input, 4);
+  check_dim("conv2d", "weight", weight, 4);
+  check_alike("conv2d", {{"input", input}, {"weight", weight}});
+  const Conv2dSettings s("conv2d", stride, padding, dilation, groups, padding_mode, algorithm);
+  auto g = conv2d_geometry<int64_t>("conv2d", input.sizes(), weight.sizes(), s, layout_of({input, weight}));
+  if (pass == Pass::grad_input) g = written_out(g);
+  std::string name;
+  with_real_number(input.scalar_type(), [&](auto number) {
+    name = with_table<decltype(number)>(input.device(), [&](const auto& table) {
+      return std::string(choose_or_throw(table, g, pass, algorithm).name);
+    });
+  });
+  return name;
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  add_functional(m);
   m.def("build_info", build_info);
   m.def("instruction_sets", instruction_sets);
   m.def("instruction_set", [] { return std::string(instruction_set().name); });

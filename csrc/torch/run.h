@@ -38,13 +38,18 @@ void* scratch(int64_t bytes);
 
 /// Runs one kernel over `tasks` on the device of `like`. `body(kernels, call)` picks a kernel from the table and calls
 /// call(kernel, arguments...); on the CPU the tasks are split over torch's threads, `grain` or more at a time.
-template <class T, class Body>
+template <class S, class Body>
 void run_on_device(const at::Tensor& like, int64_t tasks, int64_t grain, const Body& body) {
+  const auto check = [&](auto kernel) {
+    TORCH_CHECK_NOT_IMPLEMENTED(kernel, "no kernel of this operator for dtype ", like.scalar_type(), " on ",
+                                like.device().type());
+  };
   if (like.is_cuda()) {
 #ifdef CNNOPS_CUDA
     const c10::cuda::CUDAGuard guard(like.device());
     cuda::Stream stream = c10::cuda::getCurrentCUDAStream().stream();
-    body(cuda::kernels<T>(), [&](auto kernel, auto... arguments) {
+    body(cuda::kernels<S>(), [&](auto kernel, auto... arguments) {
+      check(kernel);
       if constexpr (std::is_invocable_v<decltype(kernel), decltype(arguments)..., int64_t, cuda::Stream>) {
         kernel(arguments..., tasks, stream);
       } else {
@@ -55,7 +60,8 @@ void run_on_device(const at::Tensor& like, int64_t tasks, int64_t grain, const B
     refuse_cuda();
 #endif
   } else {
-    body(cpu_kernels<T>(), [&](auto kernel, auto... arguments) {
+    body(cpu_kernels<S>(), [&](auto kernel, auto... arguments) {
+      check(kernel);
       at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) { kernel(arguments..., begin, end); });
     });
   }

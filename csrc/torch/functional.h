@@ -1,0 +1,10 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace cnnops {
+
+/// Adds the fast entries of functional.cpp to the Python module.
+void add_functional(pybind11::module_& module);
+
+}  // namespace cnnops

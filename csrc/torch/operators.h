@@ -1,0 +1,28 @@
+// Calls through the dispatcher: what one operator asks of another.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include <optional>
+
+namespace cnnops {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+/// A typed handle of one of our operators.
+template <class Signature>
+c10::TypedOperatorHandle<Signature> find_operator(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").template typed<Signature>();
+}
+
+/// An input without a batch goes through as a batch of one.
+template <class Call>
+at::Tensor batched(const at::Tensor& input, const Call& call) {
+  return input.dim() == 3 ? call(input.unsqueeze(0)).squeeze(0) : call(input);
+}
+
+/// (N, C, ...) -> (C): the gradient of a bias.
+at::Tensor channel_sum(const at::Tensor& input);
+
+}  // namespace cnnops
