@@ -13,6 +13,8 @@ class Conv2d(nn.Conv2d):
     (C, H, W), float32 or float64. See :func:`cnnops.functional.conv2d` for shapes, errors and determinism.
     """
 
+    algorithm = "auto"  # of converted modules, which __init__ has not seen
+
     def __init__(self, *args, algorithm: str = "auto", **kwargs):
         super().__init__(*args, **kwargs)
         self.algorithm = algorithm
