@@ -1,7 +1,7 @@
 """``convert(model)`` makes a torch.nn model compute with our kernels, ``restore(model)`` with torch's again.
 
-Both change the classes of a model's modules and nothing else, so that parameters, hooks, names, the keys of the state_dict
-and optimizers made before stay what they are.
+Both change the classes of a model's modules and nothing else: parameters, hooks, names, the keys of the state_dict and
+optimizers made before stay what they are.
 
 - A torch.nn module that :mod:`cnnops.nn` has under the same name gets our class.
 - A module whose own forward may call functions (a user's, torchvision's) gets a subclass of its class, in whose forward
@@ -38,6 +38,8 @@ OURS = {
     if isinstance(ours, type) and issubclass(ours, getattr(tnn, name, ()))
 }
 THEIRS = {ours: theirs for theirs, ours in OURS.items()}
+# what else in torch, by its name, is of our kind
+FAMILIES = re.compile("(?i)conv|pool|" + "|".join(theirs.__name__ for theirs in OURS))
 
 
 def _functions() -> dict[Callable, tuple[str, dict]]:
@@ -141,6 +143,8 @@ def _obstacle(module: tnn.Module) -> str | None:
         return "compiled by TorchScript"
     if isinstance(module, torch.fx.GraphModule):
         return "written by torch.fx: the functions in its graph stay"
+    if _class(module).__module__.startswith("torch.ao."):
+        return "a module of torch.ao's quantization"
     if "forward" in vars(module):
         return "its forward has been replaced"
     dtypes = {p.dtype for p in module.parameters(recurse=False)} - DTYPES
@@ -150,57 +154,60 @@ def _obstacle(module: tnn.Module) -> str | None:
 
 
 class LeftAlone(NamedTuple):
-    """A module that computes with torch's kernels, wholly or in part: its name, its class, and why."""
+    """A module that computes with torch's kernels, wholly or in part: its name in the model, its class's, and why."""
 
     name: str
-    cls: type
+    class_name: str
     reason: str
 
 
 def left_alone(model: tnn.Module) -> list[LeftAlone]:
-    """The convolutions, poolings and rectifiers that :func:`convert` leaves to torch, converted or not.
+    """The convolutions, poolings and rectifiers that :func:`convert` leaves to torch, before it or after.
 
     Functions that a forward calls are not among them: nobody knows before it runs. Calls of ours with tensors that our
     kernels do not take (other dtypes, sparse or nested ones) go to torch's.
     """
-    reasons = ((name, module, _why_left_alone(module)) for name, module in model.named_modules())
-    return [LeftAlone(name, _to_theirs(_class(module)), reason) for name, module, reason in reasons if reason]
+    rows = ((name, _original_name(module), _why_left_alone(module)) for name, module in model.named_modules())
+    return [LeftAlone(*row) for row in rows if row[-1]]
+
+
+def _original_name(module: tnn.Module) -> str:
+    """The name of the class that the module had before TorchScript, parametrizations and :func:`convert`."""
+    return getattr(module, "original_name", _to_theirs(_class(module)).__name__)
 
 
 def _why_left_alone(module: tnn.Module) -> str | None:
-    cls = _to_theirs(_class(module))
-    obstacle = _obstacle(module)
+    cls, name, obstacle = _to_theirs(_class(module)), _original_name(module), _obstacle(module)
     if isinstance(module, torch.fx.GraphModule):
         return obstacle if any(node.target in FUNCTIONS for node in module.graph.nodes) else None
-    ancestors = [c for c in cls.__mro__ if c in OURS]
-    name = getattr(module, "original_name", cls.__name__)  # TorchScript's modules have classes of their own
-    if not ancestors and not (cls.__module__.startswith("torch.") and re.search("(?i)conv|pool", name)):
-        return obstacle if obstacle and _calls_functions(cls) else None
-    if obstacle or cls in OURS:
-        return obstacle
-    if cls.__module__.startswith("torch.ao."):
-        return "a module of torch.ao's quantization"
-    if cls.__module__.startswith("torch."):
-        return f"cnnops.nn has no {name}"
-    return f"a subclass of torch.nn.{ancestors[0].__name__}: only the functions that it calls are replaced"
+    replaced = [c for c in cls.__mro__ if c in OURS]
+    is_torchs = cls.__module__.startswith("torch.")
+    if obstacle:
+        concerned = replaced or _calls_functions(cls) or (is_torchs and re.search(FAMILIES, name))
+        return obstacle if concerned and not isinstance(module, tnn.Sequential) else None
+    if replaced and not is_torchs:
+        return f"a subclass of torch.nn.{replaced[0].__name__}: only the functions that it calls are replaced"
+    return f"cnnops.nn has no {name}" if is_torchs and cls not in OURS and re.search(FAMILIES, name) else None
 
 
 def convert(model: tnn.Module) -> tnn.Module:
     """Changes a torch.nn model, in place, into one that computes with our kernels, and returns it.
 
-    Modules of a class that cnnops.nn has get that class; in the forward of other modules than torch.nn's the functions
-    that cnnops.functional has are replaced as well. Parameters, buffers, hooks, names, parametrizations and the training
-    mode stay, and so do optimizers made before. To keep the original, ``convert(copy.deepcopy(model))``.
+    Modules of a class that cnnops.nn has get that class; in the forward of other modules than torch.nn's, calls of
+    functions that cnnops.functional has become ours, too. Parameters, buffers, hooks, names, parametrizations and the
+    training mode stay, and so do optimizers made before. To keep the original, ``convert(copy.deepcopy(model))``.
 
     :func:`left_alone` tells which modules remain with torch, and why; the logger ``cnnops`` does so in a line, at level
-    INFO. A function that ``torch.utils.checkpoint`` runs again in the backward pass is replaced there only if it is a
-    module: pass it ``self.block``, not a lambda.
+    INFO. Other methods than forward keep torch's functions, though not torch.nn's modules. What
+    ``torch.utils.checkpoint`` is given runs again in the backward pass, outside of forward: where it calls functions of
+    ours it has to be a module, ``self.block`` and neither a method nor a lambda, or checkpoint says that the recomputed
+    tensors differ.
     """
     modules = [module for module in model.modules() if not _obstacle(module)]
     for module in modules:
         _set_class(module, _to_ours(_class(module)))
     count = sum(_class(module) in THEIRS for module in modules)
-    rest = "; ".join(f"{row.name or 'the model'} ({row.cls.__name__}): {row.reason}" for row in left_alone(model))
+    rest = "; ".join(f"{row.name or 'the model'} ({row.class_name}): {row.reason}" for row in left_alone(model))
     logger.info("converted %d modules; left alone: %s", count, rest or "none")
     return model
 
