@@ -198,10 +198,13 @@ def convert(model: tnn.Module) -> tnn.Module:
     training mode stay, and so do optimizers made before. To keep the original, ``convert(copy.deepcopy(model))``.
 
     :func:`left_alone` tells which modules remain with torch, and why; the logger ``cnnops`` does so in a line, at level
-    INFO. Other methods than forward keep torch's functions, though not torch.nn's modules. What
-    ``torch.utils.checkpoint`` is given runs again in the backward pass, outside of forward: where it calls functions of
-    ours it has to be a module, ``self.block`` and neither a method nor a lambda, or checkpoint says that the recomputed
-    tensors differ.
+    INFO. These calls of functions remain with torch:
+
+    - in other methods than forward (modules that these call are ours);
+    - ``torch.relu_``, ``F.hardtanh_`` and ``F.leaky_relu_`` under torch.compile, which hides them from modes; not so
+      ``F.relu(x, inplace=True)`` and ``x.relu_()``;
+    - in what ``torch.utils.checkpoint`` runs again in the backward pass, unless that is a module: ``self.block`` and
+      neither a method nor a lambda. (Max pooling keeps other tensors than torch's; checkpoint raises an error there.)
     """
     modules = [module for module in model.modules() if not _obstacle(module)]
     for module in modules:
