@@ -1,7 +1,8 @@
 """cnnops: hand-written kernels for convolutional networks in PyTorch.
 
 ``cnnops.nn`` has modules that replace torch.nn's, ``cnnops.functional`` the functions of torch.nn.functional, and
-``cnnops.ops`` the operators below them. ``python -m cnnops info`` tells what was built and what this machine can do.
+``cnnops.ops`` the operators below them. ``cnnops.convert(model)`` turns a torch.nn model into one of ours, in place,
+``cnnops.restore(model)`` back. ``python -m cnnops info`` tells what was built and what this machine can do.
 """
 
 import torch
@@ -22,6 +23,7 @@ if TORCH_VERSION != torch.__version__:
 
 from cnnops import functional, nn, ops  # noqa: E402
 from cnnops._settings import settings  # noqa: E402
+from cnnops.convert import convert, left_alone, restore  # noqa: E402
 
 __version__ = "0.1.0"
-__all__ = ["functional", "nn", "ops", "settings"]
+__all__ = ["convert", "functional", "left_alone", "nn", "ops", "restore", "settings"]
