@@ -21,7 +21,7 @@ if TORCH_VERSION != torch.__version__:
         "(or . in its repository) to build it for this one"
     )
 
-from cnnops import functional, nn, ops  # noqa: E402
+from cnnops import _vmap, functional, nn, ops  # noqa: E402, F401
 from cnnops._settings import settings  # noqa: E402
 from cnnops.convert import convert, left_alone, restore  # noqa: E402
 

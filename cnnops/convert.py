@@ -29,7 +29,7 @@ from cnnops import functional, nn
 
 logger = logging.getLogger("cnnops")
 
-DTYPES = {torch.float32, torch.float64}
+DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
 
 # torch.nn's classes and ours
 OURS = {

@@ -67,7 +67,7 @@ def conv2d(
         padding: an int, a pair (h, w), ``"valid"`` (none) or ``"same"`` (as much as keeps H and W; stride 1 only); or
             all four sides as ((top, bottom), (left, right)).
         groups: C and K are cut into so many groups, each convolved with its own.
-        padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``; no padded copy of the input is made.
+        padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``; the input is not copied.
         algorithm: ``"auto"``, or a name from ``cnnops.ops.algorithms()`` for this pass and its gradients.
 
     Returns:
@@ -148,7 +148,7 @@ def conv_transpose2d(
     ):
         if more < 0 or (more >= s and more >= d):
             raise RuntimeError(
-                "conv_transpose2d: output padding must be at least 0 and smaller than either stride or dilation, but got "
+                "conv_transpose2d: output padding must be at least 0 and smaller than stride or dilation, but got "
                 f"output_padding={output_padding}, stride={stride} and dilation={dilation}"
             )
         size.append((i - 1) * s - 2 * p + d * (k - 1) + more + 1)
@@ -245,7 +245,7 @@ def max_unpool2d(input: Tensor, indices: Tensor, kernel_size, stride=None, paddi
     for size, usual, s in zip(output_size, default, stride, strict=True):
         if not usual - s < size < usual + s:
             raise ValueError(
-                f"max_unpool2d: invalid output_size {output_size}: each must differ from {default} by less than the stride"
+                f"max_unpool2d: invalid output_size {output_size}: it must differ from {default} by less than stride"
             )
     return ops.max_unpool2d(input, indices, output_size)
 
