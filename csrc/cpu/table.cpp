@@ -17,9 +17,9 @@ Kernels<S> make_kernels() {
         conv2d_reference<S>(),
     };
     kernels.conv2d = {conv2d, sizeof conv2d / sizeof *conv2d};
-    set_pool2d(kernels);
-    set_activation(kernels);
   }
+  set_pool2d(kernels);
+  set_activation(kernels);
   return kernels;
 }
 
