@@ -5,18 +5,18 @@ namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
 
 template <class S>
-constexpr bool kReady = std::is_same_v<S, float> || std::is_same_v<S, double>;
-
-template <class S>
 Kernels<S> make_kernels() {
   Kernels<S> kernels{};
-  if constexpr (kReady<S>) {
+  if constexpr (kReal<S>) {
     static const Conv2dAlgorithm<Conv2dRun<S>> conv2d[] = {
         conv2d_direct<S>(),
         conv2d_im2col<S>(),
         conv2d_reference<S>(),
     };
     kernels.conv2d = {conv2d, sizeof conv2d / sizeof *conv2d};
+    set_border(kernels);
+  }
+  if constexpr (std::is_same_v<S, float> || std::is_same_v<S, double>) {
     set_pool2d(kernels);
     set_activation(kernels);
   }
