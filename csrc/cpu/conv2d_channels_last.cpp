@@ -27,12 +27,12 @@ constexpr int kSums = 3 * kTileRows;                  // vectors of sums in a ti
 constexpr int kMostVectors = kTileRows == 8 ? 4 : 3;  // in a row of it
 constexpr int kMostRows = 12;
 constexpr int kTileMultiple = 24;                       // a multiple of the number of rows of every tile
-constexpr int64_t kBlockBytes = 32768;                  // packed weights, or windows for grad_weight
+constexpr int64_t kWeightBytes = 65536;                 // packed weights of a block
 constexpr int64_t kMostPixels = 480, kFewPixels = 192;  // of a task
 constexpr int64_t kGoodTasks = 32;
-constexpr int64_t kMostRuns = 64;                      // of a block
-constexpr int64_t kFewChannels = 32, kShortRow = 128;  // a run is a row of taps below, otherwise a tap
-constexpr int64_t kBlockRows = 72;                     // grad_weight: output channels of a task
+constexpr int64_t kMostRuns = 64;                       // of a block
+constexpr int64_t kFewChannels = 32, kShortRow = 128;   // a run is a row of taps below, otherwise a tap
+constexpr int64_t kBlockRows = 72, kBlockPixels = 192;  // grad_weight: output channels of a task, pixels of a block
 
 template <int V>
 constexpr int kRows = kSums / V < kMostRows ? kSums / V : kMostRows;
@@ -55,6 +55,7 @@ void multiply_tile(int64_t runs, const int64_t* lengths, const T* const* a, int6
       }
     }
   }
+#pragma GCC unroll 16  // early, or GCC keeps the sums in memory
   for (int m = 0; m < M; ++m)
     for (int v = 0; v < V; ++v) {
       T* to = sums + (m * V + v) * L;
@@ -174,7 +175,7 @@ void pack_weights(const Windows& t, const S* weight, int64_t row0, const Run& ru
 }
 
 template <class T>
-constexpr int64_t kWeights = kBlockBytes / int64_t(sizeof(T));
+constexpr int64_t kWeights = kWeightBytes / int64_t(sizeof(T));
 template <class T>
 constexpr int64_t kCopies = kMostRows * kWeights<T> / kLanes<T>;
 template <class T>
@@ -285,17 +286,15 @@ struct WeightTasks {
 };
 
 template <class T>
-constexpr int64_t kBlockPixels = kBlockBytes / (kMostVectors * kVectorBytes);
-template <class T>
 constexpr int64_t kWeightWorkspace =
-    kBlockPixels<T> * (kBlockRows + kMostVectors * kLanes<T>)+kBlockRows * kMostVectors * kLanes<T>;
+    kBlockPixels * (kBlockRows + kMostVectors * kLanes<T>)+kBlockRows * kMostVectors * kLanes<T>;
 
 /// The weights [k0, k0 + rows) x [r0, r0 + columns) of a group.
 template <class S, int V>
 void grad_weight_panel(const Conv2dGeometry& g, const Windows& t, const Conv2dOperands<S>& o, int64_t k0, int64_t rows,
                        int64_t r0, int64_t columns, Sum<S>* workspace) {
   using T = Sum<S>;
-  constexpr int64_t M = kRows<V>, L = kLanes<T>, kPixels = kBlockPixels<T>;
+  constexpr int64_t M = kRows<V>, L = kLanes<T>, kPixels = kBlockPixels;
   T *grads = workspace, *windows = grads + kPixels * kBlockRows, *sums = windows + kPixels * V * L;
   const int64_t row = t.w.taps * t.channels, first_row = r0 / row, last_row = (r0 + columns - 1) / row;
   const int64_t padded = round_up(rows, M);
