@@ -23,6 +23,8 @@ struct Windows {
   int64_t weight_row, weight_channel;  // the distance between produced channels, and between summed ones
   int64_t kernel_width, out_height, out_width;
   int64_t pixels() const { return h.count * w.count; }
+  /// Whether a row of taps is one run of numbers in memory.
+  bool adjacent() const { return w.offset_step == 1 && channels == in_channels; }
   int64_t weight_of(int64_t th, int64_t tw) const {
     return weight0 + ((h.k0 + th * h.k_step) * kernel_width + w.k0 + tw * w.k_step) * tap_weight;
   }

@@ -31,7 +31,7 @@ constexpr int64_t kWeightBytes = 65536;                 // packed weights of a b
 constexpr int64_t kMostPixels = 480, kFewPixels = 192;  // of a task
 constexpr int64_t kGoodTasks = 32;
 constexpr int64_t kMostRuns = 64;                       // of a block
-constexpr int64_t kFewChannels = 32, kShortRow = 128;   // a run is a row of taps below, otherwise a tap
+constexpr int64_t kShortRow = 128;                      // a run is a row of taps below, otherwise a tap
 constexpr int64_t kBlockRows = 72, kBlockPixels = 192;  // grad_weight: output channels of a task, pixels of a block
 
 template <int V>
@@ -103,7 +103,7 @@ const S* find_run(const Windows& t, const Pixel<S>& p, const Run& run) {
     const S* from = seen(t, p, run.th, run.tw);
     return from ? from + run.c : nullptr;
   }
-  if (t.w.offset_step != 1 || t.channels != t.in_channels) return nullptr;
+  if (!t.adjacent()) return nullptr;
   if (p.w + run.tw < 0 || p.w + run.last_tw >= t.w.in_size) return nullptr;
   const S* from = seen(t, p, run.th, run.tw);
   return from ? from + run.c : nullptr;
@@ -132,7 +132,7 @@ struct Runs {
   bool rows;
   int64_t pieces, piece, count;
   Runs(const Windows& t, int64_t longest) {
-    rows = t.channels < kFewChannels && t.w.taps * t.channels <= kShortRow;
+    rows = t.channels < (t.adjacent() ? 32 : 8) && t.w.taps * t.channels <= kShortRow;
     pieces = ceil_div(t.channels, longest);
     piece = ceil_div(t.channels, pieces);
     pieces = ceil_div(t.channels, piece);

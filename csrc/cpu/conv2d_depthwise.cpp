@@ -118,18 +118,42 @@ auto lanes_tile_of(int64_t vectors, bool picked) {
 /// Vectors of the panel that begins with number `vector`: only a panel of one may reach beyond the last channel.
 template <class T>
 int64_t panel_vectors(const Packing<T>& pack, int64_t vector, int64_t end, int64_t channels, int64_t out_channels) {
-  for (int64_t vectors = smaller(kMostVectors, end - vector); vectors > 1; --vectors) {
+  const int64_t left = end - vector;
+  for (int64_t vectors = ceil_div(left, ceil_div(left, kMostVectors)); vectors > 1; --vectors) {
     const int64_t last = vector + vectors - 1;
     if (last * pack.in + kLanes<T> <= channels && last * pack.out + kLanes<T> <= out_channels) return vectors;
   }
   return 1;
 }
 
-/// The channels of a pixel that a block of vectors sees through a tap: zeros, where there is no pixel.
+/// Where the taps of a window lie, counted from its first.
+struct Taps {
+  int64_t count, th[kMostSteps], tw[kMostSteps], offset[kMostSteps];
+  explicit Taps(const Windows& t) : count(0) {
+    for (int64_t h = 0; h < t.h.taps; ++h)
+      for (int64_t w = 0; w < t.w.taps; ++w, ++count) {
+        th[count] = h;
+        tw[count] = w;
+        offset[count] = (h * t.h.offset_step * t.w.in_size + w * t.w.offset_step) * t.in_channels;
+      }
+  }
+};
+
+/// a[tap*step] = what a pixel sees through tap number tap0 + tap from `channel` on: zeros, where there is no pixel.
 template <class S>
-const S* seen_or(const Windows& t, const Pixel<S>& p, int64_t tap, int64_t channel, const S* zeros) {
-  const S* from = seen(t, p, tap / t.w.taps, tap % t.w.taps);
-  return from ? from + channel : zeros;
+void find_taps(const Windows& t, const Taps& taps, const Pixel<S>& p, int64_t tap0, int64_t count, int64_t channel,
+               const S* zeros, const S** a, int64_t step) {
+  const bool inside = p.h >= 0 && p.h + (t.h.taps - 1) * t.h.offset_step < t.h.in_size && p.w >= 0 &&
+                      p.w + (t.w.taps - 1) * t.w.offset_step < t.w.in_size;
+  if (inside) {
+    const S* from = p.image + (p.h * t.w.in_size + p.w) * t.in_channels + channel;
+    for (int64_t tap = 0; tap < count; ++tap) a[tap * step] = from + taps.offset[tap0 + tap];
+  } else {
+    for (int64_t tap = 0; tap < count; ++tap) {
+      const S* from = seen(t, p, taps.th[tap0 + tap], taps.tw[tap0 + tap]);
+      a[tap * step] = from ? from + channel : zeros;
+    }
+  }
 }
 
 template <class T>
@@ -190,7 +214,8 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* work
     const Packing<T> pack(g, t);
     const int64_t vector0 = task / tasks.blocks % tasks.channels * kBlockVectors;
     const int64_t last = smaller(vector0 + kBlockVectors, pack.vectors);
-    const int64_t taps = t.h.taps * t.w.taps, steps = taps * t.channels;
+    const Taps taps(t);
+    const int64_t steps = taps.count * t.channels;
     const auto each_panel = [&](auto f) {
       for (int64_t vector = vector0, vectors; vector < last; vector += vectors) {
         vectors = panel_vectors(pack, vector, last, t.in_channels, t.out_channels);
@@ -210,11 +235,10 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* work
 
     for (int64_t p = 0; p < count; p += kPixelRows) {
       const S* a[kMostSteps * kPixelRows];
-      for (int64_t tap = 0; tap < taps; ++tap)
-        for (int64_t m = 0; m < kPixelRows; ++m) {
-          const S* from = seen_or(t, pixels[smaller(p + m, count - 1)], tap, vector0 * pack.in, zeros);
-          for (int64_t j = 0; j < t.channels; ++j) a[(tap * t.channels + j) * kPixelRows + m] = from;
-        }
+      for (int64_t m = 0; m < kPixelRows; ++m)
+        for (int64_t j = 0; j < t.channels; ++j)
+          find_taps(t, taps, pixels[smaller(p + m, count - 1)], 0, taps.count, vector0 * pack.in, zeros,
+                    a + j * kPixelRows + m, t.channels * kPixelRows);
       each_panel([&](int64_t vector, int64_t vectors, const S* b) {
         const int64_t in = smaller(L, t.in_channels - vector * pack.in);
         const Steps<S> shared{steps, pack.in, places, 1, b, vectors * L, L, in, L};
@@ -246,9 +270,11 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* wo
   const Packing<T> pack(g, t);
   const S* zeros = make_zeros<S>(workspace);
   T* const totals = workspace + kZeros<T>;
-  const int64_t taps = t.h.taps * t.w.taps, tiles = ceil_div(taps, kTapRows), all = g.n * t.pixels();
+  const Taps taps(t);
+  const int64_t tiles = ceil_div(taps.count, kTapRows), all = g.n * t.pixels();
   for (int64_t task = begin; task < end; ++task) {
     const int64_t tap0 = task % tiles * kTapRows, vector0 = task / tiles * kMostVectors;
+    const int64_t tap_count = smaller(kTapRows, taps.count - tap0);
     const int64_t last = smaller(vector0 + kMostVectors, pack.vectors);
     const auto each_panel = [&](auto f) {
       for (int64_t vector = vector0, vectors; vector < last; vector += vectors) {
@@ -262,9 +288,11 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* wo
       Pixel<S> pixels[kSumPixels];
       find_pixels(t, o.b, p0, count, pixels);
       const S* a[kSumPixels * kTapRows];
-      for (int64_t p = 0; p < count; ++p)
-        for (int64_t m = 0; m < kTapRows; ++m)
-          a[p * kTapRows + m] = seen_or(t, pixels[p], smaller(tap0 + m, taps - 1), vector0 * pack.in, zeros);
+      for (int64_t p = 0; p < count; ++p) {
+        const S** to = a + p * kTapRows;
+        find_taps(t, taps, pixels[p], tap0, tap_count, vector0 * pack.in, zeros, to, 1);
+        for (int64_t m = tap_count; m < kTapRows; ++m) to[m] = to[0];
+      }
       each_panel([&](int64_t vector, int64_t vectors, int64_t j, T* sums) {
         const int64_t in = smaller(L, g.c - vector * pack.in), out = smaller(L, g.k - vector * pack.out);
         const Vec<Places<T>> places = pack.places(j);
@@ -273,11 +301,12 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* wo
       });
     }
     each_panel([&](int64_t vector, int64_t vectors, int64_t j, const T* sums) {
-      for (int64_t m = 0; m < smaller(kTapRows, taps - tap0); ++m)
+      for (int64_t m = 0; m < tap_count; ++m)
         for (int64_t v = 0; v < vectors; ++v)
           for (int64_t lane = 0; lane < pack.out; ++lane) {
             const int64_t k = (vector + v) * pack.out + lane;
-            if (k < g.k) o.out[(k * taps + tap0 + m) * t.channels + j] = rounded<S>(sums[(m * vectors + v) * L + lane]);
+            if (k < g.k)
+              o.out[(k * taps.count + tap0 + m) * t.channels + j] = rounded<S>(sums[(m * vectors + v) * L + lane]);
           }
     });
   }
