@@ -69,28 +69,39 @@ static inline int64_t classes(const Conv2dGeometry& g, Pass pass) {
   return axis_classes(g, pass, 0) * axis_classes(g, pass, 1);
 }
 
-/// One output: the image that it sees (from the group's first channel on), the place of its window's first tap in that,
-/// and its own place among all output pixels.
+/// One output: the image that it sees (from the group's first channel on), the place of its window's first tap in that
+/// as a row, a column and an offset, whether the window lies inside, and its own place among all output pixels.
 template <class S>
 struct Pixel {
   const S* image;
-  int64_t h, w, out;
+  int64_t h, w, at, out;
+  bool inside;
 };
 
 /// `count` outputs of a class from number `first` on: they run on from one image to the next.
 template <class S>
 static inline void find_pixels(const Windows& t, const S* in, int64_t first, int64_t count, Pixel<S>* pixels) {
   int64_t n = first / t.pixels(), i = first % t.pixels() / t.w.count, j = first % t.w.count;
+  const int64_t reach_h = (t.h.taps - 1) * t.h.offset_step, reach_w = (t.w.taps - 1) * t.w.offset_step;
   for (int64_t p = 0; p < count; ++p) {
-    pixels[p] = {in + n * t.h.in_size * t.w.in_size * t.in_channels + t.in_channel0, i * t.h.in_step + t.h.offset0,
-                 j * t.w.in_step + t.w.offset0,
-                 (n * t.out_height + t.h.first + i * t.h.step) * t.out_width + t.w.first + j * t.w.step};
+    const int64_t h = i * t.h.in_step + t.h.offset0, w = j * t.w.in_step + t.w.offset0;
+    pixels[p] = {in + n * t.h.in_size * t.w.in_size * t.in_channels + t.in_channel0,
+                 h,
+                 w,
+                 (h * t.w.in_size + w) * t.in_channels,
+                 (n * t.out_height + t.h.first + i * t.h.step) * t.out_width + t.w.first + j * t.w.step,
+                 h >= 0 && h + reach_h < t.h.in_size && w >= 0 && w + reach_w < t.w.in_size};
     if (++j < t.w.count) continue;
     j = 0;
     if (++i < t.h.count) continue;
     i = 0;
     ++n;
   }
+}
+
+/// How far tap (th, tw) of a window lies from its first.
+static inline int64_t tap_offset(const Windows& t, int64_t th, int64_t tw) {
+  return (th * t.h.offset_step * t.w.in_size + tw * t.w.offset_step) * t.in_channels;
 }
 
 /// The channels that a pixel sees through a tap, or nullptr where there is nothing to see.

@@ -87,31 +87,32 @@ void with_vectors(int64_t columns, const F& f) {
   }
 }
 
-/// `length` numbers of a window, all in one row of taps: from channel c of tap (th, tw) on, to tap last_tw.
+/// `length` numbers of a window, all in one row of taps: from channel c of tap (th, tw) on. They are `straight` if they
+/// are consecutive numbers of the input, too: then `offset` is how far they lie from the window's first.
 struct Run {
-  int64_t th, tw, last_tw, c, length;
+  int64_t th, tw, c, length, offset;
+  bool straight;
 };
 
 static Run make_run(const Windows& t, int64_t th, int64_t begin, int64_t end) {
-  return {th, begin / t.channels, (end - 1) / t.channels, begin % t.channels, end - begin};
-}
-
-/// Where the run's numbers lie in memory if they lie there one after another, otherwise nullptr.
-template <class S>
-const S* find_run(const Windows& t, const Pixel<S>& p, const Run& run) {
-  if (run.tw == run.last_tw) {
-    const S* from = seen(t, p, run.th, run.tw);
-    return from ? from + run.c : nullptr;
-  }
-  if (!t.adjacent()) return nullptr;
-  if (p.w + run.tw < 0 || p.w + run.last_tw >= t.w.in_size) return nullptr;
-  const S* from = seen(t, p, run.th, run.tw);
-  return from ? from + run.c : nullptr;
+  const int64_t tw = begin / t.channels, c = begin % t.channels;
+  return {th, tw, c, end - begin, tap_offset(t, th, tw) + c, t.adjacent() || c + end - begin <= t.channels};
 }
 
 template <class S>
 void copy_run(const Windows& t, const Pixel<S>& p, const Run& run, Sum<S>* to) {
-  if (const S* from = find_run(t, p, run)) return copy_numbers(from, run.length, to);
+  constexpr int64_t L = kLanes<Sum<S>>;
+  if (p.inside && run.straight) return copy_numbers(p.image + p.at + run.offset, run.length, to);
+  if (t.adjacent() && t.border == Border::zeros) {
+    const int64_t h = p.h + run.th * t.h.offset_step, row = t.w.in_size * t.channels;
+    const bool inside = h >= 0 && h < t.h.in_size;
+    const int64_t start = (p.w + run.tw) * t.channels + run.c;
+    for (int64_t i = 0; i < run.length; i += L) {
+      const int64_t lanes = smaller(run.length - i, L);
+      store_first(to + i, load_inside(p.image + (inside ? h : 0) * row, inside ? row : 0, start + i, lanes), lanes);
+    }
+    return;
+  }
   int64_t left = run.length;
   for (int64_t tw = run.tw, c = run.c; left > 0; ++tw, c = 0) {
     const int64_t count = smaller(t.channels - c, left);
@@ -140,8 +141,8 @@ struct Runs {
   }
   Run operator()(const Windows& t, int64_t i) const {
     if (rows) return make_run(t, i, 0, t.w.taps * t.channels);
-    const int64_t tap = i / pieces, c = i % pieces * piece, tw = tap % t.w.taps;
-    return {tap / t.w.taps, tw, tw, c, smaller(piece, t.channels - c)};
+    const int64_t tap = i / pieces, c = i % pieces * piece, begin = tap % t.w.taps * t.channels;
+    return make_run(t, tap / t.w.taps, begin + c, begin + smaller(c + piece, t.channels));
   }
 };
 
@@ -210,14 +211,15 @@ void correlate_panel(const Windows& t, const Conv2dOperands<S>& o, int64_t row0,
       for (int64_t r = 0; r < blocks; ++r)
         for (int64_t m = 0; m < M; ++m) {
           const Pixel<S>& pixel = pixels[smaller(p + m, count - 1)];
-          const S* place = std::is_same_v<S, T> ? find_run(t, pixel, block[r]) : nullptr;
-          if (!place) {
-            copy_run(t, pixel, block[r], copy);
-            a[r * M + m] = copy;
-            copy += lengths[r];
-          } else if constexpr (std::is_same_v<S, T>) {
-            a[r * M + m] = place;
+          if constexpr (std::is_same_v<S, T>) {
+            if (pixel.inside && block[r].straight) {
+              a[r * M + m] = pixel.image + pixel.at + block[r].offset;
+              continue;
+            }
           }
+          copy_run(t, pixel, block[r], copy);
+          a[r * M + m] = copy;
+          copy += lengths[r];
         }
       T* tile = sums + p * V * L;
       multiply_tile<T, V>(blocks, lengths, a, 1, weights, tile, !first);

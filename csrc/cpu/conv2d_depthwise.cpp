@@ -134,7 +134,7 @@ struct Taps {
       for (int64_t w = 0; w < t.w.taps; ++w, ++count) {
         th[count] = h;
         tw[count] = w;
-        offset[count] = (h * t.h.offset_step * t.w.in_size + w * t.w.offset_step) * t.in_channels;
+        offset[count] = tap_offset(t, h, w);
       }
   }
 };
@@ -143,10 +143,8 @@ struct Taps {
 template <class S>
 void find_taps(const Windows& t, const Taps& taps, const Pixel<S>& p, int64_t tap0, int64_t count, int64_t channel,
                const S* zeros, const S** a, int64_t step) {
-  const bool inside = p.h >= 0 && p.h + (t.h.taps - 1) * t.h.offset_step < t.h.in_size && p.w >= 0 &&
-                      p.w + (t.w.taps - 1) * t.w.offset_step < t.w.in_size;
-  if (inside) {
-    const S* from = p.image + (p.h * t.w.in_size + p.w) * t.in_channels + channel;
+  if (p.inside) {
+    const S* from = p.image + p.at + channel;
     for (int64_t tap = 0; tap < count; ++tap) a[tap * step] = from + taps.offset[tap0 + tap];
   } else {
     for (int64_t tap = 0; tap < count; ++tap) {
