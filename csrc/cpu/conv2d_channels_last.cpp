@@ -29,10 +29,10 @@ constexpr int kMostRows = 12;
 constexpr int kTileMultiple = 24;                       // a multiple of the number of rows of every tile
 constexpr int64_t kWeightBytes = 65536;                 // packed weights of a block
 constexpr int64_t kMostPixels = 480, kFewPixels = 192;  // of a task
-constexpr int64_t kGoodTasks = 32;
-constexpr int64_t kMostRuns = 64;                       // of a block
-constexpr int64_t kShortRow = 128;                      // a run is a row of taps below, otherwise a tap
-constexpr int64_t kBlockRows = 72, kBlockPixels = 192;  // grad_weight: output channels of a task, pixels of a block
+constexpr int64_t kGoodTasks = 32, kFewTasks = 4;
+constexpr int64_t kMostRuns = 64;                        // of a block
+constexpr int64_t kShortRow = 256;                       // a run is a row of taps below, otherwise a tap
+constexpr int64_t kBlockRows = 144, kBlockPixels = 128;  // grad_weight: output channels of a task, pixels of a block
 
 template <int V>
 constexpr int kRows = kSums / V < kMostRows ? kSums / V : kMostRows;
@@ -133,7 +133,7 @@ struct Runs {
   bool rows;
   int64_t pieces, piece, count;
   Runs(const Windows& t, int64_t longest) {
-    rows = t.channels < (t.adjacent() ? 32 : 8) && t.w.taps * t.channels <= kShortRow;
+    rows = (t.adjacent() || t.channels < 8) && t.w.taps * t.channels <= kShortRow;
     pieces = ceil_div(t.channels, longest);
     piece = ceil_div(t.channels, pieces);
     pieces = ceil_div(t.channels, piece);
@@ -280,7 +280,8 @@ struct WeightTasks {
   Panels<T> panels;
   explicit WeightTasks(const Conv2dGeometry& g) : filter(g.c / g.groups * g.kernel[0] * g.kernel[1]), panels(filter) {
     const int64_t k_group = g.k / g.groups;
-    blocks = ceil_div(k_group, kBlockRows);
+    const int64_t wanted = smaller(ceil_div(kFewTasks, g.groups * panels.count), k_group / kMostRows);
+    blocks = larger(ceil_div(k_group, kBlockRows), wanted);
     rows = ceil_div(k_group, blocks);
     blocks = ceil_div(k_group, rows);
     total = g.groups * blocks * panels.count;
