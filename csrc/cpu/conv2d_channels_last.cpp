@@ -11,7 +11,7 @@
 // Forward, a pixel's channels under a tap are consecutive numbers, and where channels are few a whole row of taps is:
 // such a run is read where it stands. It is copied first, for one tile at a time, if it crosses the border, if its taps
 // lie apart, or to widen 16-bit numbers. Only the weights are rearranged, for a panel of at most four vectors of output
-// channels: a block of them that fits the first-level cache serves all pixels of the task before the next one is packed.
+// channels: a block of 64 KiB of them serves all pixels of the task before the next one is packed.
 // For the gradient of the weight, blocks of pixels of both operands are copied.
 //
 // A task is a panel of channels for a block of pixels (forward, grad_input), or a block of output channels x a panel of
