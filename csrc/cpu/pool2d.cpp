@@ -39,9 +39,9 @@ Window window_at(const Pool2dGeometry& g, int dim, int64_t o) {
     const int64_t start = o * in / out;
     return {start, 0, ceil_div((o + 1) * in, out) - start};
   }
+  const auto steps = [=](int64_t pixels) { return dilation == 1 ? pixels : ceil_div(pixels, dilation); };
   const int64_t start = o * g.stride[dim] - g.padding[dim];
-  return {start, start < 0 ? ceil_div(-start, dilation) : 0,
-          start < in ? smaller(g.kernel[dim], ceil_div(in - start, dilation)) : 0};
+  return {start, start < 0 ? steps(-start) : 0, start < in ? smaller(g.kernel[dim], steps(in - start)) : 0};
 }
 
 /// The outputs that have pixel i of an axis between their first tap and their last.
@@ -52,10 +52,10 @@ Range outputs_over(const Pool2dGeometry& g, int dim, int64_t i) {
   return {first > 0 ? ceil_div(first, g.stride[dim]) : 0, smaller(out, (i + g.padding[dim]) / g.stride[dim] + 1)};
 }
 
-/// Calls visit(o, k) for all outputs o that see pixel i of an axis, through tap k: in the order of k, so backwards.
+/// Calls visit(o, k) for the outputs o among outputs_over(g, dim, i) that see pixel i, through tap k: in the order of k,
+/// so backwards.
 template <class Visit>
-void for_outputs_over(const Pool2dGeometry& g, int dim, int64_t i, const Visit& visit) {
-  const Range over = outputs_over(g, dim, i);
+void for_outputs_over(const Pool2dGeometry& g, int dim, int64_t i, Range over, const Visit& visit) {
   for (int64_t o = over.end - 1; o >= over.begin; --o) {
     const int64_t reach = i - window_at(g, dim, o).start;
     if (g.dilation[dim] == 1) {
@@ -66,18 +66,11 @@ void for_outputs_over(const Pool2dGeometry& g, int dim, int64_t i, const Visit& 
   }
 }
 
-/// The outputs of a row that see one of the pixels through tap k.
-Range outputs_onto(const Pool2dGeometry& g, int64_t k, Range pixels) {
-  const int64_t offset = k * g.dilation[1] - g.padding[1], s = g.stride[1];  // output o sees pixel o*s + offset
-  const int64_t begin = pixels.begin > offset ? smaller(g.out[1], ceil_div(pixels.begin - offset, s)) : 0;
-  const int64_t end = pixels.end > offset ? smaller(g.out[1], ceil_div(pixels.end - offset, s)) : 0;
-  return {begin, larger(begin, end)};
-}
-
 /// The outputs of a row for which all taps lie inside the image along the width.
 Range whole_windows(const Pool2dGeometry& g) {
-  const int64_t begin = outputs_onto(g, 0, {0, g.in[1]}).begin;
-  return {begin, larger(begin, outputs_onto(g, g.kernel[1] - 1, {0, g.in[1]}).end)};
+  const int64_t room = g.in[1] + g.padding[1] - (g.kernel[1] - 1) * g.dilation[1];  // for where a window starts
+  const int64_t begin = smaller(g.out[1], ceil_div(g.padding[1], g.stride[1]));
+  return {begin, larger(begin, room > 0 ? smaller(g.out[1], ceil_div(room, g.stride[1])) : 0)};
 }
 
 int64_t depth_of(const Pool2dGeometry& g) { return g.layout == Layout::channels_last ? g.c : 1; }
@@ -166,13 +159,19 @@ void store_positions(Position* to, Vec<Word<T>> words, int64_t count) {
   }
 }
 
+/// Like load_inside, for a vector of T's lanes.
 template <class T, class Position>
-Vec<Word<T>> load_positions(const Position* from, int64_t count) {
+Vec<Word<T>> load_positions(const Position* row, int64_t size, int64_t start) {
   if constexpr (sizeof(T) == 4) {
-    return load_first(from, count);
+    return load_inside(row, size, start, kLanes<T>);
   } else {
     PackedWords<T, Position> packed{};
-    __builtin_memcpy(&packed, from, count * sizeof(Position));
+    const int64_t begin = larger(-start, 0), end = smaller(size - start, kLanes<T>);
+    if (end - begin == kLanes<T>) {
+      __builtin_memcpy(&packed, row + start, sizeof packed);
+    } else {
+      for (int64_t j = begin; j < end; ++j) packed[j] = row[start + j];
+    }
     return __builtin_convertvector(packed, Vec<Word<T>>);
   }
 }
@@ -233,15 +232,21 @@ void max_pool2d_gather(const Pool2dGeometry& g, const S* x, const Position* posi
 
 /// How many places of the window of output o count, along one axis.
 int64_t window_size(const Pool2dGeometry& g, int dim, int64_t o, bool count_include_pad) {
-  const Window w = window_at(g, dim, o);
-  if (g.adaptive || !count_include_pad) return w.end - w.begin;
-  return smaller(g.kernel[dim], g.in[dim] + g.padding[dim] - w.start);
+  if (g.adaptive) return window_at(g, dim, o).end;
+  const int64_t start = o * g.stride[dim] - g.padding[dim], beyond = count_include_pad ? g.padding[dim] : 0;
+  return smaller(start + g.kernel[dim], g.in[dim] + beyond) - larger(start, -beyond);
+}
+
+/// The divisor of an output of row oh whose window counts `columns` columns.
+template <class T>
+T divisor_of(const Pool2dGeometry& g, const Divisor& d, int64_t oh, int64_t columns) {
+  if (d.divisor_override && !g.adaptive) return T(d.divisor_override);
+  return T(window_size(g, 0, oh, d.count_include_pad) * columns);
 }
 
 template <class T>
 T divisor_at(const Pool2dGeometry& g, const Divisor& d, int64_t oh, int64_t ow) {
-  if (d.divisor_override && !g.adaptive) return T(d.divisor_override);
-  return T(window_size(g, 0, oh, d.count_include_pad) * window_size(g, 1, ow, d.count_include_pad));
+  return divisor_of<T>(g, d, oh, window_size(g, 1, ow, d.count_include_pad));
 }
 
 /// The sum of `rows` stretches of `count` numbers, `step` apart, in the lanes of a vector.
@@ -278,65 +283,97 @@ void avg_pool2d(const Pool2dGeometry& g, Divisor d, const S* x, S* y, int64_t be
 }
 
 // ---- backward ----
+//
+// `Terms` says what a pixel gets from the outputs that see it. through(oh, ow, kh, kw) is for output (oh, ow) and tap
+// (kh, kw), in all channels, or in contiguous layout for outputs ow, ow + 1, ... of row oh: called with (first, size,
+// start), its lane j is the term of gy[first + start + j], or zero unless 0 <= start + j < size. of_output() adds what
+// comes from gy[out] to the sums of those pixels of a row that see it.
 
-constexpr int64_t kPiece = 256;
+/// The numbers of v and w by turns, from the first half of both or from the second.
+template <class T, int... lane>
+Vec<T> by_turns(Vec<T> v, Vec<T> w, bool second_half, std::integer_sequence<int, lane...>) {
+  constexpr int L = kLanes<T>;
+  return second_half ? __builtin_shufflevector(v, w, (lane % 2 * L + L / 2 + lane / 2)...)
+                     : __builtin_shufflevector(v, w, (lane % 2 * L + lane / 2)...);
+}
 
-template <class S>
-void store_piece(S* to, const Sum<S>* sums, int64_t count) {
-  constexpr int64_t L = kLanes<Sum<S>>;
-  for (int64_t i = 0; i < count; i += L) {
-    const int64_t lanes = smaller(count - i, L);
-    store_first(to + i, load_first(sums + i, lanes), lanes);
+/// Row ih of a plane, for strides 1 and 2: each vector holds pixels `stride` apart, whose outputs are neighbours.
+template <class S, class Terms>
+void backward_row(const Pool2dGeometry& g, const Terms& terms, int64_t ih, int64_t first_output, S* gx) {
+  using T = Sum<S>;
+  constexpr int64_t L = kLanes<T>;
+  const int64_t s = g.stride[1];
+  const Range rows = outputs_over(g, 0, ih);
+  for (int64_t iw = 0; iw < g.in[1]; iw += s * L) {
+    Vec<T> sums[2] = {};
+    for_outputs_over(g, 0, ih, rows, [&](int64_t oh, int64_t kh) {
+      for (int64_t kw = 0; kw < g.kernel[1]; ++kw) {
+        const int64_t reach = iw + g.padding[1] - kw * g.dilation[1], odd = s == 2 ? reach & 1 : 0;
+        const int64_t start = s == 2 ? (reach + odd) >> 1 : reach;
+        sums[odd] += terms.through(oh, start, kh, kw)(first_output + oh * g.out[1], g.out[1], start);
+      }
+    });
+    const int64_t count = smaller(g.in[1] - iw, s * L);
+    constexpr auto lanes = std::make_integer_sequence<int, int(L)>();
+    store_first(gx + iw, s == 2 ? by_turns<T>(sums[0], sums[1], false, lanes) : sums[0], smaller(count, L));
+    if (count > L) store_first(gx + iw + L, by_turns<T>(sums[0], sums[1], true, lanes), count - L);
   }
 }
 
-/// A pass from gy to gx. Terms has the two ways of adding up what comes from output row oh through its taps kh:
-/// add_vector(sums, step, out, count, oh, ow, kh, kw) adds to sums[j*step] what comes from gy[out + j] through tap
-/// (kh, kw), for j < count; add_output(sums, pixels, out, oh, ow, kh) adds to sums[i - pixels.begin] what comes from
-/// gy[out] to any pixel i of `pixels` in the row.
+constexpr int64_t kPiece = 256;
+
+/// Row ih of a plane, otherwise: from each output to the pixels that it sees.
+template <class S, class Terms>
+void backward_row_by_outputs(const Pool2dGeometry& g, const Terms& terms, int64_t ih, int64_t first_output, S* gx) {
+  const Range rows = outputs_over(g, 0, ih);
+  for (int64_t iw = 0; iw < g.in[1]; iw += kPiece) {
+    const Range pixels = {iw, smaller(iw + kPiece, g.in[1])};
+    const int64_t first = outputs_over(g, 1, iw).begin, last = outputs_over(g, 1, pixels.end - 1).end - 1;
+    Sum<S> sums[kPiece];
+    for (int64_t i = 0; i < pixels.end - iw; ++i) sums[i] = 0;
+    for_outputs_over(g, 0, ih, rows, [&](int64_t oh, int64_t kh) {
+      for (int64_t ow = last; ow >= first; --ow)
+        terms.of_output(oh, ow, kh, first_output + oh * g.out[1] + ow, pixels, sums);
+    });
+    for (int64_t i = 0; i < pixels.end - iw; ++i) gx[iw + i] = rounded<S>(sums[i]);
+  }
+}
+
+/// Row ih of an image in channels_last.
+template <class S, class Terms>
+void backward_pixels(const Pool2dGeometry& g, const Terms& terms, int64_t ih, int64_t first_output, S* gx) {
+  using T = Sum<S>;
+  constexpr int64_t L = kLanes<T>;
+  const Range rows = outputs_over(g, 0, ih);
+  for (int64_t iw = 0; iw < g.in[1]; ++iw) {
+    const Range columns = outputs_over(g, 1, iw);
+    for (int64_t c = 0; c < g.c; c += kPiece) {
+      const int64_t channels = smaller(g.c - c, kPiece);
+      Vec<T> sums[kPiece / L];
+      for (int64_t i = 0; i < channels; i += L) sums[i / L] = Vec<T>{};
+      for_outputs_over(g, 0, ih, rows, [&](int64_t oh, int64_t kh) {
+        for_outputs_over(g, 1, iw, columns, [&](int64_t ow, int64_t kw) {
+          const int64_t first = (first_output + oh * g.out[1] + ow) * g.c + c;
+          const auto term = terms.through(oh, ow, kh, kw);
+          for (int64_t i = 0; i < channels; i += L) sums[i / L] += term(first, channels, i);
+        });
+      });
+      for (int64_t i = 0; i < channels; i += L)
+        store_first(gx + iw * g.c + c + i, sums[i / L], smaller(channels - i, L));
+    }
+  }
+}
+
 template <class S, class Terms>
 void backward(const Pool2dGeometry& g, const Terms& terms, S* gx, int64_t begin, int64_t end) {
-  const int64_t depth = depth_of(g), s = g.stride[1];
-  const bool by_taps = !g.adaptive && s <= 2;
-  Sum<S> sums[kPiece];
+  const int64_t depth = depth_of(g);
+  const auto row = depth > 1                         ? backward_pixels<S, Terms>
+                   : !g.adaptive && g.stride[1] <= 2 ? backward_row<S, Terms>
+                                                     : backward_row_by_outputs<S, Terms>;
+  int64_t ih = begin % g.in[0], image = begin / g.in[0];
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t ih = task % g.in[0], image = task / g.in[0] * g.out[0];
-    if (depth > 1) {
-      for (int64_t iw = 0; iw < g.in[1]; ++iw) {
-        for (int64_t c = 0; c < depth; c += kPiece) {
-          const int64_t channels = smaller(depth - c, kPiece);
-          for (int64_t i = 0; i < channels; ++i) sums[i] = 0;
-          for_outputs_over(g, 0, ih, [&](int64_t oh, int64_t kh) {
-            for_outputs_over(g, 1, iw, [&](int64_t ow, int64_t kw) {
-              const int64_t out = ((image + oh) * g.out[1] + ow) * depth + c;
-              for (int64_t i = 0; i < channels; i += kLanes<Sum<S>>)
-                terms.add_vector(sums + i, 1, out + i, smaller(channels - i, kLanes<Sum<S>>), oh, ow, kh, kw);
-            });
-          });
-          store_piece(gx + (task * g.in[1] + iw) * depth + c, sums, channels);
-        }
-      }
-      continue;
-    }
-    for (int64_t iw = 0; iw < g.in[1]; iw += kPiece) {
-      const Range pixels = {iw, smaller(iw + kPiece, g.in[1])};
-      for (int64_t i = 0; i < pixels.end - iw; ++i) sums[i] = 0;
-      for_outputs_over(g, 0, ih, [&](int64_t oh, int64_t kh) {
-        const int64_t out = (image + oh) * g.out[1];
-        if (by_taps) {
-          for (int64_t kw = 0; kw < g.kernel[1]; ++kw) {
-            const Range onto = outputs_onto(g, kw, pixels);
-            for (int64_t ow = onto.begin; ow < onto.end; ow += kLanes<Sum<S>>)
-              terms.add_vector(sums + (ow * s - g.padding[1] + kw * g.dilation[1] - iw), s, out + ow,
-                               smaller(onto.end - ow, kLanes<Sum<S>>), oh, ow, kh, kw);
-          }
-        } else {
-          const int64_t first = outputs_over(g, 1, iw).begin, last = outputs_over(g, 1, pixels.end - 1).end - 1;
-          for (int64_t ow = last; ow >= first; --ow) terms.add_output(sums, pixels, out + ow, oh, ow, kh);
-        }
-      });
-      store_piece(gx + task * g.in[1] + iw, sums, pixels.end - iw);
-    }
+    row(g, terms, ih, image * g.out[0] * g.out[1], gx + task * g.in[1] * depth);
+    if (++ih == g.in[0]) ih = 0, ++image;
   }
 }
 
@@ -347,12 +384,15 @@ struct MaxTerms {
   const S* gy;
   const Position* positions;
 
-  void add_vector(T* sums, int64_t step, int64_t out, int64_t count, int64_t, int64_t, int64_t kh, int64_t kw) const {
-    const auto won = load_positions<T>(positions + out, count) == Word<T>(kh * g.kernel[1] + kw);
-    add_strided(sums, step, won ? load_first(gy + out, count) : Vec<T>{}, count);
+  auto through(int64_t, int64_t, int64_t kh, int64_t kw) const {
+    const Word<T> place = kh * g.kernel[1] + kw;
+    return [=, gy = gy, positions = positions](int64_t first, int64_t size, int64_t start) {
+      const auto won_at = load_positions<T>(positions + first, size, start);
+      return won_at == place ? load_inside(gy + first, size, start, kLanes<T>) : Vec<T>{};
+    };
   }
 
-  void add_output(T* sums, Range pixels, int64_t out, int64_t, int64_t ow, int64_t kh) const {
+  void of_output(int64_t, int64_t ow, int64_t kh, int64_t out, Range pixels, T* sums) const {
     const int64_t kw = positions[out] - kh * g.kernel[1];
     const int64_t iw = window_at(g, 1, ow).start + kw * g.dilation[1];
     if (kw >= 0 && kw < g.kernel[1] && iw >= pixels.begin && iw < pixels.end) sums[iw - pixels.begin] += value(gy[out]);
@@ -373,15 +413,20 @@ struct AverageTerms {
   const S* gy;
   Range full;  // outputs whose windows count as many columns as windows have
 
-  void add_vector(T* sums, int64_t step, int64_t out, int64_t count, int64_t oh, int64_t ow, int64_t, int64_t) const {
-    Vec<T> divisors = broadcast(divisor_at<T>(g, d, oh, ow));
-    if (depth_of(g) == 1 && (ow < full.begin || ow + count > full.end)) {
-      for (int64_t j = 1; j < count; ++j) divisors[j] = divisor_at<T>(g, d, oh, ow + j);
+  auto through(int64_t oh, int64_t ow, int64_t, int64_t) const {
+    const bool pixel = depth_of(g) > 1;
+    Vec<T> divisors = broadcast(pixel ? divisor_at<T>(g, d, oh, ow) : divisor_of<T>(g, d, oh, g.kernel[1]));
+    if (!pixel) {
+      const int64_t begin = larger(ow, 0), end = smaller(g.out[1], ow + kLanes<T>);
+      for (int64_t o = begin; o < smaller(end, full.begin); ++o) divisors[o - ow] = divisor_at<T>(g, d, oh, o);
+      for (int64_t o = larger(begin, full.end); o < end; ++o) divisors[o - ow] = divisor_at<T>(g, d, oh, o);
     }
-    add_strided(sums, step, load_first(gy + out, count) / divisors, count);
+    return [=, gy = gy](int64_t first, int64_t size, int64_t start) {
+      return load_inside(gy + first, size, start, kLanes<T>) / divisors;
+    };
   }
 
-  void add_output(T* sums, Range pixels, int64_t out, int64_t oh, int64_t ow, int64_t) const {
+  void of_output(int64_t oh, int64_t ow, int64_t, int64_t out, Range pixels, T* sums) const {
     const T term = value(gy[out]) / divisor_at<T>(g, d, oh, ow);
     const Window w = window_at(g, 1, ow);
     const int64_t end = smaller(w.start + w.end, pixels.end);
@@ -389,8 +434,23 @@ struct AverageTerms {
   }
 };
 
+/// One output that sees the whole image: all pixels get the same.
+template <class S>
+void spread(const Pool2dGeometry& g, Sum<S> divisor, const S* gy, S* gx, int64_t begin, int64_t end) {
+  const int64_t depth = depth_of(g);
+  for (int64_t task = begin; task < end; ++task) {
+    const S* from = gy + task / g.in[0] * depth;
+    S* row = gx + task * g.in[1] * depth;
+    for (int64_t c = 0; c < depth; ++c) row[c] = rounded<S>(Sum<S>(0) + value(from[c]) / divisor);
+    for (int64_t i = depth; i < g.in[1] * depth; ++i) row[i] = row[i - depth];
+  }
+}
+
 template <class S>
 void avg_pool2d_backward(const Pool2dGeometry& g, Divisor d, const S* gy, S* gx, int64_t begin, int64_t end) {
+  const Window height = window_at(g, 0, 0), width = window_at(g, 1, 0);
+  if (g.out[0] * g.out[1] == 1 && height.end - height.begin == g.in[0] && width.end - width.begin == g.in[1])
+    return spread(g, divisor_at<Sum<S>>(g, d, 0, 0), gy, gx, begin, end);
   const int64_t room = g.in[1] + 2 * g.padding[1] - g.kernel[1];
   const Range in_padding = {0, room >= 0 ? room / g.stride[1] + 1 : 0};
   const Range full = d.divisor_override ? Range{0, g.out[1]} : d.count_include_pad ? in_padding : whole_windows(g);
