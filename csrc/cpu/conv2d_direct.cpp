@@ -2,7 +2,7 @@
 //
 //   y[k, oh, ow]  +=  w[k, c, kh, kw] * x[c, oh + kh*dilation - padding, ow + kw*dilation - padding]       (stride 1)
 //
-// Lay the rows of x one behind the other, with the border's zeros, at a pitch P that is wider than a row of y by what
+// Lay the rows of x one behind the other, with the image's border, at a pitch P that is wider than a row of y by what
 // the kernel reaches. Then output (oh, ow) is place q = oh*P + ow of a long line, and what it sees through a tap is
 // place q + kh*dilation*P + kw*dilation of x's line: the same shift for all outputs. So vectors run along the line,
 // over the ends of rows, whatever the width of the image; only the few places between two rows are computed in vain.
@@ -20,7 +20,7 @@
 // over a strip (of several images, if they are small), then over strips and images in their order.
 //
 // A task is a strip of an image for at most 64 output channels (forward, grad_input), or M filters of 8 input channels
-// (grad_weight). Zeros of the border are multiplied: an infinite or NaN weight or gradient gives NaN there, where plain
+// (grad_weight). Zeros of a border are multiplied: an infinite or NaN weight or gradient gives NaN there, where plain
 // loops would skip it. 16-bit numbers are widened by the copying, weights too; sums are kept in float and rounded once.
 // Refuses channels_last, strides, 1x1 kernels, kernels that reach further than a row is wide, and layers whose
 // shortest strip overflows the buffer.
@@ -77,8 +77,8 @@ Strips correlation_strips(const Correlation& t) {
   return make_strips<T>(t.h, t.w, t.channels, kStripPlaces, kGoodBuffer);
 }
 
-/// One line of a strip: rows [row0, row0 + rows) x columns [column0, column0 + columns) of a plane, at pitch P. What lies
-/// between two rows is left as it was: nothing that is kept is computed from it.
+/// One line of a strip: rows [row0, row0 + rows) x columns [column0, column0 + columns) of a plane, at pitch P. What
+/// lies between two rows is left as it was: nothing that is kept is computed from it.
 template <class S>
 void copy_strip(const S* plane, int64_t height, int64_t width, Border border, int64_t row0, int64_t column0,
                 int64_t rows, int64_t columns, int64_t pitch, Sum<S>* to) {

@@ -13,8 +13,8 @@
 // channels the packing costs more than it saves.
 //
 // A task is one block of the result, 128 channels x 384 pixels (or x 384 weights of a filter). Zeros are multiplied
-// where a window hangs over a border of zeros: an infinite or NaN weight gives NaN there, where plain loops would skip it.
-// Refuses channels_last.
+// where a window hangs over a border of zeros: an infinite or NaN weight gives NaN there, where plain loops would skip
+// it. Refuses channels_last.
 #include "correlate.h"
 #include "gemm.h"
 
