@@ -165,6 +165,9 @@ inline void sync_block(std::source_location here = std::source_location::current
   block.stop();
 }
 
+/// atomicMax(). One thread runs at a time.
+inline void atomic_max(int64_t* place, int64_t x) { *place = std::max(*place, x); }
+
 inline void* shared_memory() { return block.shared.get(); }
 
 /// Runs `body`, a kernel with its arguments, as every thread of every block.
