@@ -171,12 +171,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Sum<S>, kProduce>)
 
     const int out_channel0 = group * channels.produce + produce0;
     S* out = o.out + n * tensors.y.n + out_channel0 * tensors.y.c;
+    CNNOPS_UNROLL
     for (int p = 0; p < kPixels; ++p) {
       const int pixel = threadIdx.x + p * blockDim.x, row = pixel / plan.tile[1], column = pixel % plan.tile[1];
       if (row >= plan.tile[0] || oh0 + row >= axis_h.count || ow0 + column >= axis_w.count) continue;
       S* place = out + (axis_h.first + (oh0 + row) * axis_h.step) * tensors.y.h +
                  (axis_w.first + (ow0 + column) * axis_w.step) * tensors.y.w;
-      for (int k = 0; k < kProduce && produce0 + k < channels.produce; ++k) {
+      CNNOPS_UNROLL
+      for (int k = 0; k < kProduce; ++k) {
+        if (produce0 + k >= channels.produce) break;
         const T bias = o.bias ? value(o.bias[out_channel0 + k]) : T(0);
         place[k * tensors.y.c] = rounded<S>(sum[p][k] + bias);
       }

@@ -246,10 +246,12 @@ __global__ void __launch_bounds__(kThreads, sizeof(Sum<S>) == 4 ? 3 : 2)
       product.add_products(shared.slices, smaller(kTable, taps - tap0), place_a, place_b, a, b);
     }
 
+    CNNOPS_UNROLL
     for (int i = 0; i < Product::kHeight; ++i) {
       const int row = row0 + Product::row(i);
       if (row >= channels.produce) continue;
       const auto bias = o.bias ? value(o.bias[group * channels.produce + row]) : Sum<S>(0);
+      CNNOPS_UNROLL
       for (int j = 0; j < Product::kWidth; ++j) {
         const int64_t out = shared.outs[Product::column(j)];
         if (out >= 0) o.out[out + row * tensors.y.c] = rounded<S>(product.sum[i][j] + bias);
@@ -346,10 +348,12 @@ __global__ void __launch_bounds__(kThreads, sizeof(Sum<S>) == 4 ? 3 : 2)
     }
 
     const int columns = axes.taps();
+    CNNOPS_UNROLL
     for (int i = 0; i < Product::kHeight; ++i) {
       const int row = row0 + Product::row(i);
       if (row >= channels.produce) continue;
       const int64_t weight = (static_cast<int64_t>(group) * channels.produce + row) * columns;
+      CNNOPS_UNROLL
       for (int j = 0; j < Product::kWidth; ++j) {
         const int column = column0 + Product::column(j);
         if (column >= columns) continue;

@@ -24,10 +24,13 @@
 
 #define CNNOPS_HOST_DEVICE __host__ __device__
 
-/// Before a loop that rarely goes round more than a few times: unrolled it would be several times as large, no faster.
+/// Before a loop over an array that is to stay in registers; before one that rarely goes round more than a few times, and
+/// unrolled would be several times as large, no faster.
 #ifdef CNNOPS_EMULATE
+#define CNNOPS_UNROLL
 #define CNNOPS_NO_UNROLL
 #else
+#define CNNOPS_UNROLL _Pragma("unroll")
 #define CNNOPS_NO_UNROLL _Pragma("unroll 1")
 #endif
 
@@ -60,6 +63,8 @@ constexpr int64_t kSharedMemory = 48 * 1024;
 using emulation::atomic_max;
 using emulation::sync_block;
 
+inline bool hidden(bool condition) { return condition; }
+
 template <class T>
 inline T* shared_memory() {
   return static_cast<T*>(emulation::shared_memory());
@@ -80,6 +85,14 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int
 #else
 
 __device__ inline void sync_block() { __syncthreads(); }
+
+/// A condition that stays the same through a loop, but hidden from the compiler: it would make a copy of the loop for
+/// each outcome, and for each combination with others.
+__device__ inline bool hidden(bool condition) {
+  int bit = condition;
+  asm volatile("" : "+r"(bit));
+  return bit != 0;
+}
 
 /// *place = max(*place, x), whoever else does the same. There is none for floats, on purpose.
 __device__ inline void atomic_max(int64_t* place, int64_t x) {

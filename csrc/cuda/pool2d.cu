@@ -39,26 +39,26 @@ struct Windows {
         adaptive(g.adaptive) {}
 
   __device__ bool inside(Index i) const { return 0 <= i && i < in; }
-  __device__ Index start(Index o) const { return adaptive ? o * in / out : o * stride - padding; }
-  __device__ Index taps(Index o) const { return adaptive ? ((o + 1) * in + out - 1) / out - start(o) : kernel; }
+  __device__ Index start(Index o) const { return hidden(adaptive) ? o * in / out : o * stride - padding; }
+  __device__ Index taps(Index o) const { return hidden(adaptive) ? ((o + 1) * in + out - 1) / out - start(o) : kernel; }
 
   /// The first tap of a window that is not before the image.
   __device__ Index first_tap(Index start) const { return start < 0 ? (dilation - 1 - start) / dilation : 0; }
 
   /// The outputs whose windows may cover input i: [first, last]. With dilation, see tap().
   __device__ Index first_over(Index i) const {
-    if (adaptive) return i * out / in;
+    if (hidden(adaptive)) return i * out / in;
     const Index from = i + padding - (kernel - 1) * dilation;
     return from <= 0 ? 0 : (from + stride - 1) / stride;
   }
   __device__ Index last_over(Index i) const {
-    return adaptive ? ((i + 1) * out - 1) / in : smaller<Index>((i + padding) / stride, out - 1);
+    return hidden(adaptive) ? ((i + 1) * out - 1) / in : smaller<Index>((i + padding) / stride, out - 1);
   }
 
   /// The tap through which output o sees input i, -1 for none; o must be one of the above.
   __device__ Index tap(Index o, Index i) const {
     const Index distance = i - start(o);
-    if (dilation == 1) return distance;
+    if (hidden(dilation == 1)) return distance;
     return distance % dilation == 0 ? distance / dilation : -1;
   }
 
@@ -80,7 +80,7 @@ struct Place {
   __device__ Place(int64_t item, Index pixel_size, Index rows, Index columns) {
     Index i = static_cast<Index>(item);
     number = 0;
-    if (pixel_size != 1) {
+    if (hidden(pixel_size != 1)) {
       const Index pixel = i / pixel_size;
       number = i - pixel * pixel_size;
       i = pixel;
@@ -100,9 +100,9 @@ struct Positions {
   explicit Positions(const uint8_t* positions) : narrow(const_cast<uint8_t*>(positions)), wide(nullptr) {}
   explicit Positions(const int32_t* positions) : narrow(nullptr), wide(const_cast<int32_t*>(positions)) {}
 
-  __device__ int32_t operator[](int64_t i) const { return wide ? wide[i] : narrow[i]; }
+  __device__ int32_t operator[](int64_t i) const { return hidden(wide) ? wide[i] : narrow[i]; }
   __device__ void set(int64_t i, int32_t position) const {
-    if (wide) {
+    if (hidden(wide)) {
       wide[i] = position;
     } else {
       narrow[i] = static_cast<uint8_t>(position);
