@@ -37,6 +37,10 @@ constexpr int kDepth = 8;             // steps of a slice
 constexpr int kTable = 128;           // steps whose taps or pixels are worked out at a time
 constexpr int kNowhere = -(1 << 30);  // a height outside of every tensor, also after adding a tap's or a pixel's
 
+/// Blocks that should fit a processor together, by their registers: as many as spill none.
+template <class S>
+constexpr int kBlocks = sizeof(Sum<S>) == 4 ? 3 : 2;
+
 /// Where a tap's weight is, and what it adds to its pixel's place in the unfolded tensor.
 struct alignas(16) Tap {
   int weight, x, h, w;
@@ -204,7 +208,7 @@ struct CorrelateShared {
 
 /// Forward and the gradient of the input: rows are output channels, columns pixels.
 template <class S, Layout kLayout>
-__global__ void __launch_bounds__(kThreads, sizeof(Sum<S>) == 4 ? 3 : 2)
+__global__ void __launch_bounds__(kThreads, kBlocks<S>)
     correlate_kernel(Conv2dGeometry g, Pass pass, Tensors tensors, int64_t tiles, int64_t row_tiles,
                      int64_t column_tiles, Conv2dOperands<S> o) {
   using Product = CorrelateTile<S, kLayout>;
@@ -303,7 +307,7 @@ struct WeightPlan {
 /// The gradient of the weights: rows are output channels, columns taps, and the steps of the sum pixels. Chunks of
 /// kTable pixels go round the parts like cards. `parts`, if there are several, get their sums instead of o.out.
 template <class S, Layout kLayout>
-__global__ void __launch_bounds__(kThreads, sizeof(Sum<S>) == 4 ? 3 : 2)
+__global__ void __launch_bounds__(kThreads, kBlocks<S>)
     grad_weight_kernel(Conv2dGeometry g, Tensors tensors, WeightPlan plan, Conv2dOperands<S> o, Sum<S>* parts) {
   using Product = WeightTile<S>;
   WeightShared<S>& shared = *shared_memory<WeightShared<S>>();
