@@ -90,6 +90,11 @@ def as_leaves(sample, dtype):
     return sample.transform(leaf)
 
 
+def in_float64(sample):
+    """And not contiguous: torch's vector code has another gradient of hardtanh at NaN than its code for strides."""
+    return as_leaves(sample, torch.float64).noncontiguous()
+
+
 @cache
 def cotangent(shape, dtype):
     return numbers(*shape).to(dtype)
@@ -111,16 +116,14 @@ def gradients(outputs, sources, dtype):
     return torch.autograd.grad(outputs, sources, [cotangent(y.shape, dtype).to(y.dtype) for y in outputs])
 
 
-def results(function, sample, dtype, computed_in=None):
+def results(function, sample, dtype):
     """(outputs, gradients)"""
-    sample = as_leaves(sample, computed_in or dtype)
     outputs, sources = call(function, sample), sources_of(sample)
     return outputs, gradients(outputs, sources, dtype) if sources else []
 
 
 def second_derivatives(function, sample):
     """The derivative of the gradients by the sources and by the cotangent."""
-    sample = as_leaves(sample, torch.float64)
     y, sources = call(function, sample)[0], sources_of(sample)
     gy = cotangent(y.shape, y.dtype).clone().requires_grad_()
     grads = torch.autograd.grad(y, sources, gy, create_graph=True)
@@ -141,8 +144,9 @@ def tangents(function, sample):
 
 def assert_rounded(got, exact):
     """Rounded once from a sum that was made in float32 at least; integers are the same."""
-    if not got.is_floating_point():
-        return torch.testing.assert_close(got, exact, rtol=0, atol=0)
+    if not got.is_floating_point() or got.numel() == 0:
+        torch.testing.assert_close(got, exact.to(got.dtype), rtol=0, atol=0)
+        return
     exact = exact.to(got.dtype).double()
     atol = (1e-13 if got.dtype == torch.float64 else 1e-5) * exact.nan_to_num(0, 0, 0).abs().max().item()
     rtol = torch.finfo(got.dtype).eps
@@ -165,6 +169,7 @@ def assert_alike(ours, theirs):
 
 def compare(ours, theirs, sample, dtype):
     """The functions give the same for this sample: outputs, gradients, and all that can be asked of a tensor."""
+    sample = as_leaves(sample, dtype)
     their, our = results(theirs, sample, dtype), results(ours, sample, dtype)
     assert_alike(our[0], their[0])
     exact = None
@@ -172,7 +177,7 @@ def compare(ours, theirs, sample, dtype):
         for i, (mine, torchs) in enumerate(zip(our[kind], their[kind], strict=True)):
             assert mine.shape == torchs.shape and mine.dtype == torchs.dtype
             if not torch.equal(mine, torchs):
-                exact = exact or results(theirs, sample, dtype, computed_in=torch.float64)
+                exact = exact or results(theirs, in_float64(sample), dtype)
                 assert_rounded(mine, exact[kind][i])
 
 
@@ -211,23 +216,20 @@ def test_samples(name, dtype):
     ids=name_of,
 )
 def test_in_place(name, dtype):
-    def in_place(library):
-        def function(input, *args, **kwargs):
-            x = input.clone()
-            y = getattr(library, name)(x, *args, inplace=True, **kwargs)
-            assert y is x
-            return y
+    def in_place(input, *args, **kwargs):
+        x = input.clone()
+        y = getattr(F, name)(x, *args, inplace=True, **kwargs)
+        assert y is x
+        return y
 
-        return function
-
-    for_each(samples(name, dtype), lambda sample: compare(in_place(F), in_place(TF), sample, dtype))
+    for_each(samples(name, dtype), lambda sample: compare(in_place, getattr(TF, name), sample, dtype))
 
 
 @pytest.mark.parametrize("derivative", [second_derivatives, tangents])
 @every_operator
 def test_further_derivatives(name, derivative):
     def check(sample):
-        for got, expected in zip(derivative(ours, sample), derivative(theirs, sample), strict=True):
+        for got, expected in zip(derivative(ours, sample), derivative(theirs, in_float64(sample)), strict=True):
             assert_rounded(got, expected)
 
     ours, theirs = getattr(F, name), getattr(TF, name)
