@@ -12,7 +12,6 @@ What we have is found by name; nothing is listed here.
 """
 
 import functools
-import inspect
 import logging
 import re
 from collections.abc import Callable
@@ -46,7 +45,7 @@ def _functions() -> dict[Callable, tuple[str, dict]]:
     """torch's functions and methods -> the name of ours, and the arguments that make it do the same."""
     found = {}
     for name, ours in vars(functional).items():
-        if inspect.isfunction(ours) and ours.__module__ == functional.__name__ and hasattr(F, name):
+        if name[0] != "_" and getattr(ours, "__module__", "") == functional.__name__ and hasattr(F, name):
             found |= {getattr(home, name): (name, {}) for home in (F, torch, Tensor) if hasattr(home, name)}
             if hasattr(F, f"{name}_with_indices"):
                 found[getattr(F, f"{name}_with_indices")] = name, {"return_indices": True}

@@ -34,7 +34,9 @@ def _pair(value):
     """``3 -> (3, 3)``; ``(3,) -> (3, 3)``; ``(3, 5) -> (3, 5)``, as torch takes sizes."""
     if isinstance(value, int):
         return value, value
-    return (value[0], value[-1])
+    if len(value) not in (1, 2):
+        raise RuntimeError(f"expected one integer or two, (h, w), but got {value}")
+    return value[0], value[-1]
 
 
 def conv2d(
@@ -80,10 +82,12 @@ def conv2d(
             settings = {"padding_mode": padding_mode, "algorithm": algorithm}
             arguments = (input, weight, bias, stride, padding, dilation, groups)
             return handle_torch_function(conv2d, (input, weight), *arguments, **settings)
-        padding = _four_sides(padding, weight.shape[2:], stride, dilation)
-    if is_compiling():
-        return ops.conv2d(input, weight, bias, stride, padding, dilation, groups, padding_mode, algorithm)
-    return _C.conv2d(input, weight, bias, stride, padding, dilation, groups, padding_mode, algorithm)
+        if weight.dim() == 4:  # otherwise the operator says so
+            padding = _four_sides(padding, weight.shape[2:], stride, dilation)
+        else:
+            padding = 0
+    call = ops.conv2d if is_compiling() else _C.conv2d
+    return call(input, weight, bias, stride, padding, dilation, groups, padding_mode=padding_mode, algorithm=algorithm)
 
 
 def _four_sides(padding, kernel_size, stride, dilation):
@@ -300,7 +304,7 @@ def adaptive_avg_pool2d(input: Tensor, output_size) -> Tensor:
             return handle_torch_function(adaptive_avg_pool2d, (input,), input, output_size)
         output_size = _adaptive_size(input, output_size)
     if is_compiling():
-        return ops.adaptive_avg_pool2d(input, output_size)
+        return ops.adaptive_avg_pool2d(input, _pair(output_size))
     return _C.adaptive_avg_pool2d(input, output_size)
 
 
@@ -312,7 +316,7 @@ def adaptive_max_pool2d(input: Tensor, output_size, return_indices: bool = False
     """
     if not isinstance(output_size, int) and None in output_size:
         output_size = _adaptive_size(input, output_size)
-    values, positions = ops.adaptive_max_pool2d(input, output_size)
+    values, positions = ops.adaptive_max_pool2d(input, _pair(output_size))
     if not return_indices:
         return values
     starts = [

@@ -32,8 +32,8 @@ ALGORITHMS = [(device, name) for device in DEVICES for name in cnnops.ops.algori
 # The rounding of each dtype's kernels, against float64: the relative L2 error of a whole result of up to 5000 terms per
 # sum (beyond, it may grow with their root), and the error of each element in units of eps * (the same sum over absolute
 # values), which a sum in any sensible order stays within. float64 is compared with another float64, which errs as well.
-RELATIVE_L2 = {torch.float32: 2e-6, torch.float64: 4e-15}
-UNITS = {torch.float32: 4, torch.float64: 8}
+RELATIVE_L2 = {torch.float32: 2e-6, torch.float64: 4e-15, torch.bfloat16: 2e-3, torch.float16: 3e-4}
+UNITS = {torch.float32: 4, torch.float64: 8, torch.bfloat16: 1, torch.float16: 1}
 
 
 def name_of(value):
@@ -65,6 +65,9 @@ class Conv2dOperands:
 
     def to(self, *args, **kwargs):
         return self.map(lambda v: v.to(*args, **kwargs))
+
+    def formatted(self, memory_format):
+        return self.map(lambda v: v.contiguous(memory_format=memory_format) if v.dim() == 4 else v)
 
 
 def conv2d_operands(case: Conv2dCase, whole=False) -> Conv2dOperands:
@@ -154,7 +157,9 @@ def assert_equal(got: Tensor, expected: Tensor):
 
 
 def bits(t: Tensor):
-    return t.detach().contiguous().view({4: torch.int32, 8: torch.int64, 1: torch.uint8}[t.element_size()])
+    return (
+        t.detach().contiguous().view({8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[t.element_size()])
+    )
 
 
 def same_bits(a: Tensor, b: Tensor):
@@ -177,6 +182,8 @@ def awkward(t: Tensor):
 
 
 def off_by(t: Tensor, elements):
-    """A contiguous copy whose memory starts so many elements into its storage, with rubbish on both sides."""
+    """A dense copy whose memory starts so many elements into its storage, with rubbish on both sides."""
     storage = t.new_full((t.numel() + 2 * elements,), torch.nan if t.is_floating_point() else 99)
-    return storage[elements : elements + t.numel()].view(t.shape).copy_(t)
+    dense = storage[elements : elements + t.numel()]
+    channels_last = t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+    return (dense.as_strided(t.shape, t.stride()) if channels_last else dense.view(t.shape)).copy_(t)

@@ -86,11 +86,14 @@ def test_autograd_agrees_with_torch(case, device, dtype):
 @every_algorithm
 def test_every_algorithm_is_of_use(device, algorithm):
     """A row that refuses every case would never be tested."""
-    tensors = {case: conv2d_operands(case).to(device, torch.float32) for case in CONV2D}
-    accepted = [case for case, t in tensors.items() if accepts("forward", t, case, algorithm)]
+    for memory_format in torch.contiguous_format, torch.channels_last:
+        tensors = {case: conv2d_operands(case).to(device, torch.float32).formatted(memory_format) for case in CONV2D}
+        accepted = [case for case, t in tensors.items() if accepts("forward", t, case, algorithm)]
+        if algorithm == "reference":
+            assert accepted == CONV2D
+        if accepted:
+            break
     assert accepted
-    if algorithm == "reference":
-        assert accepted == CONV2D
 
 
 @every_device
@@ -140,7 +143,8 @@ def test_any_strides(device, algorithm, name):
         expected = expected_pass(which, case, whole=True)[0].float()
         for operand in "x", "w", "gy":
             for _, view in awkward(getattr(t, operand)):
-                assert_equal(run_pass(which, replace(t, **{operand: view}), case, algorithm), expected)
+                with or_refusal(algorithm):  # some read one layout only
+                    assert_equal(run_pass(which, replace(t, **{operand: view}), case, algorithm), expected)
 
 
 @every_algorithm
@@ -367,8 +371,11 @@ def test_empty_batch(device, algorithm, dtype):
     x = torch.empty(0, 4, 9, 8, dtype=dtype, device=device, requires_grad=True)
     w = torch.ones(6, 2, 3, 3, dtype=dtype, device=device, requires_grad=True)
     b = torch.ones(6, dtype=dtype, device=device, requires_grad=True)
-    y = F.conv2d(x, w, b, 1, 1, 1, 2, algorithm=algorithm)
-    assert y.shape == (0, 6, 9, 8)
+    if algorithm == "depthwise":
+        w = torch.ones(8, 1, 3, 3, dtype=dtype, device=device).to(memory_format=torch.channels_last).requires_grad_()
+        b = torch.ones(8, dtype=dtype, device=device, requires_grad=True)
+    y = F.conv2d(x, w, b, 1, 1, 1, 4 // w.shape[1], algorithm=algorithm)
+    assert y.shape == (0, len(b), 9, 8)
     gx, gw, gb = grad(y, (x, w, b), torch.empty_like(y))
     assert gx.shape == x.shape
     assert_equal(gw, torch.zeros_like(gw))

@@ -35,6 +35,8 @@ def samples(device="cpu"):
     gy = draw(2, 6, 4, 4)
     y, positions = ops.max_pool2d(x, *WINDOW)
     channels_last = x.contiguous(memory_format=torch.channels_last)
+    adaptive_positions = ops.adaptive_max_pool2d(x, (3, 5))[1]
+    indices = F.max_pool2d(x, *WINDOW, return_indices=True)[1]
     return {
         "conv2d": [
             (x, w, b, *CONV, "auto"),
@@ -48,11 +50,22 @@ def samples(device="cpu"):
         "max_pool2d": [(x, *WINDOW), (channels_last, *WINDOW), (x[:0], *WINDOW), (x, *WIDE_WINDOW)],
         "max_pool2d_backward": [(draw(*y.shape), positions, (7, 8), *WINDOW)],
         "max_pool2d_gather": [(x, positions, *WINDOW), (channels_last, positions, *WINDOW)],
+        "adaptive_max_pool2d": [(x, (3, 2)), (channels_last, (3, 2)), (x, (7, 4)), (x[:0], (3, 2)), (x, (0, 2))],
+        "adaptive_max_pool2d_backward": [(draw(2, 4, 3, 5), adaptive_positions, (7, 8))],
+        "adaptive_max_pool2d_gather": [(x, adaptive_positions), (channels_last, adaptive_positions)],
+        "max_unpool2d": [(y, indices, (7, 8)), (y[:0], indices[:0], (7, 8))],
         "avg_pool2d": [(x, *AVERAGE), (channels_last, *AVERAGE), (x, *AVERAGE[:-1], 3), (x[:0], *AVERAGE)],
         "avg_pool2d_backward": [(draw(*y.shape), (7, 8), *AVERAGE), (draw(*y.shape), (7, 8), *AVERAGE[:-1], 3)],
+        "adaptive_avg_pool2d": [(x, (3, 2)), (channels_last, (3, 2)), (x, (1, 1)), (x[:0], (3, 2)), (x, (2, 0))],
+        "adaptive_avg_pool2d_backward": [(draw(2, 4, 3, 2), (7, 8)), (draw(2, 4, 7, 1), (7, 8))],
         "relu": [(x,), (channels_last,), (x[..., ::2],), (draw(),), (x[:0],)],
         "relu_backward": [(draw(*x.shape), x.relu()), (draw(*x.shape), channels_last.relu())],
+        "relu_": [(x,), (channels_last,)],
+        "hardtanh": [(x, -0.5, 1.0), (channels_last, 0.0, 6.0), (x[:0], -1.0, 1.0)],
+        "hardtanh_": [(x, -0.5, 1.0)],
+        "hardtanh_backward": [(draw(*x.shape), x.clamp(-0.5, 1.0), -0.5, 1.0)],
         "leaky_relu": [(x, 0.1), (x, -0.5), (channels_last, 0.1)],
+        "leaky_relu_": [(x, 0.1)],
         "leaky_relu_backward": [(draw(*x.shape), x, 0.1), (draw(*x.shape), channels_last, 0.1)],
         "prelu": [(x, draw(4)), (x, draw(1)), (channels_last, draw(4))],
         "prelu_backward": [(draw(*x.shape), x, draw(4)), (draw(*x.shape), x, draw(1))],
@@ -88,7 +101,11 @@ def test_opcheck(name, i, device):
     """Schema, autograd registration, fake tensors, AOT dispatch with static and dynamic shapes."""
     arguments = samples(device)[name][i]
     opcheck(getattr(ops, name).default, arguments)
-    opcheck(getattr(ops, name).default, with_gradients(arguments))
+    if name.endswith("_"):  # a leaf must not be written over
+        arguments = samples(device)[name][i]
+        opcheck(getattr(ops, name).default, (with_gradients(arguments)[0] * 1, *arguments[1:]))
+    else:
+        opcheck(getattr(ops, name).default, with_gradients(arguments))
 
 
 @every_sample
@@ -103,7 +120,7 @@ def test_fake_tensors_have_the_real_strides(name, i, device):
             for other in (
                 argument.contiguous(memory_format=torch.channels_last),
                 argument.transpose(2, 3).contiguous().transpose(2, 3),
-                argument[:1].expand_as(argument) if len(argument) else argument,
+                argument[:1].expand_as(argument) if len(argument) and not name.endswith("_") else argument,
             ):
                 views.append((*arguments[:position], other, *arguments[position + 1 :]))
     for view in views:

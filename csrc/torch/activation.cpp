@@ -7,6 +7,8 @@
 #include <ATen/FunctionalTensorWrapper.h>
 #include <ATen/MemoryOverlap.h>
 
+#include <limits>
+
 #include "autograd.h"
 #include "checks.h"
 #include "numbers.h"
@@ -39,16 +41,32 @@ struct Hardtanh {
 
   void check(const Tensor& input) const {
     TORCH_CHECK_VALUE(low <= high, "hardtanh: min_val cannot be greater than max_val, but got ", low, " and ", high);
-    TORCH_CHECK(input.scalar_type() != at::kByte || low >= 0, "hardtanh: no negative limits for an unsigned type, but ",
-                "got min_val=", low);
+    with_number(input.scalar_type(), [&](auto number) {
+      using S = decltype(number);
+      if constexpr (!kReal<S>) {
+        TORCH_CHECK(low <= double(std::numeric_limits<S>::max()) && high >= double(std::numeric_limits<S>::min()),
+                    "hardtanh: no ", input.scalar_type(), " lies between min_val=", low, " and max_val=", high);
+      }
+    });
+  }
+  /// A limit as a number of this type: integers are cut towards zero, and end where their type does.
+  template <class S>
+  static Sum<S> limit(double value) {
+    if constexpr (kReal<S>) {
+      return Sum<S>(value);
+    } else {
+      if (value <= double(std::numeric_limits<S>::min())) return std::numeric_limits<S>::min();
+      if (value >= double(std::numeric_limits<S>::max())) return std::numeric_limits<S>::max();
+      return S(value);
+    }
   }
   template <class S, class Kernels, class Call>
   void forward(const Kernels& k, const Call& call, const S* x, S* y) const {
-    call(k.hardtanh, x, Sum<S>(low), Sum<S>(high), y);
+    call(k.hardtanh, x, limit<S>(low), limit<S>(high), y);
   }
   template <class S, class Kernels, class Call>
   void backward(const Kernels& k, const Call& call, const S* gy, const S* y, S* gx) const {
-    call(k.hardtanh_backward, gy, y, Sum<S>(low), Sum<S>(high), gx);
+    call(k.hardtanh_backward, gy, y, limit<S>(low), limit<S>(high), gx);
   }
   bool keeps_output() const { return true; }
 };

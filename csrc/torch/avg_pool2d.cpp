@@ -30,7 +30,8 @@ struct AdaptiveAverage : Adaptive {
 
 template <class Int, class Average>
 PreparedPool<Int> prepare(const Tensor& input, const Average& average) {
-  check_dim(average.name, "input", input, 4);
+  if constexpr (std::is_same_v<Average, AdaptiveAverage>) check_some_image(average.name, input);
+  check_image(average.name, input);
   check_alike(average.name, {{"input", input}},
               std::is_same_v<Average, FixedAverage> ? Numbers::real_and_int64 : Numbers::real);
   const Layout layout = layout_of({input});

@@ -82,6 +82,18 @@ inline void check_alike(const char* op, std::initializer_list<Named> tensors, Nu
   }
 }
 
+/// torch's adaptive pooling raises ValueError for less than an image.
+inline void check_some_image(const char* op, const Tensor& t) {
+  TORCH_CHECK_VALUE(t.dim() >= 3, op, ": expected 3D (unbatched) or 4D (batched) input, but got ", t.dim(),
+                    "D of shape ", t.sym_sizes());
+}
+
+/// An image, with a batch by now.
+inline void check_image(const char* op, const Tensor& t) {
+  TORCH_CHECK(t.dim() == 4, op, ": expected 3D (unbatched) or 4D (batched) input, but got ", t.dim(), "D of shape ",
+              t.sym_sizes());
+}
+
 inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim) {
   TORCH_CHECK(t.dim() == dim, op, ": expected ", dim, "D ", name, ", but got ", t.dim(), "D of shape ", t.sym_sizes());
 }

@@ -86,7 +86,7 @@ Tensor or_none(const OptionalTensor& t) { return t ? *t : Tensor(); }
 
 template <class Int>
 Prepared<Int> prepare(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const Conv2dSettings& s) {
-  check_dim("conv2d", "input", input, 4);
+  check_image("conv2d", input);
   check_dim("conv2d", "weight", weight, 4);
   check_alike("conv2d", {{"input", input}, {"weight", weight}, {"bias", or_none(bias)}});
   const Layout layout = layout_of({input, weight});
@@ -100,7 +100,7 @@ Prepared<Int> prepare(const Tensor& input, const Tensor& weight, const OptionalT
 template <class Int>
 Prepared<Int> prepare_grad_input(const Tensor& grad_output, const Tensor& weight, const OptionalTensor& bias,
                                  c10::ArrayRef<Int> input_size, const Conv2dSettings& s) {
-  const char* op = "conv2d_grad_input";
+  const char* op = "conv2d_grad_input or conv_transpose2d";
   check_dim(op, "grad_output", grad_output, 4);
   check_dim(op, "weight", weight, 4);
   check_alike(op, {{"grad_output", grad_output}, {"weight", weight}, {"bias", or_none(bias)}});

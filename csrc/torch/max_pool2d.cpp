@@ -75,7 +75,8 @@ struct PreparedMax {
 
 template <class Int, class Max>
 PreparedMax<Int> prepare(const Tensor& input, const Max& max) {
-  check_dim(max.name, "input", input, 4);
+  if constexpr (std::is_same_v<Max, AdaptiveMax>) check_some_image(max.name, input);
+  check_image(max.name, input);
   check_alike(max.name, {{"input", input}}, max.numbers);
   const Layout layout = layout_of({input});
   const auto g = max.template geometry<Int>(max.name, sizes_of<Int>(input), layout);

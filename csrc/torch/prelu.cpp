@@ -20,13 +20,9 @@ void check_weight(const char* op, const Tensor& input, const Tensor& weight) {
               channels, ", one per channel of input of shape ", input.sym_sizes(), ", but got ", weight.sym_numel());
 }
 
-Tensor new_result(const Tensor& input) {
-  return at::empty_symint(input.sym_sizes(), input.options(), format_of(layout_of({input})));
-}
-
 Tensor prepare(const Tensor& input, const Tensor& weight) {
   check_weight("prelu", input, weight);
-  return new_result(input);
+  return at::empty_like(input);
 }
 
 TwoTensors prepare_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight) {
@@ -35,10 +31,20 @@ TwoTensors prepare_backward(const Tensor& grad_output, const Tensor& input, cons
   check_alike(op, {{"input", input}, {"grad_output", grad_output}});
   TORCH_CHECK(grad_output.sym_sizes().equals(input.sym_sizes()), op, ": expected grad_output of the shape of input, ",
               input.sym_sizes(), ", but got ", grad_output.sym_sizes());
-  return {new_result(input), at::empty_symint(weight.sym_sizes(), weight.options(), at::MemoryFormat::Contiguous)};
+  return {at::empty_like(input), at::empty_symint(weight.sym_sizes(), weight.options(), at::MemoryFormat::Contiguous)};
 }
 
 // ---- run ----
+
+/// What the kernels write: `result` itself where it lies dense in this layout, otherwise a tensor to be copied to it.
+Tensor written(const Tensor& result, Layout layout) {
+  return result.is_contiguous(format_of(layout)) ? result
+                                                 : at::empty(result.sizes(), result.options(), format_of(layout));
+}
+
+void put(const Tensor& written, const Tensor& result) {
+  if (!written.is_same(result)) result.copy_(written);
+}
 
 /// How the weight's elements lie over the input: one weight for all is one channel for all.
 Channels weight_channels(const Tensor& x, Layout layout, const Tensor& weight) {
@@ -47,8 +53,9 @@ Channels weight_channels(const Tensor& x, Layout layout, const Tensor& weight) {
 }
 
 Tensor run(const Tensor& input, const Tensor& weight) {
-  const Tensor y = prepare(input, weight);
+  const Tensor result = prepare(input, weight);
   const Layout layout = layout_of({input});
+  const Tensor y = written(result, layout);
   const Tensor x = in_layout(input, layout), w = weight.contiguous();
   const Channels c = weight_channels(x, layout, w);
   with_real_number(x.scalar_type(), [&](auto number) {
@@ -57,32 +64,42 @@ Tensor run(const Tensor& input, const Tensor& weight) {
       call(kernels.prelu, data_of<S>(x), data_of<S>(w), c.channels, c.inner, mutable_data_of<S>(y));
     });
   });
-  return y;
+  put(y, result);
+  return result;
 }
 
 TwoTensors run_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight) {
-  const auto [gx, gw] = prepare_backward(grad_output, input, weight);
+  const auto [result, gw] = prepare_backward(grad_output, input, weight);
   const Layout layout = layout_of({input});
+  const Tensor gx = written(result, layout);
   const Tensor gy = in_layout(grad_output, layout), x = in_layout(input, layout), w = weight.contiguous();
   const Channels c = weight_channels(x, layout, w), all = channels_of(x, layout);
-  with_real_number(x.scalar_type(), [&, &gx = gx, &gw = gw](auto number) {
+  with_real_number(x.scalar_type(), [&, &gw = gw](auto number) {
     using S = decltype(number);
     const S *gy_data = data_of<S>(gy), *x_data = data_of<S>(x);
     run_on_device<S>(x, x.numel(), kGrain, [&](const auto& kernels, const auto& call) {
       call(kernels.prelu_backward, gy_data, x_data, data_of<S>(w), c.channels, c.inner, mutable_data_of<S>(gx));
     });
+    if (w.numel() == all.channels || sizeof(S) == 2) {  // sums of sums would be rounded to 16 bits twice
+      const Channels summed = w.numel() == all.channels ? all : c;
+      run_on_device<S>(x, summed.channels, grain_for(summed.n * summed.inner),
+                       [&](const auto& kernels, const auto& call) {
+                         call(kernels.prelu_grad_weight, gy_data, x_data, summed.n, summed.channels, summed.inner,
+                              mutable_data_of<S>(gw));
+                       });
+      return;
+    }
     // A weight for all channels is summed per channel first, so that threads still have something to share.
-    const Tensor sums = w.numel() == all.channels ? gw : at::empty({all.channels}, x.options());
+    const Tensor sums = at::empty({all.channels}, x.options());
     run_on_device<S>(x, all.channels, grain_for(all.n * all.inner), [&](const auto& kernels, const auto& call) {
       call(kernels.prelu_grad_weight, gy_data, x_data, all.n, all.channels, all.inner, mutable_data_of<S>(sums));
     });
-    if (!sums.is_same(gw)) {
-      run_on_device<S>(x, 1, 1, [&](const auto& kernels, const auto& call) {
-        call(kernels.channel_sum, data_of<S>(sums), int64_t(1), int64_t(1), all.channels, mutable_data_of<S>(gw));
-      });
-    }
+    run_on_device<S>(x, 1, 1, [&](const auto& kernels, const auto& call) {
+      call(kernels.channel_sum, data_of<S>(sums), int64_t(1), int64_t(1), all.channels, mutable_data_of<S>(gw));
+    });
   });
-  return {gx, gw};
+  put(gx, result);
+  return {result, gw};
 }
 
 // ---- derivatives ----
