@@ -14,10 +14,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from cnnops import _C, ops
 
-
-def _calls():
-    """The operators: by C++ entries with little overhead, or where torch.compile looks on, by torch.ops."""
-    return ops if is_compiling() else _C
+# Where torch.compile looks on, functions call the operators by torch.ops; otherwise by _C, which costs less.
 
 
 def _overridable(function):
@@ -84,7 +81,9 @@ def conv2d(
             arguments = (input, weight, bias, stride, padding, dilation, groups)
             return handle_torch_function(conv2d, (input, weight), *arguments, **settings)
         padding = _four_sides(padding, weight.shape[2:], stride, dilation)
-    return _calls().conv2d(input, weight, bias, stride, padding, dilation, groups, padding_mode, algorithm)
+    if is_compiling():
+        return ops.conv2d(input, weight, bias, stride, padding, dilation, groups, padding_mode, algorithm)
+    return _C.conv2d(input, weight, bias, stride, padding, dilation, groups, padding_mode, algorithm)
 
 
 def _four_sides(padding, kernel_size, stride, dilation):
@@ -275,7 +274,9 @@ def avg_pool2d(
         RuntimeError: windows that do not fit, padding of more than half a window, a divisor of 0.
     """
     stride = () if stride is None else stride
-    return _calls().avg_pool2d(input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
+    if is_compiling():
+        return ops.avg_pool2d(input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
+    return _C.avg_pool2d(input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
 
 
 def _adaptive_size(input: Tensor, output_size):
@@ -298,7 +299,9 @@ def adaptive_avg_pool2d(input: Tensor, output_size) -> Tensor:
         if has_torch_function((input,)):
             return handle_torch_function(adaptive_avg_pool2d, (input,), input, output_size)
         output_size = _adaptive_size(input, output_size)
-    return _calls().adaptive_avg_pool2d(input, output_size)
+    if is_compiling():
+        return ops.adaptive_avg_pool2d(input, output_size)
+    return _C.adaptive_avg_pool2d(input, output_size)
 
 
 @_overridable
@@ -407,4 +410,6 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
 
     Source: He et al., Delving Deep into Rectifiers, 2015.
     """
-    return _calls().prelu(input, weight)
+    if is_compiling():
+        return ops.prelu(input, weight)
+    return _C.prelu(input, weight)

@@ -1,106 +1,193 @@
 // ReLU and its relatives, element by element; and the sums per channel that biases and slopes need.
 //
 //   relu        y = x < 0 ? 0 : x             gx = y <= 0 ? 0 : gy            (NaN stays NaN)
+//   hardtanh    y = x, in [low, high]         gx = low < y < high ? gy : 0    (NaN stays NaN)
 //   leaky_relu  y = x > 0 ? x : slope*x       gx = kept > 0 ? gy : slope*gy   (`kept`: y, or x for a negative slope)
 //   prelu       y = x > 0 ? x : w[c]*x        gx = x > 0 ? gy : w[c]*gy       gw[c] = sum of gy*x where x <= 0
 //
-// The loops are left to the compiler, which turns each into a few vector instructions; memory is the limit. A sum runs
-// over each image's plane in eight interleaved parts kept in double, adds the parts, then the images in their order:
-// that order is the same however many threads there are, as each channel is one task.
+// Memory is the limit, so a vector at a time is all it takes. A sum runs over each image's plane in eight interleaved
+// parts kept in double, adds the parts, then the images in their order: that order is the same however many threads
+// there are, as each channel is one task. Memory is read once, in its own order: a few channels of one image, then the
+// same of the next. Prelu and the sums see a channels_last tensor as one whose images are single pixels, inner = 1.
 #include "kernels.h"
+#include "simd.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
 
-template <class T>
-void relu(const T* x, T* y, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) y[i] = x[i] < 0 ? T(0) : x[i];
+/// to[i] = op(from[i]...) for i < count.
+template <class S, class Op, class... From>
+void map(int64_t count, S* to, const Op& op, const From*... from) {
+  constexpr int64_t L = kLanes<Sum<S>>;
+  int64_t i = 0;
+  for (; i + L <= count; i += L) store(to + i, op(load(from + i)...));
+  if (i < count) store_first(to + i, op(load_first(from + i, count - i)...), count - i);
 }
 
-template <class T>
-void relu_backward(const T* gy, const T* y, T* gx, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) gx[i] = y[i] <= 0 ? T(0) : gy[i];
+template <class S>
+void relu(const S* x, S* y, int64_t begin, int64_t end) {
+  using V = Vec<Sum<S>>;
+  map(end - begin, y + begin, [](V x) { return x < 0 ? V{} : x; }, x + begin);
 }
 
-template <class T>
-void leaky_relu(const T* x, T slope, T* y, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) y[i] = x[i] > 0 ? x[i] : x[i] * slope;
+template <class S>
+void relu_backward(const S* gy, const S* y, S* gx, int64_t begin, int64_t end) {
+  using V = Vec<Sum<S>>;
+  map(end - begin, gx + begin, [](V gy, V y) { return y <= 0 ? V{} : gy; }, gy + begin, y + begin);
 }
 
-template <class T>
-void leaky_relu_backward(const T* gy, const T* kept, T slope, T* gx, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) gx[i] = kept[i] > 0 ? gy[i] : gy[i] * slope;
+/// A bound as y has it, whose numbers may be coarser.
+template <class S>
+Vec<Sum<S>> bound(Sum<S> x) {
+  return broadcast(value(rounded<S>(x)));
+}
+
+template <class S>
+void hardtanh(const S* x, Sum<S> low, Sum<S> high, S* y, int64_t begin, int64_t end) {
+  using V = Vec<Sum<S>>;
+  const V least = bound<S>(low), most = bound<S>(high);
+  const auto clamp = [=](V x) {
+    const V raised = x < least ? least : x;
+    return raised > most ? most : raised;
+  };
+  map(end - begin, y + begin, clamp, x + begin);
+}
+
+template <class S>
+void hardtanh_backward(const S* gy, const S* y, Sum<S> low, Sum<S> high, S* gx, int64_t begin, int64_t end) {
+  using V = Vec<Sum<S>>;
+  const V least = bound<S>(low), most = bound<S>(high);
+  const auto pass = [=](V gy, V y) { return (y <= least) | (y >= most) ? V{} : gy; };
+  map(end - begin, gx + begin, pass, gy + begin, y + begin);
+}
+
+template <class S>
+void leaky_relu(const S* x, Sum<S> slope, S* y, int64_t begin, int64_t end) {
+  using V = Vec<Sum<S>>;
+  map(end - begin, y + begin, [=](V x) { return x > 0 ? x : x * slope; }, x + begin);
+}
+
+template <class S>
+void leaky_relu_backward(const S* gy, const S* kept, Sum<S> slope, S* gx, int64_t begin, int64_t end) {
+  using V = Vec<Sum<S>>;
+  const auto pass = [=](V gy, V kept) { return kept > 0 ? gy : gy * slope; };
+  map(end - begin, gx + begin, pass, gy + begin, kept + begin);
 }
 
 /// Calls run(c, from, to) for the stretches of one channel that make up the elements [begin, end).
 template <class Run>
 void for_channels(int64_t channels, int64_t inner, int64_t begin, int64_t end, const Run& run) {
-  for (int64_t i = begin; i < end;) {
-    const int64_t to = (i / inner + 1) * inner;
-    run(i / inner % channels, i, to < end ? to : end);
-    i = to;
+  if (channels == 1) return run(0, begin, end);
+  int64_t c = begin / inner % channels, to = (begin / inner + 1) * inner;
+  for (int64_t from = begin; from < end; from = to, to += inner) {
+    run(c, from, smaller(to, end));
+    c = c + 1 == channels ? 0 : c + 1;
   }
 }
 
-template <class T>
-void prelu(const T* x, const T* w, int64_t channels, int64_t inner, T* y, int64_t begin, int64_t end) {
-  for_channels(channels, inner, begin, end,
-               [=](int64_t c, int64_t from, int64_t to) { leaky_relu(x, w[c], y, from, to); });
+/// Calls run(c, from, to) for stretches whose first element is of channel c and the next of the next, where inner is 1.
+template <class Run>
+void for_pixels(int64_t channels, int64_t begin, int64_t end, const Run& run) {
+  for (int64_t from = begin; from < end;) {
+    const int64_t c = from % channels, to = smaller(from + channels - c, end);
+    run(c, from, to);
+    from = to;
+  }
 }
 
-template <class T>
-void prelu_backward(const T* gy, const T* x, const T* w, int64_t channels, int64_t inner, T* gx, int64_t begin,
+template <class S>
+void prelu(const S* x, const S* w, int64_t channels, int64_t inner, S* y, int64_t begin, int64_t end) {
+  using V = Vec<Sum<S>>;
+  const auto op = [](V x, V w) { return x > 0 ? x : x * w; };
+  if (inner == 1 && channels > 1) {
+    for_pixels(channels, begin, end,
+               [=](int64_t c, int64_t from, int64_t to) { map(to - from, y + from, op, x + from, w + c); });
+  } else {
+    for_channels(channels, inner, begin, end,
+                 [=](int64_t c, int64_t from, int64_t to) { leaky_relu(x, value(w[c]), y, from, to); });
+  }
+}
+
+template <class S>
+void prelu_backward(const S* gy, const S* x, const S* w, int64_t channels, int64_t inner, S* gx, int64_t begin,
                     int64_t end) {
-  for_channels(channels, inner, begin, end,
-               [=](int64_t c, int64_t from, int64_t to) { leaky_relu_backward(gy, x, w[c], gx, from, to); });
+  using V = Vec<Sum<S>>;
+  const auto op = [](V gy, V x, V w) { return x > 0 ? gy : gy * w; };
+  if (inner == 1 && channels > 1) {
+    for_pixels(channels, begin, end,
+               [=](int64_t c, int64_t from, int64_t to) { map(to - from, gx + from, op, gy + from, x + from, w + c); });
+  } else {
+    for_channels(channels, inner, begin, end,
+                 [=](int64_t c, int64_t from, int64_t to) { leaky_relu_backward(gy, x, value(w[c]), gx, from, to); });
+  }
 }
 
 /// sums[c] = sum over n and i of term(index of element (n, c, i)).
-template <class T, class Term>
-void sum_channels(int64_t n_count, int64_t channels, int64_t inner, T* sums, int64_t begin, int64_t end,
+template <class S, class Term>
+void sum_channels(int64_t n_count, int64_t channels, int64_t inner, S* sums, int64_t begin, int64_t end,
                   const Term& term) {
-  for (int64_t c = begin; c < end; ++c) {
-    double total = 0;
+  constexpr int64_t kChannels = 64;  // at a time
+  for (int64_t c = begin; c < end; c += kChannels) {
+    const int64_t count = smaller(kChannels, end - c);
+    double total[kChannels] = {};
     for (int64_t n = 0; n < n_count; ++n) {
       const int64_t first = (n * channels + c) * inner;
-      double part[8] = {};
-      int64_t i = 0;
-      for (; i + 8 <= inner; i += 8)
-        for (int j = 0; j < 8; ++j) part[j] += term(first + i + j);
-      for (int j = 0; i < inner; ++i, ++j) part[j] += term(first + i);
-      total += ((part[0] + part[4]) + (part[2] + part[6])) + ((part[1] + part[5]) + (part[3] + part[7]));
+      if (inner == 1) {
+        for (int64_t j = 0; j < count; ++j) total[j] += term(first + j);
+        continue;
+      }
+      for (int64_t j = 0; j < count; ++j) {
+        const int64_t plane = first + j * inner;
+        double part[8] = {};
+        int64_t i = 0;
+        for (; i + 8 <= inner; i += 8)
+          for (int k = 0; k < 8; ++k) part[k] += term(plane + i + k);
+        for (int k = 0; i < inner; ++i, ++k) part[k] += term(plane + i);
+        total[j] += ((part[0] + part[4]) + (part[2] + part[6])) + ((part[1] + part[5]) + (part[3] + part[7]));
+      }
     }
-    sums[c] = T(total);
+    for (int64_t j = 0; j < count; ++j) sums[c + j] = rounded<S>(Sum<S>(total[j]));
   }
 }
 
-template <class T>
-void channel_sum(const T* x, int64_t n, int64_t channels, int64_t inner, T* sums, int64_t begin, int64_t end) {
-  sum_channels(n, channels, inner, sums, begin, end, [=](int64_t i) { return double(x[i]); });
+template <class S>
+void channel_sum(const S* x, int64_t n, int64_t channels, int64_t inner, S* sums, int64_t begin, int64_t end) {
+  sum_channels(n, channels, inner, sums, begin, end, [=](int64_t i) { return double(value(x[i])); });
 }
 
-template <class T>
-void prelu_grad_weight(const T* gy, const T* x, int64_t n, int64_t channels, int64_t inner, T* sums, int64_t begin,
+template <class S>
+void prelu_grad_weight(const S* gy, const S* x, int64_t n, int64_t channels, int64_t inner, S* sums, int64_t begin,
                        int64_t end) {
   sum_channels(n, channels, inner, sums, begin, end,
-               [=](int64_t i) { return x[i] > 0 ? 0.0 : double(gy[i]) * double(x[i]); });
+               [=](int64_t i) { return value(x[i]) > 0 ? 0.0 : double(value(gy[i])) * double(value(x[i])); });
 }
 
 }  // namespace
 
-template <class T>
-void set_activation(Kernels<T>& k) {
-  k.relu = relu<T>;
-  k.relu_backward = relu_backward<T>;
-  k.leaky_relu = leaky_relu<T>;
-  k.leaky_relu_backward = leaky_relu_backward<T>;
-  k.prelu = prelu<T>;
-  k.prelu_backward = prelu_backward<T>;
-  k.channel_sum = channel_sum<T>;
-  k.prelu_grad_weight = prelu_grad_weight<T>;
+template <class S>
+void set_activation(Kernels<S>& k) {
+  k.relu = relu<S>;
+  k.hardtanh = hardtanh<S>;
+  if constexpr (kReal<S>) {
+    k.relu_backward = relu_backward<S>;
+    k.hardtanh_backward = hardtanh_backward<S>;
+    k.leaky_relu = leaky_relu<S>;
+    k.leaky_relu_backward = leaky_relu_backward<S>;
+    k.prelu = prelu<S>;
+    k.prelu_backward = prelu_backward<S>;
+    k.channel_sum = channel_sum<S>;
+    k.prelu_grad_weight = prelu_grad_weight<S>;
+  }
 }
 
 template void set_activation(Kernels<float>&);
 template void set_activation(Kernels<double>&);
+template void set_activation(Kernels<BFloat16>&);
+template void set_activation(Kernels<Float16>&);
+template void set_activation(Kernels<uint8_t>&);
+template void set_activation(Kernels<int8_t>&);
+template void set_activation(Kernels<int16_t>&);
+template void set_activation(Kernels<int32_t>&);
+template void set_activation(Kernels<int64_t>&);
 
 }  // namespace cnnops::cpu::CNNOPS_ISA

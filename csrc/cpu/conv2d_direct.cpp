@@ -7,7 +7,8 @@
 // place q + kh*dilation*P + kw*dilation of x's line: the same shift for all outputs. So vectors run along the line,
 // over the ends of rows, whatever the width of the image; only the few places between two rows are computed in vain.
 //
-// A strip of rows of all input channels is copied so, once, to a buffer that fits the second-level cache. From it a
+// A strip of rows of all input channels is copied so, once, to a buffer that fits the second-level cache. Each row is
+// copied with all that its outputs see to the left and right, so any border is filled in there. From the buffer a
 // register tile of M output channels x V vectors takes V loads for M*V multiply-adds, and no edge is left to test for.
 // Every copied number serves all taps and all output channels, where `im2col` packs it once for each tap: that is why
 // `direct` is ahead where it can be used. The gradient of the input is the same with the taps mirrored
@@ -20,7 +21,8 @@
 //
 // A task is a strip of an image for at most 64 output channels (forward, grad_input), or M filters of 8 input channels
 // (grad_weight). Zeros of the border are multiplied: an infinite or NaN weight or gradient gives NaN there, where plain
-// loops would skip it. Refuses strides, 1x1 kernels, kernels that reach further than a row is wide, and layers whose
+// loops would skip it. 16-bit numbers are widened by the copying, weights too; sums are kept in float and rounded once.
+// Refuses channels_last, strides, 1x1 kernels, kernels that reach further than a row is wide, and layers whose
 // shortest strip overflows the buffer.
 #include "correlate.h"
 
@@ -75,13 +77,14 @@ Strips correlation_strips(const Correlation& t) {
   return make_strips<T>(t.h, t.w, t.channels, kStripPlaces, kGoodBuffer);
 }
 
-/// One line of a strip: rows [row0, row0 + rows) x columns [column0, ...) of a plane, `width` of each, at pitch P.
-template <class T>
-void copy_strip(const T* plane, int64_t height, int64_t width, int64_t row0, int64_t column0, int64_t rows,
-                int64_t columns, int64_t pitch, T* to) {
+/// One line of a strip: rows [row0, row0 + rows) x columns [column0, column0 + columns) of a plane, at pitch P.
+template <class S>
+void copy_strip(const S* plane, int64_t height, int64_t width, Border border, int64_t row0, int64_t column0,
+                int64_t rows, int64_t columns, int64_t pitch, Sum<S>* to) {
   for (int64_t i = 0; i < rows; ++i, to += pitch) {
-    const bool inside = row0 + i >= 0 && row0 + i < height;
-    copy_padded(plane + (inside ? row0 + i : 0) * width, inside ? width : 0, column0, 1, columns, to);
+    const int64_t row = pixel_at(row0 + i, height, border);
+    const bool inside = row >= 0;
+    copy_padded(plane + (inside ? row : 0) * width, inside ? width : 0, column0, 1, columns, border, to);
     for (int64_t j = columns; j < pitch; ++j) to[j] = 0;
   }
 }
@@ -121,27 +124,56 @@ struct Tasks {
       : blocks(ceil_div(t.rows, kTaskRows)), per_image(s.down * s.across), total(g.groups * blocks * g.n * per_image) {}
 };
 
-template <class T, Pass pass>
-void correlate(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* buffer, int64_t begin, int64_t end) {
+/// How many weights a task has to widen: those of its block of output channels.
+template <class S>
+int64_t widened_weights(const Correlation& t) {
+  return std::is_same_v<S, Sum<S>> ? 0 : smaller(kTaskRows, t.rows) * t.depth();
+}
+
+/// The weights of the output channels from row0 on, as numbers that are computed with: where they are, or widened to
+/// `to`, which is `filled` already if the last task had the same. Forward they follow each other; in grad_input each
+/// channel's do, and the copy leaves out what stands between, so that t's stride changes.
+template <class S, Pass pass>
+const Sum<S>* block_weights(Correlation& t, const S* weight, int64_t row0, bool filled, Sum<S>* to) {
+  const S* from = weight + t.weight0 + row0 * t.weight_row;
+  if constexpr (std::is_same_v<S, Sum<S>>) {
+    return from;
+  } else {
+    const int64_t run = smaller(kTaskRows, t.rows - row0) * t.weight_row;
+    const int64_t runs = filled ? 0 : pass == Pass::forward ? 1 : t.channels;
+    for (int64_t c = 0; c < runs; ++c)
+      copy_padded(from + c * t.weight_channel, run, 0, 1, run, Border::zeros, to + c * run);
+    if (pass == Pass::grad_input) t.weight_channel = run;
+    return to;
+  }
+}
+
+template <class S, Pass pass>
+void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* buffer, int64_t begin, int64_t end) {
+  using T = Sum<S>;
   Correlation t = make_correlation(g, pass, 0, 0, 0);
   const Strips s = correlation_strips<T>(t);
   const Tasks tasks(g, t, s);
+  int64_t last_block = -1;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t strip = task % tasks.per_image, n = task / tasks.per_image % g.n;
     const int64_t block = task / tasks.per_image / g.n % tasks.blocks;
     t = make_correlation(g, pass, task / tasks.per_image / g.n / tasks.blocks, 0, 0);
+    const int64_t first = block * kTaskRows, last = smaller(first + kTaskRows, t.rows);
+    const bool filled = last_block == task / tasks.per_image / g.n;
+    const T* weight = block_weights<S, pass>(t, o.b, first, filled, buffer + t.channels * s.plane);
+    last_block = task / tasks.per_image / g.n;
     const int64_t i0 = strip / s.across * s.rows, rows = smaller(s.rows, t.h.count - i0);
     const int64_t j0 = strip % s.across * s.columns, columns = smaller(s.columns, t.w.count - j0);
 
     for (int64_t c = 0; c < t.channels; ++c)
-      copy_strip(o.a + (n * t.in_channels + t.in_channel0 + c) * t.in_plane, t.h.in_size, t.w.in_size, i0 + s.first_h,
-                 j0 + s.first_w, rows + s.reach_h, s.pitch, s.pitch, buffer + c * s.plane);
+      copy_strip(o.a + (n * t.in_channels + t.in_channel0 + c) * t.in_plane, t.h.in_size, t.w.in_size, t.border,
+                 i0 + s.first_h, j0 + s.first_w, rows + s.reach_h, columns + s.reach_w, s.pitch, buffer + c * s.plane);
 
     const int64_t places = (rows - 1) * s.pitch + columns;
-    const int64_t last = smaller((block + 1) * kTaskRows, t.rows);
     for (int64_t q = 0; q < places;) {
       const int64_t vectors = smaller(kMaxVectors, ceil_div(places - q, kLanes<T>)), width = vectors * kLanes<T>;
-      for (int64_t m = block * kTaskRows; m < last;) {
+      for (int64_t m = first; m < last;) {
         const int64_t left = last - m, channel = t.out_channel0 + m;
         const int64_t size = left >= kTileRows ? kTileRows : left >= 4 ? 4 : left >= 2 ? 2 : 1;
         const auto run = size == kTileRows ? line_tile_of<T, kTileRows>(vectors)
@@ -149,14 +181,14 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* buffer, i
                          : size == 2       ? line_tile_of<T, 2>(vectors)
                                            : line_tile_of<T, 1>(vectors);
         T sums[kTileRows * kMaxVectors * kLanes<T>];
-        run(t, s, buffer + q, o.b + t.weight0 + m * t.weight_row, sums);
+        run(t, s, buffer + q, weight + (m - first) * t.weight_row, sums);
 
         // From places of the line to rows of the image.
         for (int64_t i = q / s.pitch, j = q % s.pitch, at = 0; at < width && i < rows; ++i, j = 0) {
           const int64_t count = smaller(columns - j, width - at);
-          T* row = o.out + (n * t.out_channels + channel) * t.out_plane + (i0 + i) * t.out_width + j0 + j;
+          S* row = o.out + (n * t.out_channels + channel) * t.out_plane + (i0 + i) * t.out_width + j0 + j;
           for (int64_t r = 0; r < size && count > 0; ++r) {
-            const Vec<T> bias = broadcast(o.bias ? o.bias[channel + r] : T(0));
+            const Vec<T> bias = broadcast(o.bias ? value(o.bias[channel + r]) : T(0));
             for (int64_t v = 0; v < count; v += kLanes<T>)
               store_first(row + r * t.out_plane + v,
                           load_first(sums + r * width + at + v, smaller(count - v, kLanes<T>)) + bias,
@@ -172,9 +204,14 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* buffer, i
 }
 
 template <class T>
-int64_t correlation_workspace(const Conv2dGeometry& g, Pass pass) {
-  const Correlation t = make_correlation(g, pass, 0, 0, 0);
+int64_t correlation_buffer(const Correlation& t) {
   return t.channels * correlation_strips<T>(t).plane;
+}
+
+template <class S, Pass pass>
+int64_t correlation_workspace(const Conv2dGeometry& g) {
+  const Correlation t = make_correlation(g, pass, 0, 0, 0);
+  return correlation_buffer<Sum<S>>(t) + widened_weights<S>(t);
 }
 
 // ---- grad_weight ----
@@ -239,8 +276,9 @@ int64_t weight_workspace(const Conv2dGeometry& g) {
          kTileRows * kSumChannels * g.kernel[0] * g.kernel[1] * kLanes<T>;
 }
 
-template <class T>
-void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspace, int64_t begin, int64_t end) {
+template <class S>
+void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace, int64_t begin, int64_t end) {
+  using T = Sum<S>;
   const WeightTasks tasks(g);
   const Strips s = weight_strips<T>(g);
   const int64_t taps = g.kernel[0] * g.kernel[1];
@@ -270,14 +308,15 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspa
           for (int64_t n = n0; n < n0 + lines.images; ++n) {
             for (int64_t k = 0; k < ks; ++k) {
               T* line = gy + (k * lines.images + n - n0) * s.plane;
-              copy_strip(o.a + (n * g.k + group * tasks.k_group + k0 + k) * g.out[0] * g.out[1], g.out[0], g.out[1], i0,
-                         j0, rows, columns, s.pitch, line);
+              copy_strip(o.a + (n * g.k + group * tasks.k_group + k0 + k) * g.out[0] * g.out[1], g.out[0], g.out[1],
+                         Border::zeros, i0, j0, rows, columns, s.pitch, line);
               for (int64_t q = rows * s.pitch; q < lines.places; ++q) line[q] = 0;
             }
             for (int64_t c = 0; c < cs; ++c) {
               T* line = x + (c * lines.images + n - n0) * s.plane;
               copy_strip(o.b + (n * g.c + group * tasks.c_group + c0 + c) * g.in[0] * g.in[1], g.in[0], g.in[1],
-                         i0 + s.first_h, j0 + s.first_w, rows + s.reach_h, s.pitch, s.pitch, line);
+                         g.border, i0 + s.first_h, j0 + s.first_w, rows + s.reach_h, columns + s.reach_w, s.pitch,
+                         line);
               for (int64_t q = (rows + s.reach_h) * s.pitch; q < s.plane; ++q) line[q] = 0;
             }
           }
@@ -309,22 +348,27 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspa
           for (int64_t k = 0; k < ks; ++k)
             for (int64_t f = 0; f < smaller(kTapsPerTile, g.kernel[1] - kw); ++f)
               o.out[(((group * tasks.k_group + k0 + k) * tasks.c_group + c0 + c) * g.kernel[0] + kh) * g.kernel[1] +
-                    kw + f] = sum_lanes<T>(*sums++);
+                    kw + f] = rounded<S>(sum_lanes<T>(*sums++));
   }
 }
 
 // ---- the row of the table ----
 
+/// What is accepted forwards is accepted backwards, where borders other than zeros are written out (conv2d_border.cpp).
 template <class T>
 bool overflows(const Conv2dGeometry& g) {
-  return correlation_workspace<T>(g, Pass::forward) > kLargestBuffer ||
-         correlation_workspace<T>(g, Pass::grad_input) > kLargestBuffer || weight_workspace<T>(g) > kLargestBuffer;
+  Conv2dGeometry back = g;
+  for (int dim = 0; dim < 2 && g.border != Border::zeros; ++dim)
+    back.in[dim] = g.out[dim] + (g.kernel[dim] - 1) * g.dilation[dim];
+  return correlation_buffer<T>(make_correlation(g, Pass::forward, 0, 0, 0)) > kLargestBuffer ||
+         correlation_buffer<T>(make_correlation(back, Pass::grad_input, 0, 0, 0)) > kLargestBuffer ||
+         weight_workspace<T>(g) > kLargestBuffer;
 }
 
-/// What is accepted forwards is accepted backwards.
 template <class T>
 const char* refuses(const Conv2dGeometry& g, Pass pass) {
   const int64_t reach = (g.kernel[1] - 1) * g.dilation[1];
+  if (g.layout != Layout::contiguous) return "it reads contiguous planes; in channels_last a plane's pixels lie apart";
   if (g.stride[0] != 1 || g.stride[1] != 1)
     return "its neighbouring lanes see neighbouring pixels, so strides must be 1";
   if (g.kernel[0] * g.kernel[1] == 1)
@@ -341,23 +385,25 @@ int64_t correlation_tasks(const Conv2dGeometry& g) {
   return Tasks(g, t, correlation_strips<T>(t)).total;
 }
 
+template <class S, Pass pass>
+constexpr Conv2dRun<S> kCorrelation = {correlation_tasks<Sum<S>, pass>, correlation_workspace<S, pass>,
+                                       correlate<S, pass>};
+
 }  // namespace
 
-template <class T>
-Conv2dAlgorithm<Conv2dRun<T>> conv2d_direct() {
-  return {
-      "direct",
-      "register tiles along strips of the image; stride 1",
-      refuses<T>,
-      {correlation_tasks<T, Pass::forward>,
-       [](const Conv2dGeometry& g) { return correlation_workspace<T>(g, Pass::forward); }, correlate<T, Pass::forward>},
-      {correlation_tasks<T, Pass::grad_input>,
-       [](const Conv2dGeometry& g) { return correlation_workspace<T>(g, Pass::grad_input); },
-       correlate<T, Pass::grad_input>},
-      {[](const Conv2dGeometry& g) { return WeightTasks(g).total; }, weight_workspace<T>, grad_weight<T>}};
+template <class S>
+Conv2dAlgorithm<Conv2dRun<S>> conv2d_direct() {
+  return {"direct",
+          "register tiles along strips of the image; stride 1",
+          refuses<Sum<S>>,
+          kCorrelation<S, Pass::forward>,
+          kCorrelation<S, Pass::grad_input>,
+          {[](const Conv2dGeometry& g) { return WeightTasks(g).total; }, weight_workspace<Sum<S>>, grad_weight<S>}};
 }
 
 template Conv2dAlgorithm<Conv2dRun<float>> conv2d_direct();
 template Conv2dAlgorithm<Conv2dRun<double>> conv2d_direct();
+template Conv2dAlgorithm<Conv2dRun<BFloat16>> conv2d_direct();
+template Conv2dAlgorithm<Conv2dRun<Float16>> conv2d_direct();
 
 }  // namespace cnnops::cpu::CNNOPS_ISA

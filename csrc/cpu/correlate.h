@@ -3,6 +3,9 @@
 //
 // Seen from here, one of the two is "the correlation" of an input tensor with a weight, and only the names of the
 // channels differ: forward sums over input channels c, the gradient over output channels k.
+//
+// Kernels copy pieces of the input to scratch memory before they compute. That is where stored numbers become numbers to
+// compute with (../numbers.h), and where the image's border is filled in: a padded image never exists as a whole.
 #pragma once
 
 #include "../correlation.h"
@@ -17,6 +20,7 @@ namespace cnnops::cpu::CNNOPS_ISA {
 ///       weight[weight0 + m*weight_row + c*weight_channel + kh*KW + kw]
 struct Correlation {
   Axis h, w;
+  Border border;           // what `in` is beyond its planes
   int64_t rows, channels;  // outputs m and inputs c of this group
   int64_t in_channel0, out_channel0, in_channels, out_channels;
   int64_t in_plane, in_width, out_plane, out_width;
@@ -35,6 +39,7 @@ static inline Correlation make_correlation(const Conv2dGeometry& g, Pass pass, i
   Correlation t;
   t.h = make_axis(g, pass, 0, class_h);
   t.w = make_axis(g, pass, 1, class_w);
+  t.border = g.border;
   t.rows = forward ? k_group : c_group;
   t.channels = forward ? c_group : k_group;
   t.in_channel0 = group * t.channels;
@@ -53,17 +58,23 @@ static inline Correlation make_correlation(const Conv2dGeometry& g, Pass pass, i
   return t;
 }
 
-/// to[j] = from[start + j*step] for 0 <= j < count, zero where that leaves [0, size).
-template <class T>
-static inline void copy_padded(const T* from, int64_t size, int64_t start, int64_t step, int64_t count, T* to) {
+/// to[j] = from[start + j*step] for 0 <= j < count; `border` says what is seen beyond [0, size).
+template <class S>
+static inline void copy_padded(const S* from, int64_t size, int64_t start, int64_t step, int64_t count, Border border,
+                               Sum<S>* to) {
+  using T = Sum<S>;
   if (step == 1) {
     for (int64_t j = 0; j < count; j += kLanes<T>) {
       const int64_t lanes = smaller(count - j, kLanes<T>);
       store_first(to + j, load_inside(from, size, start + j, lanes), lanes);
     }
   } else {
-    for (int64_t j = 0, i = start; j < count; ++j, i += step) to[j] = i >= 0 && i < size ? from[i] : T(0);
+    for (int64_t j = 0, i = start; j < count; ++j, i += step) to[j] = i >= 0 && i < size ? value(from[i]) : T(0);
   }
+  if (border == Border::zeros) return;
+  for (int64_t j = 0, i = start; j < count && i < 0; ++j, i += step) to[j] = value(from[pixel_at(i, size, border)]);
+  for (int64_t j = count - 1, i = start + j * step; j >= 0 && i >= size; --j, i -= step)
+    to[j] = value(from[pixel_at(i, size, border)]);
 }
 
 }  // namespace cnnops::cpu::CNNOPS_ISA

@@ -96,6 +96,10 @@ namespace cnnops::cpu::CNNOPS_ISA {
 template <class S>
 Conv2dAlgorithm<Conv2dRun<S>> conv2d_direct();
 template <class S>
+Conv2dAlgorithm<Conv2dRun<S>> conv2d_channels_last();
+template <class S>
+Conv2dAlgorithm<Conv2dRun<S>> conv2d_depthwise();
+template <class S>
 Conv2dAlgorithm<Conv2dRun<S>> conv2d_im2col();
 template <class S>
 Conv2dAlgorithm<Conv2dRun<S>> conv2d_reference();

@@ -4,22 +4,48 @@
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
 
+/// `direct` is two files, one for each layout, and one row.
 template <class S>
-constexpr bool kReady = std::is_same_v<S, float> || std::is_same_v<S, double>;
+struct Direct {
+  using Row = Conv2dAlgorithm<Conv2dRun<S>>;
+
+  static const Row& of(const Conv2dGeometry& g) {
+    static const Row contiguous = conv2d_direct<S>(), channels_last = conv2d_channels_last<S>();
+    return g.layout == Layout::contiguous ? contiguous : channels_last;
+  }
+
+  template <Conv2dRun<S> Row::*pass>
+  static Conv2dRun<S> run() {
+    return {[](const Conv2dGeometry& g) { return (of(g).*pass).tasks(g); },
+            [](const Conv2dGeometry& g) { return (of(g).*pass).workspace(g); },
+            [](const Conv2dGeometry& g, const Conv2dOperands<S>& operands, Sum<S>* workspace, int64_t begin,
+               int64_t end) { (of(g).*pass).run(g, operands, workspace, begin, end); }};
+  }
+
+  static Row row() {
+    return {"direct",
+            "register tiles over the image where it stands; stride 1, or channels_last",
+            [](const Conv2dGeometry& g, Pass pass) { return of(g).refuses(g, pass); },
+            run<&Row::forward>(),
+            run<&Row::grad_input>(),
+            run<&Row::grad_weight>()};
+  }
+};
 
 template <class S>
 Kernels<S> make_kernels() {
   Kernels<S> kernels{};
-  if constexpr (kReady<S>) {
+  if constexpr (kReal<S>) {
     static const Conv2dAlgorithm<Conv2dRun<S>> conv2d[] = {
-        conv2d_direct<S>(),
+        Direct<S>::row(),
         conv2d_im2col<S>(),
         conv2d_reference<S>(),
     };
     kernels.conv2d = {conv2d, sizeof conv2d / sizeof *conv2d};
-    set_pool2d(kernels);
-    set_activation(kernels);
+    set_border(kernels);
   }
+  set_pool2d(kernels);
+  set_activation(kernels);
   return kernels;
 }
 

@@ -173,6 +173,7 @@ template <class Rule, class... Parameters>
 Tensor autograd(const Tensor& input, Parameters... parameters) {
   static const auto op =
       find_operator<Tensor(const Tensor&, Parameters...)>((std::string("cnnops::") + Rule::name).c_str());
+  if (!may_be_differentiated(input)) return below_autograd([&] { return op.call(input, parameters...); });
   const bool keeps_output = Rule{parameters...}.keeps_output();
   return differentiable(
       Rule::backward_name, {input}, [&] { return variable_list{op.call(input, parameters...)}; },

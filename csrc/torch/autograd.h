@@ -41,6 +41,20 @@ struct Backward {
   bool needs(size_t input) const { return node.task_should_compute_output(input); }
 };
 
+/// Whether a derivative of a function of these tensors may be asked for.
+template <class... Tensors>
+bool may_be_differentiated(const Tensors&... t) {
+  return (at::GradMode::is_enabled() && (... || (t.defined() && t.requires_grad()))) ||
+         (... || (t.defined() && t._fw_grad(0).defined()));
+}
+
+/// Calls an operator without autograd: the short way where no derivative will be asked for.
+template <class Call>
+auto below_autograd(const Call& call) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return call();
+}
+
 /// a + b, where an undefined tensor stands for zeros.
 inline at::Tensor sum_of(const at::Tensor& a, const at::Tensor& b) {
   return !a.defined() ? b : !b.defined() ? a : at::add(a, b);

@@ -157,6 +157,7 @@ const auto keep_nothing = [](const variable_list&) { return variable_list{}; };
 
 template <class Average>
 Tensor differentiable_average(const Tensor& input, const Average& a) {
+  if (!may_be_differentiated(input)) return below_autograd([&] { return call(input, a); });
   return batched(input, [&](const Tensor& x) {
     std::vector<c10::SymInt> plane;  // a tensor of another dimension is refused by the operator itself
     if (x.dim() == 4) plane = plane_of(x).vec();

@@ -196,9 +196,14 @@ Tensor conv2d_grad_weight_meta(const Tensor& grad_output, const Tensor& input, c
 
 // ---- the operators as others call them, and their derivatives ----
 
-Tensor call_conv2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const Conv2dSettings& s) {
+const c10::TypedOperatorHandle<decltype(conv2d)>& conv2d_operator() {
   static const auto op = find_operator<decltype(conv2d)>("cnnops::conv2d");
-  return op.call(input, weight, bias, s.stride, s.padding, s.dilation, s.groups, s.padding_mode, s.algorithm);
+  return op;
+}
+
+Tensor call_conv2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const Conv2dSettings& s) {
+  return conv2d_operator().call(input, weight, bias, s.stride, s.padding, s.dilation, s.groups, s.padding_mode,
+                                s.algorithm);
 }
 
 Tensor call_grad_input(const Tensor& grad_output, const Tensor& weight, const OptionalTensor& bias,
@@ -230,6 +235,11 @@ OptionalTensor bias_beside(const Tensor& other, const Tensor& bias) {
 Tensor conv2d_autograd(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride,
                        IntArrayRef padding, IntArrayRef dilation, int64_t groups, std::string_view padding_mode,
                        std::string_view algorithm) {
+  if (!may_be_differentiated(input, weight, or_none(bias))) {
+    return below_autograd([&] {
+      return conv2d_operator().call(input, weight, bias, stride, padding, dilation, groups, padding_mode, algorithm);
+    });
+  }
   const Conv2dSettings s("conv2d", stride, padding, dilation, groups, padding_mode, algorithm);
   return batched(input, [&](const Tensor& x) {
     return differentiable(

@@ -290,6 +290,7 @@ std::vector<c10::SymInt> plane_if_any(const Tensor& t) {
 
 template <class Max>
 TwoTensors differentiable_max(const Tensor& input, const Max& w) {
+  if (!may_be_differentiated(input)) return below_autograd([&] { return call(input, w); });
   return two_batched(input, [&](const Tensor& x) -> TwoTensors {
     const auto outputs = differentiable(
         "MaxPool2dBackward", {x},

@@ -1,0 +1,147 @@
+// What the convolutions of channels_last tensors share: from an output pixel to the inputs that it sees.
+//
+// In (n, h, w, c) all channels of a pixel lie together, so an address is found once per pixel and tap, and whatever the
+// border says is just another address. A *window* is what one output pixel sees, in the order (kernel row, kernel
+// column, channel): that of the filters' own numbers.
+#pragma once
+
+#include "../correlation.h"
+#include "kernels.h"
+#include "simd.h"
+
+namespace cnnops::cpu::CNNOPS_ISA {
+
+/// The windows of one group and one class of outputs (../correlation.h). Taps are numbered in the order in which their
+/// inputs lie in memory.
+struct Windows {
+  Axis h, w;
+  Border border;
+  int64_t in_channels, out_channels;   // of all groups: the distance between pixels
+  int64_t channels, rows;              // of this group: summed over, and produced
+  int64_t in_channel0, out_channel0;   // where the group begins
+  int64_t weight0, tap_weight;         // its first filter, and the distance between two taps of one
+  int64_t weight_row, weight_channel;  // the distance between produced channels, and between summed ones
+  int64_t kernel_width, out_height, out_width;
+  int64_t pixels() const { return h.count * w.count; }
+  /// Whether a row of taps is one run of numbers in memory.
+  bool adjacent() const { return w.offset_step == 1 && channels == in_channels; }
+  int64_t weight_of(int64_t th, int64_t tw) const {
+    return weight0 + ((h.k0 + th * h.k_step) * kernel_width + w.k0 + tw * w.k_step) * tap_weight;
+  }
+};
+
+static inline Axis in_memory_order(Axis a) {
+  if (a.offset_step >= 0) return a;
+  a.offset0 += (a.taps - 1) * a.offset_step;
+  a.k0 += (a.taps - 1) * a.k_step;
+  a.offset_step = -a.offset_step;
+  a.k_step = -a.k_step;
+  return a;
+}
+
+/// Class number `cls` of all classes of both axes.
+static inline Windows make_windows(const Conv2dGeometry& g, Pass pass, int64_t group, int64_t cls) {
+  const bool forward = pass != Pass::grad_input;
+  const int64_t c_group = g.c / g.groups, k_group = g.k / g.groups, filter = g.kernel[0] * g.kernel[1] * c_group;
+  const Pass axes = forward ? Pass::forward : pass;
+  const int64_t classes_w = axis_classes(g, axes, 1);
+  Windows t;
+  t.h = in_memory_order(make_axis(g, axes, 0, cls / classes_w));
+  t.w = in_memory_order(make_axis(g, axes, 1, cls % classes_w));
+  t.border = g.border;
+  t.in_channels = forward ? g.c : g.k;
+  t.out_channels = forward ? g.k : g.c;
+  t.channels = forward ? c_group : k_group;
+  t.rows = forward ? k_group : c_group;
+  t.in_channel0 = group * t.channels;
+  t.out_channel0 = group * t.rows;
+  t.weight0 = group * k_group * filter;
+  t.tap_weight = c_group;
+  t.weight_row = forward ? filter : 1;
+  t.weight_channel = forward ? 1 : filter;
+  t.kernel_width = g.kernel[1];
+  t.out_height = forward ? g.out[0] : g.in[0];
+  t.out_width = forward ? g.out[1] : g.in[1];
+  return t;
+}
+
+static inline int64_t classes(const Conv2dGeometry& g, Pass pass) {
+  return axis_classes(g, pass, 0) * axis_classes(g, pass, 1);
+}
+
+/// One output: the image that it sees (from the group's first channel on), the place of its window's first tap in that
+/// as a row, a column and an offset, whether the window lies inside, and its own place among all output pixels.
+template <class S>
+struct Pixel {
+  const S* image;
+  int64_t h, w, at, out;
+  bool inside;
+};
+
+/// `count` outputs of a class from number `first` on: they run on from one image to the next.
+template <class S>
+static inline void find_pixels(const Windows& t, const S* in, int64_t first, int64_t count, Pixel<S>* pixels) {
+  int64_t n = first / t.pixels(), i = first % t.pixels() / t.w.count, j = first % t.w.count;
+  const int64_t reach_h = (t.h.taps - 1) * t.h.offset_step, reach_w = (t.w.taps - 1) * t.w.offset_step;
+  for (int64_t p = 0; p < count; ++p) {
+    const int64_t h = i * t.h.in_step + t.h.offset0, w = j * t.w.in_step + t.w.offset0;
+    pixels[p] = {in + n * t.h.in_size * t.w.in_size * t.in_channels + t.in_channel0,
+                 h,
+                 w,
+                 (h * t.w.in_size + w) * t.in_channels,
+                 (n * t.out_height + t.h.first + i * t.h.step) * t.out_width + t.w.first + j * t.w.step,
+                 h >= 0 && h + reach_h < t.h.in_size && w >= 0 && w + reach_w < t.w.in_size};
+    if (++j < t.w.count) continue;
+    j = 0;
+    if (++i < t.h.count) continue;
+    i = 0;
+    ++n;
+  }
+}
+
+/// How far tap (th, tw) of a window lies from its first.
+static inline int64_t tap_offset(const Windows& t, int64_t th, int64_t tw) {
+  return (th * t.h.offset_step * t.w.in_size + tw * t.w.offset_step) * t.in_channels;
+}
+
+/// The channels that a pixel sees through a tap, or nullptr where there is nothing to see.
+template <class S>
+static inline const S* seen(const Windows& t, const Pixel<S>& p, int64_t th, int64_t tw) {
+  const int64_t h = pixel_at(p.h + th * t.h.offset_step, t.h.in_size, t.border);
+  const int64_t w = pixel_at(p.w + tw * t.w.offset_step, t.w.in_size, t.border);
+  return h < 0 || w < 0 ? nullptr : p.image + (h * t.w.in_size + w) * t.in_channels;
+}
+
+/// to[i] = from[i] for i < count, widened.
+template <class S>
+static inline void copy_numbers(const S* from, int64_t count, Sum<S>* to) {
+  constexpr int64_t L = kLanes<Sum<S>>;
+  int64_t i = 0;
+  for (; i + L <= count; i += L) store(to + i, load(from + i));
+  if (i < count) store_first(to + i, load_first(from + i, count - i), count - i);
+}
+
+template <class T, int... lane>
+static inline void zip(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, lane...>) {
+  constexpr int L = kLanes<T>;
+  const Vec<T> low = __builtin_shufflevector(a, b, (lane % 2 * L + lane / 2)...);
+  b = __builtin_shufflevector(a, b, (lane % 2 * L + L / 2 + lane / 2)...);
+  a = low;
+}
+
+/// Rows become columns: zipping the upper half of the rows with the lower one does it in log2(rows) rounds.
+template <class T>
+static inline void transpose(Vec<T> (&rows)[kLanes<T>]) {
+  constexpr int L = kLanes<T>;
+  for (int round = 1; round < L; round *= 2) {
+    Vec<T> zipped[L];
+    for (int i = 0; i < L / 2; ++i) {
+      zipped[2 * i] = rows[i];
+      zipped[2 * i + 1] = rows[i + L / 2];
+      zip<T>(zipped[2 * i], zipped[2 * i + 1], std::make_integer_sequence<int, L>());
+    }
+    for (int i = 0; i < L; ++i) rows[i] = zipped[i];
+  }
+}
+
+}  // namespace cnnops::cpu::CNNOPS_ISA
