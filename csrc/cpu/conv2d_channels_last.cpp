@@ -67,9 +67,9 @@ void multiply_tile(int64_t runs, const int64_t* lengths, const T* const* a, int6
 template <class T>
 struct Panels {
   int64_t width, count;
-  explicit Panels(int64_t columns) {
+  explicit Panels(int64_t columns, int64_t most = kMostVectors) {
     const int64_t vectors = ceil_div(columns, kLanes<T>);
-    count = ceil_div(vectors, kMostVectors);
+    count = ceil_div(vectors, most);
     width = ceil_div(vectors, count) * kLanes<T>;
     count = ceil_div(columns, width);
   }
@@ -280,10 +280,11 @@ struct WeightTasks {
   Panels<T> panels;
   explicit WeightTasks(const Conv2dGeometry& g) : filter(g.c / g.groups * g.kernel[0] * g.kernel[1]), panels(filter) {
     const int64_t k_group = g.k / g.groups;
-    const int64_t wanted = smaller(ceil_div(kFewTasks, g.groups * panels.count), k_group / kMostRows);
-    blocks = larger(ceil_div(k_group, kBlockRows), wanted);
+    blocks = ceil_div(k_group, kBlockRows);
     rows = ceil_div(k_group, blocks);
     blocks = ceil_div(k_group, rows);
+    for (int most = kMostVectors - 1; most > 0 && g.groups * blocks * panels.count < kFewTasks; --most)
+      panels = Panels<T>(filter, most);
     total = g.groups * blocks * panels.count;
   }
 };

@@ -2,7 +2,7 @@
 //
 //   y[k, oh, ow]  +=  w[k, c, kh, kw] * x[c, oh + kh*dilation - padding, ow + kw*dilation - padding]       (stride 1)
 //
-// Lay the rows of x one behind the other, with the border's zeros, at a pitch P that is wider than a row of y by what
+// Lay the rows of x one behind the other, with the image's border, at a pitch P that is wider than a row of y by what
 // the kernel reaches. Then output (oh, ow) is place q = oh*P + ow of a long line, and what it sees through a tap is
 // place q + kh*dilation*P + kw*dilation of x's line: the same shift for all outputs. So vectors run along the line,
 // over the ends of rows, whatever the width of the image; only the few places between two rows are computed in vain.
@@ -20,7 +20,7 @@
 // over a strip (of several images, if they are small), then over strips and images in their order.
 //
 // A task is a strip of an image for at most 64 output channels (forward, grad_input), or M filters of 8 input channels
-// (grad_weight). Zeros of the border are multiplied: an infinite or NaN weight or gradient gives NaN there, where plain
+// (grad_weight). Zeros of a border are multiplied: an infinite or NaN weight or gradient gives NaN there, where plain
 // loops would skip it. 16-bit numbers are widened by the copying, weights too; sums are kept in float and rounded once.
 // Refuses channels_last, strides, 1x1 kernels, kernels that reach further than a row is wide, and layers whose
 // shortest strip overflows the buffer.
@@ -77,7 +77,8 @@ Strips correlation_strips(const Correlation& t) {
   return make_strips<T>(t.h, t.w, t.channels, kStripPlaces, kGoodBuffer);
 }
 
-/// One line of a strip: rows [row0, row0 + rows) x columns [column0, column0 + columns) of a plane, at pitch P.
+/// One line of a strip: rows [row0, row0 + rows) x columns [column0, column0 + columns) of a plane, at pitch P. What
+/// lies between two rows is left as it was: nothing that is kept is computed from it.
 template <class S>
 void copy_strip(const S* plane, int64_t height, int64_t width, Border border, int64_t row0, int64_t column0,
                 int64_t rows, int64_t columns, int64_t pitch, Sum<S>* to) {
@@ -85,7 +86,6 @@ void copy_strip(const S* plane, int64_t height, int64_t width, Border border, in
     const int64_t row = pixel_at(row0 + i, height, border);
     const bool inside = row >= 0;
     copy_padded(plane + (inside ? row : 0) * width, inside ? width : 0, column0, 1, columns, border, to);
-    for (int64_t j = columns; j < pitch; ++j) to[j] = 0;
   }
 }
 
@@ -154,15 +154,14 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* buff
   Correlation t = make_correlation(g, pass, 0, 0, 0);
   const Strips s = correlation_strips<T>(t);
   const Tasks tasks(g, t, s);
-  int64_t last_block = -1;
+  int64_t last_filters = -1;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t strip = task % tasks.per_image, n = task / tasks.per_image % g.n;
-    const int64_t block = task / tasks.per_image / g.n % tasks.blocks;
-    t = make_correlation(g, pass, task / tasks.per_image / g.n / tasks.blocks, 0, 0);
+    const int64_t filters = task / tasks.per_image / g.n, block = filters % tasks.blocks;
+    t = make_correlation(g, pass, filters / tasks.blocks, 0, 0);
     const int64_t first = block * kTaskRows, last = smaller(first + kTaskRows, t.rows);
-    const bool filled = last_block == task / tasks.per_image / g.n;
-    const T* weight = block_weights<S, pass>(t, o.b, first, filled, buffer + t.channels * s.plane);
-    last_block = task / tasks.per_image / g.n;
+    const T* weight = block_weights<S, pass>(t, o.b, first, filters == last_filters, buffer + t.channels * s.plane);
+    last_filters = filters;
     const int64_t i0 = strip / s.across * s.rows, rows = smaller(s.rows, t.h.count - i0);
     const int64_t j0 = strip % s.across * s.columns, columns = smaller(s.columns, t.w.count - j0);
 
@@ -310,7 +309,8 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* wo
               T* line = gy + (k * lines.images + n - n0) * s.plane;
               copy_strip(o.a + (n * g.k + group * tasks.k_group + k0 + k) * g.out[0] * g.out[1], g.out[0], g.out[1],
                          Border::zeros, i0, j0, rows, columns, s.pitch, line);
-              for (int64_t q = rows * s.pitch; q < lines.places; ++q) line[q] = 0;
+              for (int64_t q = 0; q < lines.places; q += kLanes<T>)
+                store(line + q, keep<T>(load(line + q), load(mask + q)));
             }
             for (int64_t c = 0; c < cs; ++c) {
               T* line = x + (c * lines.images + n - n0) * s.plane;

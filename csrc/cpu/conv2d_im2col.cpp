@@ -13,8 +13,8 @@
 // channels the packing costs more than it saves.
 //
 // A task is one block of the result, 128 channels x 384 pixels (or x 384 weights of a filter). Zeros are multiplied
-// where a window hangs over a border of zeros: an infinite or NaN weight gives NaN there, where plain loops would skip it.
-// Refuses channels_last.
+// where a window hangs over a border of zeros: an infinite or NaN weight gives NaN there, where plain loops would skip
+// it. Refuses channels_last.
 #include "correlate.h"
 #include "gemm.h"
 
@@ -35,9 +35,9 @@ void gather_widened(int64_t count, const Gather& gather, Sum<S>* to) {
 
 // ---- forward and grad_input ----
 
-/// Consecutive columns of the unfolded input that lie in one row of one image.
+/// Consecutive columns of the unfolded input that lie in one row of one image and in one panel, from `lane` on.
 struct Segment {
-  int64_t n, i, j, count, column;
+  int64_t n, i, j, count, panel, lane;
 };
 
 struct Blocks {
@@ -88,22 +88,38 @@ void pack_pixels(const Correlation& t, const S* in, const Segment* segments, int
                  Sum<S>* to) {
   using T = Sum<S>;
   Taps tap(t, r0);
-  for (int64_t r = 0; r < depth; ++r, tap.next(t)) {
+  const int64_t image = t.in_channels * t.in_plane, panel = depth * kTileColumns<T>;
+  for (int64_t r = 0; r < depth; ++r, to += kTileColumns<T>, tap.next(t)) {
+    const S* plane = in + (t.in_channel0 + tap.c) * t.in_plane;
     const int64_t offset_h = t.h.offset0 + tap.th * t.h.offset_step, offset_w = t.w.offset0 + tap.tw * t.w.offset_step;
     for (int64_t s = 0; s < count; ++s) {
       const Segment& seg = segments[s];
       const int64_t ih = pixel_at(seg.i * t.h.in_step + offset_h, t.h.in_size, t.border);
       const bool inside = ih >= 0;
-      const S* row = in + (seg.n * t.in_channels + t.in_channel0 + tap.c) * t.in_plane + (inside ? ih : 0) * t.in_width;
-      T* panel = to + seg.column / kTileColumns<T> * depth * kTileColumns<T> + r * kTileColumns<T>;
-      const int64_t column = seg.column % kTileColumns<T>;
+      const S* row = plane + seg.n * image + (inside ? ih : 0) * t.in_width;
       copy_padded(row, inside ? t.w.in_size : 0, seg.j * t.w.in_step + offset_w, t.w.in_step, seg.count, t.border,
-                  panel + column);
-      if (s + 1 == count) {
-        for (int64_t j = column + seg.count; j < kTileColumns<T>; ++j) panel[j] = 0;
-      }
+                  to + seg.panel * panel + seg.lane);
     }
+    const Segment& last = segments[count - 1];
+    for (int64_t j = last.lane + last.count; j < kTileColumns<T>; ++j) to[last.panel * panel + j] = 0;
   }
+}
+
+/// to[j*step] = from[j] + bias, rounded, for j < count; no more than a panel's columns.
+template <class S>
+void store_row(const Sum<S>* from, Sum<S> bias, int64_t count, int64_t step, S* to) {
+  constexpr int64_t L = kLanes<Sum<S>>;
+  if (step != 1 && std::is_same_v<S, Sum<S>>) {
+    for (int64_t j = 0; j < count; ++j) to[j * step] = rounded<S>(from[j] + bias);
+    return;
+  }
+  S together[kTileColumns<Sum<S>>];
+  S* row = step == 1 ? to : together;
+  for (int64_t j = 0; j < count; j += L) {
+    const int64_t lanes = smaller(count - j, L);
+    store_first(row + j, load_first(from + j, lanes) + broadcast(bias), lanes);
+  }
+  for (int64_t j = 0; j < count && step != 1; ++j) to[j * step] = together[j];
 }
 
 template <class S, Pass pass>
@@ -124,9 +140,9 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* work
     int64_t count = 0;
     for (int64_t column = 0; column < columns; ++count) {
       const int64_t p = p0 + column, i = p % pixels / t.w.count, j = p % t.w.count;
-      const int64_t in_panel = kTileColumns<T> - column % kTileColumns<T>;
-      const int64_t run = smaller(smaller(t.w.count - j, in_panel), columns - column);
-      segments[count] = {p / pixels, i, j, run, column};
+      const int64_t lane = column % kTileColumns<T>;
+      const int64_t run = smaller(smaller(t.w.count - j, kTileColumns<T> - lane), columns - column);
+      segments[count] = {p / pixels, i, j, run, column / kTileColumns<T>, lane};
       column += run;
     }
 
@@ -142,8 +158,7 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* work
         const Segment& seg = segments[s];
         S* out = o.out + (seg.n * t.out_channels + channel) * t.out_plane +
                  (t.h.first + seg.i * t.h.step) * t.out_width + t.w.first + seg.j * t.w.step;
-        const T* from = c + m * kBlockColumns + seg.column;
-        for (int64_t j = 0; j < seg.count; ++j) out[j * t.w.step] = rounded<S>(from[j] + bias);
+        store_row<S>(c + m * kBlockColumns + seg.panel * kTileColumns<T> + seg.lane, bias, seg.count, t.w.step, out);
       }
     }
   }
@@ -169,8 +184,8 @@ void pack_gradient(const Conv2dGeometry& g, const S* gy, int64_t k0, int64_t row
 
 /// The unfolded input as the right factor: b[panel][p][weight], one lane per (c, kh, kw) of the filter.
 template <class S>
-void pack_windows(const Conv2dGeometry& g, Border border, const S* x, int64_t c0, int64_t r0, int64_t columns,
-                  int64_t p0, int64_t depth, Sum<S>* to) {
+void pack_windows(const Conv2dGeometry& g, const S* x, int64_t c0, int64_t r0, int64_t columns, int64_t p0,
+                  int64_t depth, Sum<S>* to) {
   using T = Sum<S>;
   const int64_t plane = g.out[0] * g.out[1], kernel_plane = g.kernel[0] * g.kernel[1];
   for (int64_t j0 = 0; j0 < columns; j0 += kTileColumns<T>) {
@@ -186,9 +201,14 @@ void pack_windows(const Conv2dGeometry& g, Border border, const S* x, int64_t c0
       const S* image = x + p / plane * g.c * g.in[0] * g.in[1];
       const int64_t h = p % plane / g.out[1] * g.stride[0], w = p % g.out[1] * g.stride[1];
       const auto gather = [&](S* row) {
-        for (int64_t j = 0; j < lanes; ++j) {
-          const int64_t ih = pixel_at(h + dh[j], g.in[0], border), iw = pixel_at(w + dw[j], g.in[1], border);
-          row[j] = ih >= 0 && iw >= 0 ? image[channel[j] + ih * g.in[1] + iw] : S{};
+        for (int64_t j = 0; j < lanes && g.border == Border::zeros; ++j) {
+          const int64_t ih = h + dh[j], iw = w + dw[j];
+          const bool inside = ih >= 0 && ih < g.in[0] && iw >= 0 && iw < g.in[1];
+          row[j] = inside ? image[channel[j] + ih * g.in[1] + iw] : S{};
+        }
+        for (int64_t j = 0; j < lanes && g.border != Border::zeros; ++j) {
+          const int64_t ih = pixel_at(h + dh[j], g.in[0], g.border), iw = pixel_at(w + dw[j], g.in[1], g.border);
+          row[j] = image[channel[j] + ih * g.in[1] + iw];
         }
         for (int64_t j = lanes; j < kTileColumns<T>; ++j) row[j] = S{};
       };
@@ -219,14 +239,7 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* wo
     const T* c = multiply_block(
         rows, columns, g.n * g.out[0] * g.out[1],
         [&](int64_t p0, int64_t depth, T* to) { pack_gradient(g, o.a, k0, rows, p0, depth, to); },
-        [&](int64_t p0, int64_t depth, T* to) {
-          // With a border known beforehand, the inner loop has no branches.
-          if (g.border == Border::zeros) {
-            pack_windows(g, Border::zeros, o.b, group * c_group, r0, columns, p0, depth, to);
-          } else {
-            pack_windows(g, g.border, o.b, group * c_group, r0, columns, p0, depth, to);
-          }
-        },
+        [&](int64_t p0, int64_t depth, T* to) { pack_windows(g, o.b, group * c_group, r0, columns, p0, depth, to); },
         workspace);
     for (int64_t m = 0; m < rows; ++m)
       for (int64_t j = 0; j < columns; ++j) o.out[(k0 + m) * filter + r0 + j] = rounded<S>(c[m * kBlockColumns + j]);

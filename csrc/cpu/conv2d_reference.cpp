@@ -7,8 +7,8 @@
 // where ih = oh*stride - padding + kh*dilation, iw likewise. Beyond the image stands the pixel that the border shows
 // there (pixel_at() in ../geometry.h); where it shows none, x counts as absent, not as a zero to be multiplied. Every
 // sum is kept in double and rounded when it is whole (to 16 bits by way of float), so this is also the most accurate
-// algorithm. Tensors are read through strides, so both layouts are alike to it. A task is one plane of outputs (forward,
-// grad_input) or one (k, c) filter plane (grad_weight). Refuses nothing.
+// algorithm. Tensors are read through strides, so both layouts are alike to it. A task is one plane of outputs
+// (forward, grad_input) or one (k, c) filter plane (grad_weight). Refuses nothing.
 #include "../correlation.h"
 #include "kernels.h"
 

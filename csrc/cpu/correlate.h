@@ -4,8 +4,8 @@
 // Seen from here, one of the two is "the correlation" of an input tensor with a weight, and only the names of the
 // channels differ: forward sums over input channels c, the gradient over output channels k.
 //
-// Kernels copy pieces of the input to scratch memory before they compute. That is where stored numbers become numbers to
-// compute with (../numbers.h), and where the image's border is filled in: a padded image never exists as a whole.
+// Kernels copy pieces of the input to scratch memory before they compute. That is where stored numbers become numbers
+// to compute with (../numbers.h), and where the image's border is filled in: a padded image never exists as a whole.
 #pragma once
 
 #include "../correlation.h"
