@@ -4,7 +4,6 @@ Each is done to our network and to torch.nn's, side by side.
 """
 
 import copy
-import pickle
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ import torch.distributed as dist
 from helpers import DEVICES, assert_equal, numbers
 from torch import nn as tnn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import functional as TF
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_, parametrizations, parametrize, prune
@@ -19,7 +19,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-import cnnops
 from cnnops import functional as F
 from cnnops import nn
 
@@ -71,10 +70,6 @@ class Casts(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def autocast(device, lower, **options):
-    return torch.autocast(device, lower, **options)
-
-
 @every_lower
 @every_device
 def test_autocast_converts_what_torch_converts(device, lower):
@@ -84,18 +79,19 @@ def test_autocast_converts_what_torch_converts(device, lower):
     leaves = [t.requires_grad_() for t in (x, w, transposed, slope)]
     results = []
     for library in F, TF:
-        with autocast(device, lower):
+        with torch.autocast(device, lower):
             y = library.conv2d(x, w, w.new_zeros(4))
             z = library.conv_transpose2d(y, transposed, w.new_zeros(4))
             kept = [library.relu(z), library.max_pool2d(z, 2), library.avg_pool2d(z, 2), library.leaky_relu(z),
                     library.adaptive_avg_pool2d(z, 2), library.hardtanh(z)]  # fmt: skip
             unchanged = [library.relu(x), library.max_pool2d(x, 2), library.avg_pool2d(x, 2),
                          library.adaptive_max_pool2d(x, 2)]  # fmt: skip
-            p = library.prelu(x, slope)
-        loss = sum(t.float().pow(2).mean() for t in (*kept, p))
+            kept.append(library.prelu(z, slope))
+            y = library.prelu(y.float(), slope)  # for torch a convolution's kin
+        loss = sum(t.float().pow(2).mean() for t in (*kept, y))
         grads = torch.autograd.grad(loss, leaves)  # outside of the region
         assert {t.dtype for t in (y, z, *kept)} == {lower}
-        assert {t.dtype for t in (p, *unchanged, *grads)} == {torch.float32}
+        assert {t.dtype for t in (*unchanged, *grads)} == {torch.float32}
         results.append([y, z, *kept, *grads])
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=4e-2, atol=4e-2)
@@ -105,16 +101,16 @@ def test_autocast_converts_what_torch_converts(device, lower):
 def test_autocast_takes_mixed_and_lower_inputs(device):
     """A lower-precision input with float32 weights, float64 left alone as torch does, and a region left early."""
     x, w = numbers(2, 4, 6, 6).float().to(device), numbers(4, 4, 3, 3).float().to(device)
-    with autocast(device, torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         assert F.conv2d(x.bfloat16(), w).dtype == F.conv2d(x, w.half()).dtype == torch.bfloat16
         assert F.conv2d(x.double(), w.double()).dtype == TF.conv2d(x.double(), w.double()).dtype
-        with autocast(device, torch.bfloat16, enabled=False):
+        with torch.autocast(device, torch.bfloat16, enabled=False):
             assert_equal(F.conv2d(x, w), outside(device, x, w))
     assert_equal(F.conv2d(x, w), outside(device, x, w))
 
 
 def outside(device, x, w):
-    with autocast(device, torch.bfloat16, enabled=False):
+    with torch.autocast(device, torch.bfloat16, enabled=False):
         return F.conv2d(x, w)
 
 
@@ -125,7 +121,7 @@ def test_autocast_caches_weights(device):
     w = torch.randn(2, 2, 3, 3, device=device, requires_grad=True)
     counts = []
     for cache in True, False:
-        with Casts() as casts, autocast(device, torch.bfloat16, cache_enabled=cache):
+        with Casts() as casts, torch.autocast(device, torch.bfloat16, cache_enabled=cache):
             for _ in range(3):
                 F.conv2d(x.bfloat16(), w)
         counts.append(casts.count)
@@ -134,13 +130,13 @@ def test_autocast_caches_weights(device):
 
 def train(library, device, lower, steps=25):
     net = network(library, device)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
     scaler = torch.amp.GradScaler(device, init_scale=2.0**10, enabled=lower == torch.float16)
     losses = []
     for step in range(steps):
         x, classes = batch(20, device, seed=step)
         optimizer.zero_grad()
-        with autocast(device, lower):
+        with torch.autocast(device, lower):
             loss = TF.cross_entropy(net(x), classes)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
@@ -156,8 +152,27 @@ def train(library, device, lower, steps=25):
 def test_autocast_trains_like_the_twin(device, lower):
     """With a GradScaler for float16: the loss falls, along torch's curve up to the rounding."""
     ours, theirs = train(nn, device, lower), train(tnn, device, lower)
-    assert ours[-3:].mean() < 0.5 * ours[:3].mean()
-    torch.testing.assert_close(ours, theirs, rtol=0.1, atol=0.1)
+    assert ours[-3:].mean() < 0.1 * ours[:3].mean()
+    torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
+
+
+@every_lower
+def test_autocast_compiles(lower):
+    """The region inside of the compiled function, and around it."""
+    net = network(nn)
+    x = batch(4)[0]
+
+    def run(x):
+        with torch.autocast("cpu", lower):
+            return net(x)
+
+    expected = run(x)
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", lower):
+        around = compiled(x)
+    for y in around, torch.compile(run, fullgraph=True, backend="aot_eager")(x):
+        assert y.dtype == lower
+        torch.testing.assert_close(y, expected)
 
 
 def test_a_gradient_that_overflows_skips_the_step():
@@ -165,7 +180,7 @@ def test_a_gradient_that_overflows_skips_the_step():
     before = copy.deepcopy(net.state_dict())
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
-    with autocast("cpu", torch.float16):
+    with torch.autocast("cpu", torch.float16):
         loss = net(batch(4)[0]).pow(2).sum()
     scaler.scale(loss).backward()
     scaler.step(optimizer)
@@ -206,56 +221,49 @@ def distributed_step(rank, model):
     return loss / 2
 
 
-def data_parallel_process(rank, file):
-    dist.init_process_group("gloo", store=dist.FileStore(file, 2), rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def data_parallel(rank):
     for options in {}, {"static_graph": True, "gradient_as_bucket_view": True}:
         model = DistributedDataParallel(network(nn, dtype=torch.float64), **options)
         loss = distributed_step(rank, model)
         assert_close([loss, *(p.grad for p in model.parameters())], joint_gradients())
-    dist.destroy_process_group()
 
 
-def sharded_process(rank, file):
-    dist.init_process_group("gloo", store=dist.FileStore(file, 2), rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def sharded(rank):
     mesh = dist.init_device_mesh("cpu", (2,))
     model = network(nn, dtype=torch.float64)
     for layer in model[0], model[3], model[5]:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    loss = distributed_step(rank, model)
-    expected = joint_gradients()
+    loss, expected = distributed_step(rank, model), joint_gradients()
     assert_close([loss, *(p.grad.full_tensor() for p in model.parameters())], expected)
     before = [p.full_tensor().detach() for p in model.parameters()]
     optimizer.step()
     after = [p.full_tensor().detach() for p in model.parameters()]
     assert_close(after, [p - 0.1 * g for p, g in zip(before, expected[1:], strict=True)])
+
+
+def process(rank, file, shared):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(file, 2), rank=rank, world_size=2)
+    data_parallel(rank)
+    sharded(rank)
+    assert_close(gradients(copy.deepcopy(shared)), joint_gradients(nn), 0)
+    dist.barrier()
+    if rank == 1:
+        for p in shared.parameters():
+            p.data.zero_()
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("process", [data_parallel_process, sharded_process], ids=["DDP", "FSDP2"])
-def test_two_processes(process, tmp_path):
-    """Half of the batch each: the loss and the gradients of one process with all of it."""
-    torch.multiprocessing.spawn(process, (str(tmp_path / "store"),), nprocs=2)
+def test_two_processes(tmp_path):
+    """DistributedDataParallel and FSDP2 on half of the batch each: loss and gradients are those of one process with all.
 
-
-def test_processes_that_share_a_model():
-    """A model in shared memory, whose parameters another process has changed in place."""
-    model = network(nn, dtype=torch.float64).share_memory()
-    expected = gradients(network(nn, dtype=torch.float64))
-    torch.multiprocessing.spawn(set_to_zero, (model,), nprocs=1)
-    assert all(p.count_nonzero() == 0 for p in model.parameters())
-    model.load_state_dict(network(nn, dtype=torch.float64).state_dict())
-    assert_close(gradients(model), expected, 0)
-
-
-def set_to_zero(rank, model):
-    with torch.no_grad():
-        model(batch(2, dtype=torch.float64)[0])
-        for p in model.parameters():
-            p.zero_()
+    And a model in the memory of both, which one of them changes.
+    """
+    shared = network(nn, dtype=torch.float64).share_memory()
+    torch.multiprocessing.spawn(process, (str(tmp_path / "store"), shared), nprocs=2)
+    assert all(p.count_nonzero() == 0 for p in shared.parameters())
 
 
 def test_data_parallel():
@@ -273,36 +281,18 @@ def test_data_parallel_on_two_gpus():
     assert_close([t.cpu() for t in gradients(DataParallel(network(nn, "cuda", torch.float64)))], joint_gradients())
 
 
+def test_tensors_that_are_spread_are_refused():
+    """A DTensor does not know how to cut our operators up, and says so; FSDP2 puts whole tensors together first."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        x = distribute_tensor(torch.ones(2, 2, 4, 4), dist.init_device_mesh("cpu", (1,)), [Shard(0)])
+        with pytest.raises(NotImplementedError, match="cnnops"):
+            F.relu(x)
+    finally:
+        dist.destroy_process_group()
+
+
 # --- one model, treated in many ways ---
-
-
-def through_pickle(model):
-    return pickle.loads(pickle.dumps(model))
-
-
-def through_a_state_dict(model):
-    fresh = network(nn, dtype=torch.float64)
-    for p in fresh.parameters():
-        p.data.zero_()
-    fresh.load_state_dict(model.state_dict())
-    return fresh
-
-
-def through_torchs_state_dict(model):
-    return through_a_state_dict(tnn.Sequential(*network(tnn, dtype=torch.float64)))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [copy.deepcopy, through_pickle, through_a_state_dict, through_torchs_state_dict],
-    ids=lambda f: f.__name__,
-)
-def test_copies(change):
-    model = network(nn, dtype=torch.float64)
-    gradients(model)
-    other = change(model)
-    assert [type(module) for module in other] == [type(module) for module in model]
-    assert_close(gradients(other), joint_gradients(nn), 0)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -388,9 +378,7 @@ def test_a_batch_norm_is_fused(transposed, library):
 @pytest.mark.parametrize("algorithm", ["auto", "reference"])
 def test_lazy_convolutions(algorithm):
     """Become a Conv2d of ours at the first image, or by a state_dict."""
-    model, other = (
-        tnn.Sequential(nn.LazyConv2d(6, 3, padding=1, algorithm=algorithm), nn.ReLU()) for _ in range(2)
-    )
+    model, other = (tnn.Sequential(nn.LazyConv2d(6, 3, padding=1, algorithm=algorithm), nn.ReLU()) for _ in range(2))
     x = numbers(2, 3, 6, 6).float()
     y = model(x)
     assert type(model[0]) is nn.Conv2d and model[0].in_channels == 3 and model[0].algorithm == algorithm
@@ -398,6 +386,37 @@ def test_lazy_convolutions(algorithm):
     assert_equal(other(x).detach(), y.detach())
     y.sum().backward()
     assert type(other[0]) is nn.Conv2d and model[0].weight.grad.shape == (6, 3, 3, 3)
+
+
+KEPT = {
+    "conv2d": (lambda F, x, w: F.conv2d(x, w, padding=1), "input, weight"),
+    "conv_transpose2d": (lambda F, x, w: F.conv_transpose2d(x, w), "input, weight"),
+    "max_pool2d": (lambda F, x, w: F.max_pool2d(x, 2), 2 * 4 * 4 * 4),
+    "adaptive_max_pool2d": (lambda F, x, w: F.adaptive_max_pool2d(x, 2), 2 * 4 * 2 * 2),
+    "avg_pool2d": (lambda F, x, w: F.avg_pool2d(x, 2), 0),
+    "adaptive_avg_pool2d": (lambda F, x, w: F.adaptive_avg_pool2d(x, 2), 0),
+    "relu": (lambda F, x, w: F.relu(x), "output"),
+    "hardtanh": (lambda F, x, w: F.hardtanh(x), "output"),
+    "leaky_relu": (lambda F, x, w: F.leaky_relu(x), "output"),
+    "prelu": (lambda F, x, w: F.prelu(x, w[0, :, 0, 0]), "input, weight"),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_the_backward_pass_keeps(name):
+    """The output where that is enough, one byte per window of a maximum; never more than torch keeps."""
+    function, kept = KEPT[name]
+    x, w = numbers(2, 4, 8, 8).float().requires_grad_(), numbers(4, 4, 3, 3).float().requires_grad_()
+    sizes = []
+    for library in F, TF:
+        tensors = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, tensors=tensors: tensors.append(t) or t, lambda t: t):
+            y = function(library, x, w)
+        sizes.append(sum(t.nbytes for t in tensors))
+        if library is F and isinstance(kept, str):
+            wanted = [y] if kept == "output" else [x, w]
+            assert {t.untyped_storage().data_ptr() for t in tensors} == {t.data_ptr() for t in wanted}
+    assert sizes[0] <= sizes[1] and (isinstance(kept, str) or sizes[0] == kept)
 
 
 OPTIMIZERS = {
@@ -409,10 +428,12 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers(name):
-    """Three steps, channels_last weights among them."""
+    """Three steps; where torch's optimizer takes them, with channels_last weights."""
     results = []
     for library in nn, tnn:
-        model = network(library, dtype=torch.float64).to(memory_format=torch.channels_last)
+        model = network(library, dtype=torch.float64)
+        if name != "LBFGS":
+            model.to(memory_format=torch.channels_last)
         optimizer = OPTIMIZERS[name](model.parameters())
         for _ in range(3):
             optimizer.step(lambda model=model: gradients(model)[0].requires_grad_())
@@ -438,17 +459,3 @@ def test_frozen_and_shared_parameters(device):
         results.append([p.grad for p in model.parameters() if p.grad is not None])
         results[-1] += torch.autograd.grad(model(x).pow(2).sum(), x)
     assert_close(*results)
-
-
-def test_averaged_and_swapped_weights():
-    """SWA's average of a model, and torch.func's stand-in for its parameters, compute with our kernels."""
-    model = network(nn, dtype=torch.float64)
-    average = torch.optim.swa_utils.AveragedModel(model)
-    for p in model.parameters():
-        p.data.mul_(3)
-    average.update_parameters(model)
-    average.update_parameters(model)
-    x = batch(2, dtype=torch.float64)[0]
-    middle = {name: p.detach() * 2 / 3 for name, p in model.named_parameters()}
-    assert type(average.module[0]) is cnnops.nn.Conv2d
-    assert average.module(x).shape == torch.func.functional_call(model, middle, x).shape
