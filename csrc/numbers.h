@@ -48,7 +48,7 @@ template <template <class...> class List>
 using ForNumbers = List<float, double, BFloat16, Float16, uint8_t, int8_t, int16_t, int32_t, int64_t>;
 
 template <class To, class From>
-CNNOPS_HOST_DEVICE inline To same_bits(From from) {
+CNNOPS_HOST_DEVICE static inline To same_bits(From from) {
   static_assert(sizeof(To) == sizeof(From));
   To to;
   memcpy(&to, &from, sizeof to);
@@ -56,13 +56,13 @@ CNNOPS_HOST_DEVICE inline To same_bits(From from) {
 }
 
 template <class S>
-CNNOPS_HOST_DEVICE inline Sum<S> value(S x) {
+CNNOPS_HOST_DEVICE static inline Sum<S> value(S x) {
   return Sum<S>(x);
 }
 
-CNNOPS_HOST_DEVICE inline float value(BFloat16 x) { return same_bits<float>(uint32_t(x.bits) << 16); }
+CNNOPS_HOST_DEVICE static inline float value(BFloat16 x) { return same_bits<float>(uint32_t(x.bits) << 16); }
 
-CNNOPS_HOST_DEVICE inline float value(Float16 x) {
+CNNOPS_HOST_DEVICE static inline float value(Float16 x) {
   // The exponent's bias grows from 15 to 127 by a multiplication, which also normalises what was subnormal.
   const float small = same_bits<float>(uint32_t(x.bits & 0x7fff) << 13) * 0x1p112f;
   const uint32_t special = (x.bits & 0x7c00) == 0x7c00 ? 0x7f800000u : 0u;  // infinity and NaN keep their mantissa
@@ -70,7 +70,7 @@ CNNOPS_HOST_DEVICE inline float value(Float16 x) {
 }
 
 template <class S>
-CNNOPS_HOST_DEVICE inline S rounded(Sum<S> x) {
+CNNOPS_HOST_DEVICE static inline S rounded(Sum<S> x) {
   if constexpr (std::is_same_v<S, BFloat16>) {
     const uint32_t bits = same_bits<uint32_t>(x);
     if (x != x) return {0x7fc0};

@@ -59,6 +59,22 @@ using Packed = typename PackedOf<S>::type;
 
 typedef uint32_t WordLanes __attribute__((vector_size(kVectorBytes)));
 
+/// Converts integers lane by lane. Where their size changes more than twofold, GCC 12 would take the lanes one at a time:
+/// so it goes by steps of two.
+template <class To, class From>
+static inline To convert_lanes(From v) {
+  constexpr int lanes = sizeof(From) / sizeof(v[0]), from = sizeof(v[0]), to = sizeof(To) / lanes;
+  if constexpr (to > 2 * from || from > 2 * to) {
+    constexpr bool is_signed = std::is_signed_v<std::remove_cvref_t<decltype(v[0])>>;
+    using Signed = std::conditional_t<(to > from ? 2 * from : from / 2) == 2, int16_t, int32_t>;
+    typedef std::conditional_t<is_signed, Signed, std::make_unsigned_t<Signed>> Step
+        __attribute__((vector_size(lanes * sizeof(Signed))));
+    return convert_lanes<To>(__builtin_convertvector(v, Step));
+  } else {
+    return __builtin_convertvector(v, To);
+  }
+}
+
 /// Vectors of stored numbers to vectors that are computed with, and back: numbers.h's value() and rounded(), by lanes.
 template <class S>
 static inline Vec<Sum<S>> widen(Packed<S> packed) {
@@ -68,7 +84,7 @@ static inline Vec<Sum<S>> widen(Packed<S> packed) {
     return (Vec<float>)(__builtin_convertvector(packed, WordLanes) << 16);
   } else if constexpr (std::is_same_v<S, Float16>) {
 #if defined(__AVX512F__)
-    return (Vec<float>)_mm512_cvtph_ps((__m256i)packed);
+    return (Vec<float>)_mm512_maskz_cvtph_ps(__mmask16(-1), (__m256i)packed);  // unmasked, GCC 12 warns
 #elif defined(__F16C__)
     return (Vec<float>)_mm256_cvtph_ps((__m128i)packed);
 #else
@@ -77,7 +93,7 @@ static inline Vec<Sum<S>> widen(Packed<S> packed) {
     return v;
 #endif
   } else {
-    return __builtin_convertvector(packed, Vec<Sum<S>>);
+    return convert_lanes<Vec<Sum<S>>>(packed);
   }
 }
 
@@ -91,7 +107,7 @@ static inline Packed<S> narrow(Vec<Sum<S>> v) {
     return __builtin_convertvector(((v == v) ? even : nan) >> 16, Packed<S>);
   } else if constexpr (std::is_same_v<S, Float16>) {
 #if defined(__AVX512F__)
-    return (Packed<S>)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return (Packed<S>)_mm512_maskz_cvtps_ph(__mmask16(-1), (__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #elif defined(__F16C__)
     return (Packed<S>)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
@@ -100,7 +116,7 @@ static inline Packed<S> narrow(Vec<Sum<S>> v) {
     return packed;
 #endif
   } else {
-    return __builtin_convertvector(v, Packed<S>);
+    return convert_lanes<Packed<S>>(v);
   }
 }
 

@@ -14,7 +14,7 @@ struct Direct {
     return g.layout == Layout::contiguous ? contiguous : channels_last;
   }
 
-  template <Conv2dRun<S> Row::*pass>
+  template <Conv2dRun<S> Row::* pass>
   static Conv2dRun<S> run() {
     return {[](const Conv2dGeometry& g) { return (of(g).*pass).tasks(g); },
             [](const Conv2dGeometry& g) { return (of(g).*pass).workspace(g); },
@@ -37,6 +37,7 @@ Kernels<S> make_kernels() {
   Kernels<S> kernels{};
   if constexpr (kReal<S>) {
     static const Conv2dAlgorithm<Conv2dRun<S>> conv2d[] = {
+        conv2d_depthwise<S>(),
         Direct<S>::row(),
         conv2d_im2col<S>(),
         conv2d_reference<S>(),

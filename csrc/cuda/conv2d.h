@@ -1,30 +1,65 @@
 // What the convolution kernels share: how a pass sees the tensors, and the split of the weight gradient's sum.
 #pragma once
 
+#include <utility>
+
 #include "device.h"
 
 namespace cnnops::cuda {
 
-template <class T>
-using Conv2dRow = Conv2dAlgorithm<Conv2dRun<T>>;
+template <class S>
+using Conv2dRow = Conv2dAlgorithm<Conv2dRun<S>>;
 
 /// Forward and the gradient of the input are the same sum over channels and taps, with x and gy, c and k exchanged. In
-/// each group, `produce` channels come out and `reduce` channels are summed over; the weights between two neighbours of
-/// either kind are `weight_produce` and `weight_reduce` apart.
+/// each group, `produce` channels come out and `reduce` channels are summed over; neighbours of the weights along
+/// either, and along the kernel, are `weight_...` apart.
 struct Channels {
   int groups, produce, reduce;
-  int weight_produce, weight_reduce;
+  int weight_produce, weight_reduce, weight_h, weight_w;
   int64_t weight_group;
 
   CNNOPS_HOST_DEVICE Channels(const Conv2dGeometry& g, Pass pass) : groups(static_cast<int>(g.groups)) {
     const int c = static_cast<int>(g.c / g.groups), k = static_cast<int>(g.k / g.groups);
-    const int taps = static_cast<int>(g.kernel[0] * g.kernel[1]);
+    const Strides<int> weight(g.layout, c, g.kernel[0], g.kernel[1]);
     const bool forward = pass != Pass::grad_input;  // which channels the gradient of the weights sees
     produce = forward ? k : c;
     reduce = forward ? c : k;
-    weight_produce = forward ? c * taps : taps;
-    weight_reduce = forward ? taps : c * taps;
-    weight_group = static_cast<int64_t>(k) * c * taps;
+    weight_produce = forward ? static_cast<int>(weight.n) : weight.c;
+    weight_reduce = forward ? weight.c : static_cast<int>(weight.n);
+    weight_h = weight.h;
+    weight_w = weight.w;
+    weight_group = k * weight.n;
+  }
+};
+
+/// pixel_at() in few instructions, since it is linear before and after the image. Tiles overhang the padding, so -1 also
+/// where there is no pixel that far out.
+struct Beyond {
+  int slope, before, after;
+
+  Beyond(Border border, int64_t size)
+      : slope(static_cast<int>(pixel_at(-1, size, border) - pixel_at(-2, size, border))),
+        before(static_cast<int>(pixel_at(-1, size, border)) + slope),
+        after(static_cast<int>(pixel_at(size, size, border) - slope * size)) {}
+
+  __device__ int pixel(int i, int size) const {
+    const int shown = i < 0 ? before + slope * i : i >= size ? after + slope * i : i;
+    return 0 <= shown && shown < size ? shown : -1;
+  }
+};
+
+/// What a pass reads and writes besides the weights: forward x and y, for the gradient of the input gy and gx. The
+/// gradient of the weights sees them as forward does. `h` and `w` say what is beyond x.
+struct Tensors {
+  Strides<int> x, y;
+  Beyond h, w;
+
+  Tensors(const Conv2dGeometry& g, Pass pass)
+      : x(g.layout, g.c, g.in[0], g.in[1]),
+        y(g.layout, g.k, g.out[0], g.out[1]),
+        h(g.border, g.in[0]),
+        w(g.border, g.in[1]) {
+    if (pass == Pass::grad_input) std::swap(x, y);
   }
 };
 
@@ -45,11 +80,6 @@ struct SmallAxis {
         offset_step(static_cast<int>(a.offset_step)) {}
 };
 
-/// Classes of outputs along an axis that have any; class 0 has the most.
-CNNOPS_HOST_DEVICE inline int64_t classes_of(const Conv2dGeometry& g, Pass pass, int dim) {
-  return pass == Pass::forward ? 1 : smaller(g.stride[dim], g.in[dim]);
-}
-
 /// Whether positions along an axis, and offsets within one image or the weights, fit 32 bits. The batch may be any.
 inline bool small(const Conv2dGeometry& g) {
   int64_t reach[2];  // from a window's first tap to its last
@@ -60,8 +90,8 @@ inline bool small(const Conv2dGeometry& g) {
     reach[dim] = (g.kernel[dim] - 1) * g.dilation[dim];
   }
   const int64_t weights = g.k * (g.c / g.groups) * g.kernel[0] * g.kernel[1];
-  const int64_t x = (g.c * g.in[0] + reach[0]) * g.in[1] + reach[1];
-  const int64_t y = (g.k * g.out[0] + reach[0]) * g.out[1] + reach[1];
+  const int64_t x = ((g.in[0] + reach[0]) * g.in[1] + reach[1] + 1) * g.c;
+  const int64_t y = ((g.out[0] + reach[0]) * g.out[1] + reach[1] + 1) * g.k;
   return larger(weights, larger(x, y)) < int64_t{1} << 31;
 }
 
@@ -70,12 +100,12 @@ inline bool small(const Conv2dGeometry& g) {
 /// blocks that the weights make alone, never from the batch, which bounds the workspace as well.
 inline int64_t parts_for(int64_t blocks) { return blocks > 0 ? larger<int64_t>(1, 512 / blocks) : 1; }
 
-template <class T>
-__global__ void add_parts(const T* parts, int64_t count, int64_t size, T* sums) {
+template <class S>
+__global__ void add_parts(const Sum<S>* parts, int64_t count, int64_t size, S* sums) {
   for (int64_t i : Items(size)) {
-    T sum = 0;
+    Sum<S> sum = 0;
     for (int64_t part = 0; part < count; ++part) sum += parts[part * size + i];
-    sums[i] = sum;
+    sums[i] = rounded<S>(sum);
   }
 }
 

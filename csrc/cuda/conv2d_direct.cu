@@ -12,6 +12,9 @@
 // The gradient of the weights takes a lane per weight (c, kh, kw) and 8 output channels in each lane's registers. The
 // warps of a block share out the rows of a tile, and a block sums over the tiles of its part of the batch (parts_for).
 //
+// Tensors are read and written by their strides, so both layouts are taken; what is staged comes in the order of memory.
+// 16-bit numbers are widened as they are staged. Every border is staged as what it shows.
+//
 // Refused: many channels on both sides, where matrix tiles (im2col) reuse both operands better; tiles that do not fit
 // shared memory. An infinite weight at a tap that falls on padding gives NaN, as inf * 0 does.
 #include <numeric>
@@ -38,6 +41,26 @@ int produced_at_once(int produce) { return produce == 1 ? 1 : produce <= 4 ? 4 :
 /// `count` in the fewest pieces of at most `most`, all of nearly one size: that size.
 int64_t even_tile(int64_t count, int64_t most) { return count > 0 ? ceil_div(count, ceil_div(count, most)) : 1; }
 
+/// Copies a tile's inputs to shared memory, as [channel][row][column]: `depth` channels of an image of in_h x in_w, the
+/// first of which is at `from`. Neighbouring threads read neighbours in memory.
+template <class S>
+__device__ inline void stage(const S* from, const Tensors& tensors, int in_h, int in_w, int depth, int h0, int w0,
+                             const int (&extent)[2], Sum<S>* inputs) {
+  const Strides<int>& x = tensors.x;
+  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes;
+  const int together = x.c == 1 ? depth : 1;  // channels that lie side by side
+  for (int row = warp; row < depth / together * extent[0]; row += warps) {
+    const int c0 = row / extent[0], row_of_channel = row % extent[0];
+    const int h = tensors.h.pixel(h0 + row_of_channel, in_h);
+    for (int i = lane; i < extent[1] * together; i += kLanes) {
+      const int column = together == 1 ? i : i / together, c = c0 + i - column * together;
+      const int w = tensors.w.pixel(w0 + column, in_w);
+      inputs[(c * extent[0] + row_of_channel) * extent[1] + column] =
+          h >= 0 && w >= 0 ? value(from[c * x.c + h * x.h + w * x.w]) : Sum<S>(0);
+    }
+  }
+}
+
 struct Plan {
   int tile[2], tiles[2], extent[2], classes[2];  // outputs per tile, tiles per class, inputs per tile
   int chunk, produce_blocks;                     // channels staged at once, blocks of output channels in a group
@@ -62,7 +85,7 @@ Plan plan_correlation(const Conv2dGeometry& g, Pass pass) {
     plan.tile[dim] = static_cast<int>(tile[dim]);
     plan.tiles[dim] = static_cast<int>(ceil_div(count[dim], tile[dim]));
     plan.extent[dim] = static_cast<int>((tile[dim] - 1) * in_step + (taps_here - 1) * (g.dilation[dim] / apart) + 1);
-    plan.classes[dim] = static_cast<int>(classes_of(g, pass, dim));
+    plan.classes[dim] = static_cast<int>(axis_classes(g, pass, dim));
     taps *= taps_here;
     tiles *= static_cast<int64_t>(plan.tiles[dim]) * plan.classes[dim];
   }
@@ -79,22 +102,24 @@ Plan plan_correlation(const Conv2dGeometry& g, Pass pass) {
   return plan;
 }
 
-template <class T, int kProduce>
-__global__ void __launch_bounds__(kThreads, kBlocks<T, kProduce>)
-    correlate_kernel(Conv2dGeometry g, Pass pass, Plan plan, Conv2dOperands<T> o) {
+template <class S, int kProduce>
+__global__ void __launch_bounds__(kThreads, kBlocks<Sum<S>, kProduce>)
+    correlate_kernel(Conv2dGeometry g, Pass pass, Plan plan, Tensors tensors, Conv2dOperands<S> o) {
+  using T = Sum<S>;
   const Channels channels(g, pass);
   T* inputs = shared_memory<T>();
   T* weights = inputs + plan.weights_at;
-  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes;
   for (int64_t block = blockIdx.x; block < plan.blocks; block += gridDim.x) {
     Digits digits(block);
     const int produce0 = static_cast<int>(digits.next(plan.produce_blocks)) * kProduce;
+    // Blocks that run together should read neighbours in memory: other groups' channels, or the rest of the plane.
+    int group = tensors.x.c == 1 ? static_cast<int>(digits.next(channels.groups)) : 0;
     const int ow0 = static_cast<int>(digits.next(plan.tiles[1])) * plan.tile[1];
     const int oh0 = static_cast<int>(digits.next(plan.tiles[0])) * plan.tile[0];
     const SmallAxis axis_w(make_axis(g, pass, 1, digits.next(plan.classes[1])));
     const SmallAxis axis_h(make_axis(g, pass, 0, digits.next(plan.classes[0])));
-    const int group = static_cast<int>(digits.next(channels.groups));
-    const int64_t group_of_image = digits.rest() * channels.groups + group;
+    if (tensors.x.c != 1) group = static_cast<int>(digits.next(channels.groups));
+    const int64_t n = digits.rest();
     const int taps = axis_h.taps * axis_w.taps;
 
     // Tap 0 is the last in the tile where offsets decrease, as they do for the gradient.
@@ -102,38 +127,29 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kProduce>)
     const int first_w = axis_w.offset_step < 0 ? -(axis_w.taps - 1) * axis_w.offset_step : 0;
     const int h0 = oh0 * axis_h.in_step + axis_h.offset0 - first_h;
     const int w0 = ow0 * axis_w.in_step + axis_w.offset0 - first_w;
-    int pixel_at[kPixels];
+    int first_of[kPixels];  // the input that a pixel sees through tap 0
     for (int p = 0; p < kPixels; ++p) {
       const int pixel = threadIdx.x + p * blockDim.x, row = pixel / plan.tile[1], column = pixel % plan.tile[1];
       const int at = row * axis_h.in_step * plan.extent[1] + column * axis_w.in_step;
-      pixel_at[p] = first_h * plan.extent[1] + first_w + (row < plan.tile[0] ? at : 0);
+      first_of[p] = first_h * plan.extent[1] + first_w + (row < plan.tile[0] ? at : 0);
     }
 
-    const int in_h = axis_h.in_size, in_w = axis_w.in_size;
-    const T* from = o.a + group_of_image * channels.reduce * in_h * in_w;
-    const T* from_weights =
+    const S* from = o.a + n * tensors.x.n + group * channels.reduce * tensors.x.c;
+    const S* from_weights =
         o.b + group * channels.weight_group + static_cast<int64_t>(produce0) * channels.weight_produce;
     T sum[kPixels][kProduce] = {};
     for (int c0 = 0; taps > 0 && c0 < channels.reduce; c0 += plan.chunk) {
       const int depth = smaller(plan.chunk, channels.reduce - c0);
       sync_block();
-      for (int row = warp; row < depth * plan.extent[0]; row += warps) {
-        const int c = row / plan.extent[0], h = h0 + row % plan.extent[0];
-        const int row_from = ((c0 + c) * in_h + h) * in_w;
-        for (int column = lane; column < plan.extent[1]; column += kLanes) {
-          const int w = w0 + column;
-          const bool inside = 0 <= h && h < in_h && 0 <= w && w < in_w;
-          inputs[row * plan.extent[1] + column] = inside ? from[row_from + w] : T(0);
-        }
-      }
+      stage(from + c0 * tensors.x.c, tensors, axis_h.in_size, axis_w.in_size, depth, h0, w0, plan.extent, inputs);
       for (int i = threadIdx.x; i < kProduce * depth * taps; i += blockDim.x) {
         const int produce = i / (depth * taps), at = i % (depth * taps);
         const int c = at / taps, kh = at % taps / axis_w.taps, kw = at % axis_w.taps;
         const int tap =
-            (axis_h.k0 + kh * axis_h.k_step) * static_cast<int>(g.kernel[1]) + axis_w.k0 + kw * axis_w.k_step;
+            (axis_h.k0 + kh * axis_h.k_step) * channels.weight_h + (axis_w.k0 + kw * axis_w.k_step) * channels.weight_w;
+        const int from_weight = produce * channels.weight_produce + (c0 + c) * channels.weight_reduce + tap;
         const bool exists = produce0 + produce < channels.produce;
-        weights[at * kProduce + produce] =
-            exists ? from_weights[produce * channels.weight_produce + (c0 + c) * channels.weight_reduce + tap] : T(0);
+        weights[at * kProduce + produce] = exists ? value(from_weights[from_weight]) : T(0);
       }
       sync_block();
 
@@ -145,7 +161,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kProduce>)
             T held[kProduce];
             load<kProduce>(held, weight);
             for (int p = 0; p < kPixels; ++p) {
-              const T value = x[pixel_at[p]];
+              const T value = x[first_of[p]];
               for (int k = 0; k < kProduce; ++k) sum[p][k] += value * held[k];
             }
           }
@@ -153,35 +169,38 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kProduce>)
       }
     }
 
-    const int64_t out_w = pass == Pass::forward ? g.out[1] : g.in[1];
-    const int64_t plane = (pass == Pass::forward ? g.out[0] : g.in[0]) * out_w;
+    const int out_channel0 = group * channels.produce + produce0;
+    S* out = o.out + n * tensors.y.n + out_channel0 * tensors.y.c;
+    CNNOPS_UNROLL
     for (int p = 0; p < kPixels; ++p) {
       const int pixel = threadIdx.x + p * blockDim.x, row = pixel / plan.tile[1], column = pixel % plan.tile[1];
       if (row >= plan.tile[0] || oh0 + row >= axis_h.count || ow0 + column >= axis_w.count) continue;
-      const int64_t place = (axis_h.first + static_cast<int64_t>(oh0 + row) * axis_h.step) * out_w + axis_w.first +
-                            static_cast<int64_t>(ow0 + column) * axis_w.step;
-      for (int k = 0; k < kProduce && produce0 + k < channels.produce; ++k) {
-        const T bias = o.bias ? o.bias[group * channels.produce + produce0 + k] : T(0);
-        o.out[(group_of_image * channels.produce + produce0 + k) * plane + place] = sum[p][k] + bias;
+      S* place = out + (axis_h.first + (oh0 + row) * axis_h.step) * tensors.y.h +
+                 (axis_w.first + (ow0 + column) * axis_w.step) * tensors.y.w;
+      CNNOPS_UNROLL
+      for (int k = 0; k < kProduce; ++k) {
+        if (produce0 + k >= channels.produce) break;
+        const T bias = o.bias ? value(o.bias[out_channel0 + k]) : T(0);
+        place[k * tensors.y.c] = rounded<S>(sum[p][k] + bias);
       }
     }
   }
 }
 
-template <class T, Pass kPass>
-void correlate(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T*, Stream stream) {
-  const Plan plan = plan_correlation<T>(g, kPass);
+template <class S, Pass kPass>
+void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>*, Stream stream) {
+  const Plan plan = plan_correlation<Sum<S>>(g, kPass);
   const auto start = [&](auto kernel) {
     launch(kPass == Pass::forward ? "conv2d_direct forward" : "conv2d_direct grad_input", kernel, plan.blocks,
-           plan.threads, plan.shared_bytes, stream, g, kPass, plan, o);
+           plan.threads, plan.shared_bytes, stream, g, kPass, plan, Tensors(g, kPass), o);
   };
   switch (produced_at_once(Channels(g, kPass).produce)) {
     case 1:
-      return start(correlate_kernel<T, 1>);
+      return start(correlate_kernel<S, 1>);
     case 4:
-      return start(correlate_kernel<T, 4>);
+      return start(correlate_kernel<S, 4>);
     default:
-      return start(correlate_kernel<T, 8>);
+      return start(correlate_kernel<S, 8>);
   }
 }
 
@@ -195,7 +214,7 @@ struct WeightPlan {
 template <class T>
 WeightPlan plan_grad_weight(const Conv2dGeometry& g) {
   const Channels channels(g, Pass::forward);
-  const int produce = channels.produce == 1 ? 1 : 8, taps = channels.weight_reduce;
+  const int produce = channels.produce == 1 ? 1 : 8, taps = static_cast<int>(g.kernel[0] * g.kernel[1]);
   WeightPlan plan{};
   plan.channels = smaller(channels.reduce, (kLanes - 2 + taps) / taps + 1);
   plan.produce_blocks = static_cast<int>(ceil_div(channels.produce, produce));
@@ -219,13 +238,16 @@ WeightPlan plan_grad_weight(const Conv2dGeometry& g) {
   return plan;
 }
 
-template <class T, int kProduce>
-__global__ void __launch_bounds__(kThreads, kBlocks<T, kProduce>)
-    grad_weight_kernel(Conv2dGeometry g, WeightPlan plan, Conv2dOperands<T> o) {
+/// `parts`, if there are several, get the sum of each part instead of o.out. Weights are numbered (k, c, kh, kw) here,
+/// wherever they lie in memory, so that a warp sees few channels.
+template <class S, int kProduce>
+__global__ void __launch_bounds__(kThreads, kBlocks<Sum<S>, kProduce>)
+    grad_weight_kernel(Conv2dGeometry g, WeightPlan plan, Tensors tensors, Conv2dOperands<S> o, Sum<S>* parts) {
+  using T = Sum<S>;
   const Channels channels(g, Pass::forward);
   const int out_h = static_cast<int>(g.out[0]), out_w = static_cast<int>(g.out[1]);
   const int in_h = static_cast<int>(g.in[0]), in_w = static_cast<int>(g.in[1]);
-  const int taps = channels.weight_reduce, columns = channels.reduce * taps;
+  const int taps = static_cast<int>(g.kernel[0] * g.kernel[1]), columns = channels.reduce * taps;
   T* gy = shared_memory<T>();
   T* x = gy + plan.tile[0] * plan.tile[1] * kProduce;
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes;
@@ -249,28 +271,22 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kProduce>)
       Digits place(unit);
       const int ow0 = static_cast<int>(place.next(plan.tiles[1])) * plan.tile[1];
       const int oh0 = static_cast<int>(place.next(plan.tiles[0])) * plan.tile[0];
-      const int64_t group_of_image = place.rest() * channels.groups + group;
+      const int64_t n = place.rest();
       const int rows = smaller(plan.tile[0], out_h - oh0), width = smaller(plan.tile[1], out_w - ow0);
-      const T* from_gy = o.a + (group_of_image * channels.produce + produce0) * out_h * out_w;
-      const T* from_x = o.b + (group_of_image * channels.reduce + c0) * in_h * in_w;
+      const S* from_gy = o.a + n * tensors.y.n + (group * channels.produce + produce0) * tensors.y.c;
       sync_block();
       for (int row = warp; row < rows; row += warps) {
         const int k = lane % kProduce;
         for (int i = lane / kProduce; i < width; i += kLanes / kProduce) {
           const bool exists = produce0 + k < channels.produce;
-          gy[(row * plan.tile[1] + i) * kProduce + k] =
-              exists ? from_gy[(k * out_h + oh0 + row) * out_w + ow0 + i] : T(0);
+          const int from = k * tensors.y.c + (oh0 + row) * tensors.y.h + (ow0 + i) * tensors.y.w;
+          gy[(row * plan.tile[1] + i) * kProduce + k] = exists ? value(from_gy[from]) : T(0);
         }
       }
       const int h0 = oh0 * static_cast<int>(g.stride[0]) - static_cast<int>(g.padding[0]);
       const int w0 = ow0 * stride_w - static_cast<int>(g.padding[1]);
-      for (int row = warp; row < staged * plan.extent[0]; row += warps) {
-        const int c = row / plan.extent[0], h = h0 + row % plan.extent[0];
-        for (int i = lane; i < plan.extent[1]; i += kLanes) {
-          const bool inside = 0 <= h && h < in_h && 0 <= w0 + i && w0 + i < in_w;
-          x[row * plan.extent[1] + i] = inside ? from_x[(c * in_h + h) * in_w + w0 + i] : T(0);
-        }
-      }
+      stage(o.b + n * tensors.x.n + (group * channels.reduce + c0) * tensors.x.c, tensors, in_h, in_w, staged, h0, w0,
+            plan.extent, x);
       sync_block();
       T sum[kProduce] = {};  // a sum per tile keeps rounding errors from growing with the batch
       for (int row = warp; row < rows; row += warps) {
@@ -293,8 +309,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kProduce>)
     for (int k = warp; k < kProduce && produce0 + k < channels.produce && column < columns; k += warps) {
       T sum = 0;
       for (int other = 0; other < warps; ++other) sum += totals[(other * kProduce + k) * kLanes + lane];
-      const int64_t row = static_cast<int64_t>(group) * channels.produce + produce0 + k;
-      o.out[(part * g.k + row) * columns + column] = sum;
+      const int64_t weight = group * channels.weight_group +
+                             static_cast<int64_t>(produce0 + k) * channels.weight_produce +
+                             column / taps * channels.weight_reduce + kh * channels.weight_h + kw * channels.weight_w;
+      if (plan.parts > 1) {
+        parts[part * channels.groups * channels.weight_group + weight] = sum;
+      } else {
+        o.out[weight] = rounded<S>(sum);
+      }
     }
     sync_block();
   }
@@ -302,21 +324,20 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kProduce>)
 
 int64_t weight_count(const Conv2dGeometry& g) { return g.k * (g.c / g.groups) * g.kernel[0] * g.kernel[1]; }
 
-template <class T>
+template <class S>
 int64_t grad_weight_workspace(const Conv2dGeometry& g) {
-  const int64_t parts = plan_grad_weight<T>(g).parts;
+  const int64_t parts = plan_grad_weight<Sum<S>>(g).parts;
   return parts > 1 ? parts * weight_count(g) : 0;
 }
 
-template <class T>
-void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspace, Stream stream) {
-  const WeightPlan plan = plan_grad_weight<T>(g);
-  Conv2dOperands<T> parts = o;
-  if (plan.parts > 1) parts.out = workspace;
-  const auto kernel = Channels(g, Pass::forward).produce == 1 ? grad_weight_kernel<T, 1> : grad_weight_kernel<T, 8>;
-  launch("conv2d_direct grad_weight", kernel, plan.blocks, kThreads, plan.shared_bytes, stream, g, plan, parts);
+template <class S>
+void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace, Stream stream) {
+  const WeightPlan plan = plan_grad_weight<Sum<S>>(g);
+  const auto kernel = Channels(g, Pass::forward).produce == 1 ? grad_weight_kernel<S, 1> : grad_weight_kernel<S, 8>;
+  launch("conv2d_direct grad_weight", kernel, plan.blocks, kThreads, plan.shared_bytes, stream, g, plan,
+         Tensors(g, Pass::grad_weight), o, workspace);
   if (plan.parts > 1) {
-    launch_items("conv2d_direct add_parts", add_parts<T>, weight_count(g), stream, workspace, plan.parts,
+    launch_items("conv2d_direct add_parts", add_parts<S>, weight_count(g), stream, workspace, plan.parts,
                  weight_count(g), o.out);
   }
 }
@@ -334,8 +355,7 @@ const char* refuses(const Conv2dGeometry& g, Pass pass) {
       pass == Pass::grad_weight ? plan_grad_weight<T>(g).shared_bytes : plan_correlation<T>(g, pass).shared_bytes;
   if (shared_bytes > kSharedMemory) {
     return "the direct algorithm stages a tile of the input in 48 KiB of shared memory, and with this kernel size, "
-           "stride "
-           "and dilation the smallest does not fit";
+           "stride and dilation the smallest does not fit";
   }
   return nullptr;
 }
@@ -344,17 +364,19 @@ int64_t no_workspace(const Conv2dGeometry&) { return 0; }
 
 }  // namespace
 
-template <class T>
-Conv2dRow<T> conv2d_direct() {
+template <class S>
+Conv2dRow<S> conv2d_direct() {
   return {"direct",
           "input tiles in shared memory, register tiles of 4 outputs x 8 channels; few channels",
-          refuses<T>,
-          {no_workspace, correlate<T, Pass::forward>},
-          {no_workspace, correlate<T, Pass::grad_input>},
-          {grad_weight_workspace<T>, grad_weight<T>}};
+          refuses<Sum<S>>,
+          {no_workspace, correlate<S, Pass::forward>},
+          {no_workspace, correlate<S, Pass::grad_input>},
+          {grad_weight_workspace<S>, grad_weight<S>}};
 }
 
 template Conv2dRow<float> conv2d_direct();
 template Conv2dRow<double> conv2d_direct();
+template Conv2dRow<BFloat16> conv2d_direct();
+template Conv2dRow<Float16> conv2d_direct();
 
 }  // namespace cnnops::cuda

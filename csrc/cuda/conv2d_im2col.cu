@@ -11,7 +11,12 @@
 // The unfolded matrix would be KH*KW times as large as x. Here a block packs what its tile of the product needs, slice
 // by slice, straight from the tensors into shared memory: an element of the unfolded matrix lies at pixel.x + tap.x,
 // one number of its pixel plus one of its tap, so both are worked out once (tables of Tap and Pixel in shared memory)
-// and packing costs an addition and a test against the borders.
+// and packing costs an addition and a test against the borders. Where a border shows the image once more, the distance
+// to the pixel shown is added.
+//
+// Taps are numbered (c, kh, kw), or in channels_last (kh, kw, c): so do the weights lie in memory. A slice's elements are
+// shared out to the threads so that neighbours read neighbours: pixels of one tap, or in channels_last taps of one
+// pixel. 16-bit numbers are widened when they are packed.
 //
 // A slice is 8 steps of the sum, for 64 rows and 128 columns of the product; 128 threads hold 8 x 8 sums each in
 // registers (float32), so that 16 numbers read from shared memory make 64 products; direct needs 12 for 32, and makes
@@ -32,20 +37,44 @@ constexpr int kDepth = 8;             // steps of a slice
 constexpr int kTable = 128;           // steps whose taps or pixels are worked out at a time
 constexpr int kNowhere = -(1 << 30);  // a height outside of every tensor, also after adding a tap's or a pixel's
 
+/// Blocks that should fit a processor together, by their registers: as many as spill none.
+template <class S>
+constexpr int kBlocks = sizeof(Sum<S>) == 4 ? 3 : 2;
+
 /// Where a tap's weight is, and what it adds to its pixel's place in the unfolded tensor.
 struct alignas(16) Tap {
   int weight, x, h, w;
 };
 
-/// Where a pixel's output is (-1: nowhere), and its first input; h and w to test for borders.
-struct Pixel {
-  int64_t out, x;
+/// A pixel's first input; h and w to test for borders.
+struct alignas(16) Pixel {
+  int64_t x;
   int h, w;
 };
 
-/// A block's tile of the product, kRows x kColumns, and its threads' parts of that.
-template <class T, int kRows_, int kColumns_>
+/// Which elements of a slice a thread brings: number i is column(i) of step(i).
+struct Place {
+  int first_step, next_step, first_column, next_column;
+  __device__ int step(int i) const { return first_step + i * next_step; }
+  __device__ int column(int i) const { return first_column + i * next_column; }
+};
+
+/// Neighbouring threads bring neighbouring steps, for data whose steps are neighbours in memory...
+__device__ inline Place steps_first() {
+  const int thread = threadIdx.x;
+  return {thread % kDepth, 0, thread / kDepth, kThreads / kDepth};
+}
+/// ... or neighbouring columns, `columns` being a slice's.
+__device__ inline Place columns_first(int columns) {
+  const int thread = threadIdx.x;
+  return {thread / columns, kThreads / columns, thread % columns, 0};
+}
+
+/// A block's tile of the product, kRows x kColumns, and its threads' parts of that. Neighbouring threads have
+/// neighbouring rows if kRowsFirst, or else columns: as the results are neighbours in memory.
+template <class S, int kRows_, int kColumns_, bool kRowsFirst>
 struct Tile {
+  using T = Sum<S>;
   static constexpr int kRows = kRows_, kColumns = kColumns_, kVector = Vector<T>::size;
   static constexpr int kThreadColumns = 16, kThreadRows = kThreads / kThreadColumns;
   static constexpr int kHeight = kRows / kThreadRows, kWidth = kColumns / kThreadColumns;  // of a thread's part
@@ -60,10 +89,12 @@ struct Tile {
 
   /// A thread's rows and columns come in vectors, those of neighbours side by side.
   __device__ static int row(int i) {
-    return (i / kVector * kThreadRows + threadIdx.x / kThreadColumns) * kVector + i % kVector;
+    const int thread = kRowsFirst ? threadIdx.x % kThreadRows : threadIdx.x / kThreadColumns;
+    return (i / kVector * kThreadRows + thread) * kVector + i % kVector;
   }
   __device__ static int column(int i) {
-    return (i / kVector * kThreadColumns + threadIdx.x % kThreadColumns) * kVector + i % kVector;
+    const int thread = kRowsFirst ? threadIdx.x / kThreadRows : threadIdx.x % kThreadColumns;
+    return (i / kVector * kThreadColumns + thread) * kVector + i % kVector;
   }
 
   __device__ void clear() {
@@ -83,124 +114,124 @@ struct Tile {
     }
   }
 
-  /// Adds the products of `steps` steps. Element number i that this thread brings of a slice comes from a(first, i),
-  /// where `first` is the slice's first step; PlaceA and PlaceB say which elements those are.
-  template <class PlaceA, class PlaceB, class A, class B>
-  __device__ void add_products(Slice (&slices)[2], int steps, const A& a, const B& b) {
-    T next_a[kStagedA], next_b[kStagedB];
+  /// Adds the products of `steps` steps. Element number i that this thread brings of a slice comes from a(first, i) and
+  /// b(first, i), where `first` is the slice's first step, and is the one that place_a and place_b say.
+  template <class A, class B>
+  __device__ void add_products(Slice (&slices)[2], int steps, const Place& place_a, const Place& place_b, const A& a,
+                               const B& b) {
+    S next_a[kStagedA], next_b[kStagedB];
     const auto bring = [&](int first) {
       for (int i = 0; i < kStagedA; ++i) next_a[i] = a(first, i);
       for (int i = 0; i < kStagedB; ++i) next_b[i] = b(first, i);
     };
     const auto put = [&](Slice& slice) {
-      for (int i = 0; i < kStagedA; ++i) slice.a[PlaceA::step(i)][PlaceA::column(i)] = next_a[i];
-      for (int i = 0; i < kStagedB; ++i) slice.b[PlaceB::step(i)][PlaceB::column(i)] = next_b[i];
+      for (int i = 0; i < kStagedA; ++i) slice.a[place_a.step(i)][place_a.column(i)] = value(next_a[i]);
+      for (int i = 0; i < kStagedB; ++i) slice.b[place_b.step(i)][place_b.column(i)] = value(next_b[i]);
     };
-    bring(0);
-    put(slices[0]);
-    sync_block();
-    for (int first = 0, current = 0; first < steps; first += kDepth, current ^= 1) {
-      const bool more = first + kDepth < steps;
-      if (more) bring(first + kDepth);
-      multiply(slices[current]);
-      if (more) put(slices[current ^ 1]);
+    for (int first = 0, next = 0; first - kDepth < steps; first += kDepth, next ^= 1) {
+      const bool more = first < steps;
+      if (more) bring(first);
+      if (first > 0) multiply(slices[next ^ 1]);
+      if (more) put(slices[next]);
       sync_block();
     }
   }
 };
 
-/// Neighbouring threads bring neighbouring steps of a slice, for data whose steps are neighbours in memory...
-struct StepsFirst {
-  __device__ static int step(int) { return threadIdx.x % kDepth; }
-  __device__ static int column(int i) { return threadIdx.x / kDepth + i * (kThreads / kDepth); }
-};
-
-/// ... or neighbouring columns.
-template <int kColumns>
-struct ColumnsFirst {
-  static_assert(kThreads % kColumns == 0, "a thread keeps to one column");
-  __device__ static int step(int i) { return threadIdx.x / kColumns + i * (kThreads / kColumns); }
-  __device__ static int column(int) { return threadIdx.x % kColumns; }
-};
-
-template <class T>
-__device__ inline T unfolded(const T* x, const Pixel& pixel, const Tap& tap, int in_h, int in_w) {
-  const int h = pixel.h + tap.h, w = pixel.w + tap.w;
-  const bool inside = 0 <= h && h < in_h && 0 <= w && w < in_w;
-  return inside ? x[pixel.x + tap.x] : T(0);
-}
-
 /// What a product's taps and pixels are, along both axes.
+template <Layout kLayout>
 struct Axes {
   SmallAxis h, w;
   Channels channels;
-  int kernel_w;
+  const Tensors& tensors;
+  Border border;
 
-  __device__ Axes(const Conv2dGeometry& g, Pass pass, int64_t class_h, int64_t class_w)
+  __device__ Axes(const Conv2dGeometry& g, Pass pass, const Tensors& tensors, int64_t class_h, int64_t class_w)
       : h(make_axis(g, pass, 0, class_h)),
         w(make_axis(g, pass, 1, class_w)),
         channels(g, pass),
-        kernel_w(static_cast<int>(g.kernel[1])) {}
+        tensors(tensors),
+        border(g.border) {}
 
   __device__ int taps() const { return channels.reduce * h.taps * w.taps; }
 
   __device__ Tap tap(int number) const {
     if (number >= taps()) return {-1, 0, kNowhere, 0};
-    const int c = number / (h.taps * w.taps), kh = number / w.taps % h.taps, kw = number % w.taps;
-    const int tap_h = kh * h.offset_step, tap_w = kw * w.offset_step;
-    const int weight = c * channels.weight_reduce + (h.k0 + kh * h.k_step) * kernel_w + w.k0 + kw * w.k_step;
-    return {weight, (c * h.in_size + tap_h) * w.in_size + tap_w, tap_h, tap_w};
+    constexpr bool kLast = kLayout == Layout::channels_last;
+    const int c = kLast ? number % channels.reduce : number / (h.taps * w.taps);
+    const int tap = kLast ? number / channels.reduce : number % (h.taps * w.taps);
+    const int kh = tap / w.taps, kw = tap % w.taps, tap_h = kh * h.offset_step, tap_w = kw * w.offset_step;
+    const int weight = c * channels.weight_reduce + (h.k0 + kh * h.k_step) * channels.weight_h +
+                       (w.k0 + kw * w.k_step) * channels.weight_w;
+    return {weight, c * tensors.x.c + tap_h * tensors.x.h + tap_w * tensors.x.w, tap_h, tap_w};
   }
 
-  /// Pixel (n, i, j) of the class, in a tensor of out_h x out_w planes.
-  __device__ Pixel pixel(int64_t number, int64_t count, int group, int64_t out_h, int64_t out_w) const {
-    if (number >= count) return {-1, 0, kNowhere, 0};
+  /// The class's pixel of this number, and where its first output is: -1 if there is no such pixel.
+  __device__ void find(int64_t number, int64_t count, int group, Pixel& pixel, int64_t& out) const {
+    pixel = {0, kNowhere, 0};
+    out = -1;
+    if (number >= count) return;
     Digits digits(number);
     const int j = static_cast<int>(digits.next(w.count)), i = static_cast<int>(digits.next(h.count));
-    const int64_t group_of_image = digits.rest() * channels.groups + group;
-    const int in_h = i * h.in_step + h.offset0, in_w = j * w.in_step + w.offset0;
-    const int64_t out =
-        (group_of_image * channels.produce * out_h + h.first + i * h.step) * out_w + w.first + j * w.step;
-    return {out, (group_of_image * channels.reduce * h.in_size + in_h) * w.in_size + in_w, in_h, in_w};
+    const int64_t n = digits.rest(), in_h = i * h.in_step + h.offset0, in_w = j * w.in_step + w.offset0;
+    pixel.x = n * tensors.x.n + group * channels.reduce * tensors.x.c + in_h * tensors.x.h + in_w * tensors.x.w;
+    pixel.h = static_cast<int>(in_h);
+    pixel.w = static_cast<int>(in_w);
+    out = n * tensors.y.n + group * channels.produce * tensors.y.c + (h.first + i * h.step) * tensors.y.h +
+          (w.first + j * w.step) * tensors.y.w;
+  }
+
+  template <class S>
+  __device__ S unfolded(const S* x, const Pixel& pixel, const Tap& tap) const {
+    const int at_h = pixel.h + tap.h, at_w = pixel.w + tap.w;
+    int64_t at = pixel.x + tap.x;
+    bool inside = 0 <= at_h && at_h < h.in_size && 0 <= at_w && at_w < w.in_size;
+    if (border != Border::zeros && at_h > kNowhere / 2) {
+      const int shown_h = tensors.h.pixel(at_h, h.in_size), shown_w = tensors.w.pixel(at_w, w.in_size);
+      at += static_cast<int64_t>(shown_h - at_h) * tensors.x.h + static_cast<int64_t>(shown_w - at_w) * tensors.x.w;
+      inside = shown_h >= 0 && shown_w >= 0;
+    }
+    return inside ? x[at] : S{};
   }
 };
 
-template <class T>
-using CorrelateTile = Tile<T, 64, sizeof(T) == 4 ? 128 : 64>;
+template <class S, Layout kLayout>
+using CorrelateTile = Tile<S, 64, sizeof(Sum<S>) == 4 ? 128 : 64, kLayout == Layout::channels_last>;
 
-template <class T>
+template <class Product>
 struct CorrelateShared {
-  typename CorrelateTile<T>::Slice slices[2];
+  typename Product::Slice slices[2];
   Tap taps[kTable];
-  Pixel pixels[CorrelateTile<T>::kColumns];
+  Pixel pixels[Product::kColumns];
+  int64_t outs[Product::kColumns];
 };
 
 /// Forward and the gradient of the input: rows are output channels, columns pixels.
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    correlate_kernel(Conv2dGeometry g, Pass pass, int64_t tiles, int64_t row_tiles, int64_t column_tiles,
-                     Conv2dOperands<T> o) {
-  using Product = CorrelateTile<T>;
-  using PlaceB = ColumnsFirst<Product::kColumns>;
-  CorrelateShared<T>& shared = *shared_memory<CorrelateShared<T>>();
+template <class S, Layout kLayout>
+__global__ void __launch_bounds__(kThreads, kBlocks<S>)
+    correlate_kernel(Conv2dGeometry g, Pass pass, Tensors tensors, int64_t tiles, int64_t row_tiles,
+                     int64_t column_tiles, Conv2dOperands<S> o) {
+  using Product = CorrelateTile<S, kLayout>;
+  CorrelateShared<Product>& shared = *shared_memory<CorrelateShared<Product>>();
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     Digits digits(tile);
     const int row0 = static_cast<int>(digits.next(row_tiles)) * Product::kRows;
     const int64_t column0 = digits.next(column_tiles) * Product::kColumns;
-    const int64_t class_w = digits.next(classes_of(g, pass, 1)), class_h = digits.next(classes_of(g, pass, 0));
+    const int64_t class_w = digits.next(axis_classes(g, pass, 1)), class_h = digits.next(axis_classes(g, pass, 0));
     const int group = static_cast<int>(digits.rest());
-    const Axes axes(g, pass, class_h, class_w);
+    const Axes<kLayout> axes(g, pass, tensors, class_h, class_w);
     const Channels& channels = axes.channels;
-    const int64_t out_h = pass == Pass::forward ? g.out[0] : g.in[0],
-                  out_w = pass == Pass::forward ? g.out[1] : g.in[1];
     const int64_t pixels = g.n * axes.h.count * axes.w.count;
     for (int i = threadIdx.x; i < Product::kColumns; i += kThreads) {
-      shared.pixels[i] = axes.pixel(column0 + i, pixels, group, out_h, out_w);
+      axes.find(column0 + i, pixels, group, shared.pixels[i], shared.outs[i]);
     }
     sync_block();
 
-    const Pixel pixel = shared.pixels[PlaceB::column(0)];
-    const T* weights = o.b + group * channels.weight_group;
+    // Steps of the weights are neighbours, unless rows are.
+    const Place place_a = channels.weight_produce == 1 ? columns_first(Product::kRows) : steps_first();
+    const Place place_b = kLayout == Layout::channels_last ? steps_first() : columns_first(Product::kColumns);
+    const Pixel pixel = shared.pixels[place_b.column(0)];
+    const S* weights = o.b + group * channels.weight_group;
     Product product;
     product.clear();
     const int taps = axes.taps();
@@ -208,138 +239,166 @@ __global__ void __launch_bounds__(kThreads)
       for (int i = threadIdx.x; i < kTable; i += kThreads) shared.taps[i] = axes.tap(tap0 + i);
       sync_block();
       const auto a = [&](int first, int i) {
-        const int row = row0 + StepsFirst::column(i), weight = shared.taps[first + StepsFirst::step(i)].weight;
-        return row < channels.produce && weight >= 0 ? weights[row * channels.weight_produce + weight] : T(0);
+        const int row = row0 + place_a.column(i), weight = shared.taps[first + place_a.step(i)].weight;
+        return row < channels.produce && weight >= 0 ? weights[row * channels.weight_produce + weight] : S{};
       };
       const auto b = [&](int first, int i) {
-        return unfolded(o.a, pixel, shared.taps[first + PlaceB::step(i)], axes.h.in_size, axes.w.in_size);
+        const Tap& tap = shared.taps[first + place_b.step(i)];
+        if constexpr (kLayout == Layout::contiguous) return axes.unfolded(o.a, pixel, tap);  // of all i
+        return axes.unfolded(o.a, shared.pixels[place_b.column(i)], tap);
       };
-      product.template add_products<StepsFirst, PlaceB>(shared.slices, smaller(kTable, taps - tap0), a, b);
+      product.add_products(shared.slices, smaller(kTable, taps - tap0), place_a, place_b, a, b);
     }
 
+    CNNOPS_UNROLL
     for (int i = 0; i < Product::kHeight; ++i) {
       const int row = row0 + Product::row(i);
       if (row >= channels.produce) continue;
-      const T bias = o.bias ? o.bias[group * channels.produce + row] : T(0);
+      const auto bias = o.bias ? value(o.bias[group * channels.produce + row]) : Sum<S>(0);
+      CNNOPS_UNROLL
       for (int j = 0; j < Product::kWidth; ++j) {
-        const int64_t out = shared.pixels[Product::column(j)].out;
-        if (out >= 0) o.out[out + row * out_h * out_w] = product.sum[i][j] + bias;
+        const int64_t out = shared.outs[Product::column(j)];
+        if (out >= 0) o.out[out + row * tensors.y.c] = rounded<S>(product.sum[i][j] + bias);
       }
     }
     sync_block();
   }
 }
 
-template <class T, Pass kPass>
-void correlate(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T*, Stream stream) {
-  const int64_t pixels = g.n * make_axis(g, kPass, 0, 0).count * make_axis(g, kPass, 1, 0).count;
-  const int64_t row_tiles = ceil_div(Channels(g, kPass).produce, CorrelateTile<T>::kRows);
-  const int64_t column_tiles = ceil_div(pixels, CorrelateTile<T>::kColumns);
-  const int64_t tiles = g.groups * classes_of(g, kPass, 0) * classes_of(g, kPass, 1) * row_tiles * column_tiles;
-  launch(kPass == Pass::forward ? "conv2d_im2col forward" : "conv2d_im2col grad_input", correlate_kernel<T>, tiles,
-         kThreads, sizeof(CorrelateShared<T>), stream, g, kPass, tiles, row_tiles, column_tiles, o);
+/// Calls start(layout), where layout() is g's and a constant.
+template <class Start>
+void with_layout(const Conv2dGeometry& g, const Start& start) {
+  if (g.layout == Layout::contiguous) {
+    start(std::integral_constant<Layout, Layout::contiguous>{});
+  } else {
+    start(std::integral_constant<Layout, Layout::channels_last>{});
+  }
 }
 
-template <class T>
-using WeightTile = Tile<T, 64, sizeof(T) == 4 ? 64 : 32>;
+template <class S, Pass kPass>
+void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>*, Stream stream) {
+  with_layout(g, [&](auto layout) {
+    using Product = CorrelateTile<S, layout()>;
+    const int64_t pixels = g.n * make_axis(g, kPass, 0, 0).count * make_axis(g, kPass, 1, 0).count;
+    const int64_t row_tiles = ceil_div(Channels(g, kPass).produce, Product::kRows);
+    const int64_t column_tiles = ceil_div(pixels, Product::kColumns);
+    const int64_t tiles = g.groups * axis_classes(g, kPass, 0) * axis_classes(g, kPass, 1) * row_tiles * column_tiles;
+    launch(kPass == Pass::forward ? "conv2d_im2col forward" : "conv2d_im2col grad_input", correlate_kernel<S, layout()>,
+           tiles, kThreads, sizeof(CorrelateShared<Product>), stream, g, kPass, Tensors(g, kPass), tiles, row_tiles,
+           column_tiles, o);
+  });
+}
 
-template <class T>
+template <class S>
+using WeightTile = Tile<S, 64, sizeof(Sum<S>) == 4 ? 64 : 32, false>;
+
+template <class S>
 struct WeightShared {
-  typename WeightTile<T>::Slice slices[2];
-  Tap taps[WeightTile<T>::kColumns];
+  typename WeightTile<S>::Slice slices[2];
+  Tap taps[WeightTile<S>::kColumns];
   Pixel pixels[kTable];
+  int64_t outs[kTable];
+};
+
+struct WeightPlan {
+  int64_t row_tiles, column_tiles, parts, tiles, weights;
 };
 
 /// The gradient of the weights: rows are output channels, columns taps, and the steps of the sum pixels. Chunks of
-/// kTable pixels go round the parts like cards.
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    grad_weight_kernel(Conv2dGeometry g, int64_t tiles, int64_t row_tiles, int64_t column_tiles, int64_t parts,
-                       Conv2dOperands<T> o) {
-  using Product = WeightTile<T>;
-  WeightShared<T>& shared = *shared_memory<WeightShared<T>>();
-  const Axes axes(g, Pass::forward, 0, 0);
+/// kTable pixels go round the parts like cards. `parts`, if there are several, get their sums instead of o.out.
+template <class S, Layout kLayout>
+__global__ void __launch_bounds__(kThreads, kBlocks<S>)
+    grad_weight_kernel(Conv2dGeometry g, Tensors tensors, WeightPlan plan, Conv2dOperands<S> o, Sum<S>* parts) {
+  using Product = WeightTile<S>;
+  WeightShared<S>& shared = *shared_memory<WeightShared<S>>();
+  const Axes<kLayout> axes(g, Pass::forward, tensors, 0, 0);
   const Channels& channels = axes.channels;
-  const int64_t pixels = g.n * g.out[0] * g.out[1], gy_plane = g.out[0] * g.out[1];
-  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+  const int64_t pixels = g.n * g.out[0] * g.out[1];
+  const Place place_a = kLayout == Layout::channels_last ? columns_first(Product::kRows) : steps_first();
+  const Place place_b = kLayout == Layout::channels_last ? columns_first(Product::kColumns) : steps_first();
+  for (int64_t tile = blockIdx.x; tile < plan.tiles; tile += gridDim.x) {
     Digits digits(tile);
-    const int row0 = static_cast<int>(digits.next(row_tiles)) * Product::kRows;
-    const int column0 = static_cast<int>(digits.next(column_tiles)) * Product::kColumns;
+    const int row0 = static_cast<int>(digits.next(plan.row_tiles)) * Product::kRows;
+    const int column0 = static_cast<int>(digits.next(plan.column_tiles)) * Product::kColumns;
     const int group = static_cast<int>(digits.next(channels.groups));
     const int64_t part = digits.rest();
     for (int i = threadIdx.x; i < Product::kColumns; i += kThreads) shared.taps[i] = axes.tap(column0 + i);
     sync_block();
 
     Tap taps[Product::kStagedB];
-    for (int i = 0; i < Product::kStagedB; ++i) taps[i] = shared.taps[StepsFirst::column(i)];
+    for (int i = 0; i < Product::kStagedB; ++i) taps[i] = shared.taps[place_b.column(i)];
     Product total;
     total.clear();
-    for (int64_t pixel0 = part * kTable; pixel0 < pixels; pixel0 += parts * kTable) {
+    for (int64_t pixel0 = part * kTable; pixel0 < pixels; pixel0 += plan.parts * kTable) {
       for (int i = threadIdx.x; i < kTable; i += kThreads) {
-        shared.pixels[i] = axes.pixel(pixel0 + i, pixels, group, g.out[0], g.out[1]);
+        axes.find(pixel0 + i, pixels, group, shared.pixels[i], shared.outs[i]);
       }
       sync_block();
       const auto a = [&](int first, int i) {
-        const int64_t gy = shared.pixels[first + StepsFirst::step(i)].out;
-        const int row = row0 + StepsFirst::column(i);
-        return gy >= 0 && row < channels.produce ? o.a[gy + row * gy_plane] : T(0);
+        const int64_t gy = shared.outs[first + place_a.step(i)];
+        const int row = row0 + place_a.column(i);
+        return gy >= 0 && row < channels.produce ? o.a[gy + row * tensors.y.c] : S{};
       };
       const auto b = [&](int first, int i) {
-        return unfolded(o.b, shared.pixels[first + StepsFirst::step(i)], taps[i], axes.h.in_size, axes.w.in_size);
+        return axes.unfolded(o.b, shared.pixels[first + place_b.step(i)], taps[i]);
       };
       Product chunk;
       chunk.clear();
       const int steps = static_cast<int>(smaller<int64_t>(kTable, pixels - pixel0));
-      chunk.template add_products<StepsFirst, StepsFirst>(shared.slices, steps, a, b);
+      chunk.add_products(shared.slices, steps, place_a, place_b, a, b);
       for (int i = 0; i < Product::kHeight; ++i) {
         for (int j = 0; j < Product::kWidth; ++j) total.sum[i][j] += chunk.sum[i][j];
       }
     }
 
+    const int columns = axes.taps();
+    CNNOPS_UNROLL
     for (int i = 0; i < Product::kHeight; ++i) {
       const int row = row0 + Product::row(i);
       if (row >= channels.produce) continue;
-      const int64_t from = (part * g.k + group * channels.produce + row) * channels.weight_produce;
+      const int64_t weight = (static_cast<int64_t>(group) * channels.produce + row) * columns;
+      CNNOPS_UNROLL
       for (int j = 0; j < Product::kWidth; ++j) {
         const int column = column0 + Product::column(j);
-        if (column < channels.weight_produce) o.out[from + column] = total.sum[i][j];
+        if (column >= columns) continue;
+        if (plan.parts > 1) {
+          parts[part * plan.weights + weight + column] = total.sum[i][j];
+        } else {
+          o.out[weight + column] = rounded<S>(total.sum[i][j]);
+        }
       }
     }
     sync_block();
   }
 }
 
-struct WeightPlan {
-  int64_t row_tiles, column_tiles, parts, tiles, weights;
-};
-
-template <class T>
+template <class S>
 WeightPlan plan_grad_weight(const Conv2dGeometry& g) {
-  const Channels channels(g, Pass::forward);
+  const int64_t columns = g.c / g.groups * g.kernel[0] * g.kernel[1];
   WeightPlan plan{};
-  plan.row_tiles = ceil_div(channels.produce, WeightTile<T>::kRows);
-  plan.column_tiles = ceil_div(channels.weight_produce, WeightTile<T>::kColumns);
+  plan.row_tiles = ceil_div(g.k / g.groups, WeightTile<S>::kRows);
+  plan.column_tiles = ceil_div(columns, WeightTile<S>::kColumns);
   plan.parts = parts_for(g.groups * plan.row_tiles * plan.column_tiles);
   plan.tiles = plan.parts * g.groups * plan.row_tiles * plan.column_tiles;
-  plan.weights = g.k * channels.weight_produce;
+  plan.weights = g.k * columns;
   return plan;
 }
 
-template <class T>
+template <class S>
 int64_t grad_weight_workspace(const Conv2dGeometry& g) {
-  const WeightPlan plan = plan_grad_weight<T>(g);
+  const WeightPlan plan = plan_grad_weight<S>(g);
   return plan.parts > 1 ? plan.parts * plan.weights : 0;
 }
 
-template <class T>
-void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspace, Stream stream) {
-  const WeightPlan plan = plan_grad_weight<T>(g);
-  Conv2dOperands<T> parts = o;
-  if (plan.parts > 1) parts.out = workspace;
-  launch("conv2d_im2col grad_weight", grad_weight_kernel<T>, plan.tiles, kThreads, sizeof(WeightShared<T>), stream, g,
-         plan.tiles, plan.row_tiles, plan.column_tiles, plan.parts, parts);
+template <class S>
+void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace, Stream stream) {
+  const WeightPlan plan = plan_grad_weight<S>(g);
+  with_layout(g, [&](auto layout) {
+    launch("conv2d_im2col grad_weight", grad_weight_kernel<S, layout()>, plan.tiles, kThreads, sizeof(WeightShared<S>),
+           stream, g, Tensors(g, Pass::grad_weight), plan, o, workspace);
+  });
   if (plan.parts > 1) {
-    launch_items("conv2d_im2col add_parts", add_parts<T>, plan.weights, stream, workspace, plan.parts, plan.weights,
+    launch_items("conv2d_im2col add_parts", add_parts<S>, plan.weights, stream, workspace, plan.parts, plan.weights,
                  o.out);
   }
 }
@@ -353,17 +412,19 @@ int64_t no_workspace(const Conv2dGeometry&) { return 0; }
 
 }  // namespace
 
-template <class T>
-Conv2dRow<T> conv2d_im2col() {
+template <class S>
+Conv2dRow<S> conv2d_im2col() {
   return {"im2col",
           "a matrix product whose tiles are packed straight from the tensors; register tiles of 8 x 8",
           refuses,
-          {no_workspace, correlate<T, Pass::forward>},
-          {no_workspace, correlate<T, Pass::grad_input>},
-          {grad_weight_workspace<T>, grad_weight<T>}};
+          {no_workspace, correlate<S, Pass::forward>},
+          {no_workspace, correlate<S, Pass::grad_input>},
+          {grad_weight_workspace<S>, grad_weight<S>}};
 }
 
 template Conv2dRow<float> conv2d_im2col();
 template Conv2dRow<double> conv2d_im2col();
+template Conv2dRow<BFloat16> conv2d_im2col();
+template Conv2dRow<Float16> conv2d_im2col();
 
 }  // namespace cnnops::cuda

@@ -14,16 +14,44 @@
 #include <stdexcept>
 #include <string>
 
-#include "kernels.h"
-
 #ifdef CNNOPS_EMULATE
 #include "emulation.h"
 #else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #endif
 
 #define CNNOPS_HOST_DEVICE __host__ __device__
+
+/// Before a loop over an array that is to stay in registers; before one that rarely goes round more than a few times, and
+/// unrolled would be several times as large, no faster.
+#ifdef CNNOPS_EMULATE
+#define CNNOPS_UNROLL
+#define CNNOPS_NO_UNROLL
+#else
+#define CNNOPS_UNROLL _Pragma("unroll")
+#define CNNOPS_NO_UNROLL _Pragma("unroll 1")
+#endif
+
 #include "../correlation.h"
+#include "kernels.h"
+
+#ifndef CNNOPS_EMULATE
+namespace cnnops {
+
+// One instruction each, where numbers.h takes twenty: a kernel that holds its results in registers rounds many at once.
+template <>
+__host__ __device__ inline BFloat16 rounded<BFloat16>(float x) {
+  return same_bits<BFloat16>(__float2bfloat16_rn(x));
+}
+template <>
+__host__ __device__ inline Float16 rounded<Float16>(float x) {
+  return same_bits<Float16>(__float2half_rn(x));
+}
+
+}  // namespace cnnops
+#endif
 
 namespace cnnops::cuda {
 
@@ -32,7 +60,10 @@ constexpr int64_t kSharedMemory = 48 * 1024;
 
 #ifdef CNNOPS_EMULATE
 
+using emulation::atomic_max;
 using emulation::sync_block;
+
+inline bool hidden(bool condition) { return condition; }
 
 template <class T>
 inline T* shared_memory() {
@@ -54,6 +85,20 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int
 #else
 
 __device__ inline void sync_block() { __syncthreads(); }
+
+/// A condition that stays the same through a loop, but hidden from the compiler: it would make a copy of the loop for
+/// each outcome, and for each combination with others.
+__device__ inline bool hidden(bool condition) {
+  int bit = condition;
+  asm volatile("" : "+r"(bit));
+  return bit != 0;
+}
+
+/// *place = max(*place, x), whoever else does the same. There is none for floats, on purpose.
+__device__ inline void atomic_max(int64_t* place, int64_t x) {
+  static_assert(sizeof(long long) == sizeof(int64_t));
+  atomicMax(reinterpret_cast<long long*>(place), static_cast<long long>(x));
+}
 
 /// The block's dynamic shared memory, aligned to 16 bytes.
 template <class T>
@@ -129,6 +174,19 @@ class Items {
 
  private:
   int64_t size_;
+};
+
+/// How far apart neighbours along each axis of an (n, c, h, w) tensor are in memory. Index holds what is within an image.
+template <class Index>
+struct Strides {
+  int64_t n;
+  Index c, h, w;
+
+  CNNOPS_HOST_DEVICE Strides(Layout layout, int64_t channels, int64_t height, int64_t width)
+      : n(channels * height * width),
+        c(static_cast<Index>(layout == Layout::contiguous ? height * width : 1)),
+        h(static_cast<Index>(layout == Layout::contiguous ? width : width * channels)),
+        w(static_cast<Index>(layout == Layout::contiguous ? 1 : channels)) {}
 };
 
 /// Takes a number apart into digits of mixed radix, the fastest first: tile % columns, tile / columns % rows, ...

@@ -1,9 +1,9 @@
 // Every CUDA launcher on one page.
 //
-// A launcher gets a geometry, device pointers to dense data in the geometry's layout and a stream; it starts kernels on that stream
-// and returns at once. It allocates nothing and synchronises nothing, so CUDA graphs can capture it. Like on the CPU,
-// threads split outputs, never one output's sum (or split it by a rule that looks at the geometry alone and add the
-// parts in a fixed order): the bits do not depend on the batch size, the run or the stream. No float atomics.
+// A launcher gets a geometry, device pointers to dense data in the geometry's layout and a stream; it starts kernels on
+// that stream and returns at once. It allocates nothing and synchronises nothing, so CUDA graphs can capture it. Like on
+// the CPU, threads split outputs, never one output's sum (or split it by a rule that looks at the geometry alone and add
+// the parts in a fixed order): the bits do not depend on the batch size, the run or the stream. No float atomics.
 //
 // Nothing here needs CUDA's headers: a stream is passed as the opaque pointer that it is.
 #pragma once
@@ -21,7 +21,8 @@ struct Conv2dRun {
   void (*run)(const Conv2dGeometry&, const Conv2dOperands<S>&, Sum<S>* workspace, Stream);
 };
 
-/// The kernels of one type of stored number; the meaning of each is said in cpu/kernels.h, and nullptr means the same.
+/// The kernels of one type of stored number; the meaning of each is said in cpu/kernels.h. Entries are nullptr where
+/// there is nothing to compute for a type: integers have relu and hardtanh only.
 template <class S>
 struct Kernels {
   using T = Sum<S>;

@@ -5,17 +5,19 @@
 
 namespace cnnops::cuda {
 
-template <class T>
-Conv2dAlgorithm<Conv2dRun<T>> conv2d_direct();
-template <class T>
-Conv2dAlgorithm<Conv2dRun<T>> conv2d_im2col();
-template <class T>
-Conv2dAlgorithm<Conv2dRun<T>> conv2d_reference();
+template <class S>
+Conv2dAlgorithm<Conv2dRun<S>> conv2d_direct();
+template <class S>
+Conv2dAlgorithm<Conv2dRun<S>> conv2d_im2col();
+template <class S>
+Conv2dAlgorithm<Conv2dRun<S>> conv2d_reference();
 
-/// These fill in their own fields.
-template <class T>
-void add_pool2d(Kernels<T>&);
-template <class T>
-void add_activation(Kernels<T>&);
+/// These fill in their own fields; the last also for integers.
+template <class S>
+void add_border(Kernels<S>&);
+template <class S>
+void add_pool2d(Kernels<S>&);
+template <class S>
+void add_activation(Kernels<S>&);
 
 }  // namespace cnnops::cuda

@@ -3,13 +3,17 @@
 
 namespace cnnops::cuda {
 
-template <class T>
-const Kernels<T>& kernels() {
-  static const Conv2dAlgorithm<Conv2dRun<T>> conv2d[] = {conv2d_direct<T>(), conv2d_im2col<T>(), conv2d_reference<T>()};
-  static const Kernels<T> all = [] {
-    Kernels<T> filled{};
-    filled.conv2d = {conv2d, sizeof(conv2d) / sizeof(conv2d[0])};
-    add_pool2d(filled);
+template <class S>
+const Kernels<S>& kernels() {
+  static const Kernels<S> all = [] {
+    Kernels<S> filled{};
+    if constexpr (kReal<S>) {
+      static const Conv2dAlgorithm<Conv2dRun<S>> conv2d[] = {conv2d_direct<S>(), conv2d_im2col<S>(),
+                                                             conv2d_reference<S>()};
+      filled.conv2d = {conv2d, sizeof(conv2d) / sizeof(conv2d[0])};
+      add_border(filled);
+      add_pool2d(filled);
+    }
     add_activation(filled);
     return filled;
   }();
@@ -18,5 +22,12 @@ const Kernels<T>& kernels() {
 
 template const Kernels<float>& kernels();
 template const Kernels<double>& kernels();
+template const Kernels<BFloat16>& kernels();
+template const Kernels<Float16>& kernels();
+template const Kernels<uint8_t>& kernels();
+template const Kernels<int8_t>& kernels();
+template const Kernels<int16_t>& kernels();
+template const Kernels<int32_t>& kernels();
+template const Kernels<int64_t>& kernels();
 
 }  // namespace cnnops::cuda

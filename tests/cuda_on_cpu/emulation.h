@@ -12,7 +12,8 @@
 //     and the 64-bit indices that only huge tensors need are run with small ones.
 //
 // What it cannot show: races that only an interleaving within two barriers would reveal, the hardware's memory model,
-// its rounding where the compiler fuses a multiplication and an addition, and its speed.
+// its rounding where the compiler fuses a multiplication and an addition, the conversions to 16 bits that device.h has in
+// place of those of numbers.h, and its speed.
 #pragma once
 
 #undef _FORTIFY_SOURCE  // it takes a jump from one stack to another for an attack
@@ -164,6 +165,9 @@ inline void sync_block(std::source_location here = std::source_location::current
   block.current->waits_at = here;
   block.stop();
 }
+
+/// atomicMax(). One thread runs at a time.
+inline void atomic_max(int64_t* place, int64_t x) { *place = std::max(*place, x); }
 
 inline void* shared_memory() { return block.shared.get(); }
 
