@@ -257,7 +257,7 @@ def process(rank, file, shared):
 
 
 def test_two_processes(tmp_path):
-    """DistributedDataParallel and FSDP2 on half of the batch each: loss and gradients are those of one process with all.
+    """DistributedDataParallel and FSDP2, half of the batch each: loss and gradients are those of one process with all.
 
     And a model in the memory of both, which one of them changes.
     """
