@@ -17,7 +17,6 @@ from cnnops import functional as F
 
 ops = torch.ops.cnnops
 pytestmark = pytest.mark.filterwarnings("error:There is a performance drop")
-every_device = pytest.mark.parametrize("device", DEVICES)
 
 CONV = ((2, 1), (1, 0), (1, 2), 2)
 WINDOW = ((3, 2), (2, 2), (1, 1), (1, 1), True)
@@ -84,8 +83,7 @@ def samples():
 
 
 SAMPLES = samples()
-every_sample = pytest.mark.parametrize("name", SAMPLES)
-every_sample_on_every_device = pytest.mark.parametrize(("name", "device"), [*product(SAMPLES, DEVICES)])
+every_sample = pytest.mark.parametrize(("name", "device"), [*product(SAMPLES, DEVICES)])
 
 
 def sample(name, device):
@@ -100,14 +98,14 @@ def test_every_operator_has_a_sample():
     assert {name.removeprefix("cnnops::").split(".")[0] for name in registered} == {n.split(",")[0] for n in SAMPLES}
 
 
-@every_sample_on_every_device
+@every_sample
 def test_first_derivatives(name, device):
     """Backward and forward mode, and vmap over either."""
     assert gradcheck(*sample(name, device), check_forward_ad=True, check_batched_grad=True,
                      check_batched_forward_grad=True)  # fmt: skip
 
 
-@every_sample_on_every_device
+@every_sample
 def test_second_derivatives(name, device):
     """Backward and forward mode over backward, and vmap over it."""
     assert gradgradcheck(*sample(name, device), check_fwd_over_rev=True, check_rev_over_rev=True,
@@ -121,9 +119,10 @@ def alternatives(t, axis):
 
 
 @every_sample
-def test_vmap(name):
+def test_vmap(name, device):
     """Over each choice of arguments, along their first or last axis: the numbers of a loop."""
     function, *tensors = SAMPLES[name]
+    tensors = [t.to(device) for t in tensors]
     for axes in product([None, 0, -1], repeat=len(tensors)):
         if set(axes) == {None}:
             continue
