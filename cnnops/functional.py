@@ -8,7 +8,7 @@ bits whatever the batch size, the position in the batch, the thread count or the
 
 import functools
 
-from torch import Tensor, sign
+from torch import Tensor, arange, sign
 from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function
 
@@ -201,16 +201,15 @@ def _max_pool2d_with_indices(input: Tensor, kernel_size, stride, padding, dilati
     values, positions = ops.max_pool2d(input, kernel_size, stride or (), padding, dilation, ceil_mode)
     starts = []
     for out, s, p in zip(values.shape[-2:], _pair(stride or kernel_size), _pair(padding), strict=True):
-        starts.append([o * s - p for o in range(out)])
+        starts.append(arange(out, device=input.device) * s - p)
     return values, _plane_indices(input, positions, _pair(kernel_size)[1], _pair(dilation), *starts)
 
 
 def _plane_indices(input: Tensor, positions: Tensor, width: int, dilation, tops, lefts) -> Tensor:
     """torch's indices ih*W + iw, from the positions kh*width + kw in windows that start at these rows and columns."""
     positions = positions.long()
-    tops = positions.new_tensor(tops).unsqueeze(1)
-    ih = tops + positions // width * dilation[0]
-    iw = positions.new_tensor(lefts) + positions % width * dilation[1]
+    ih = tops.unsqueeze(1) + positions // width * dilation[0]
+    iw = lefts + positions % width * dilation[1]
     return ih * input.shape[-1] + iw
 
 
@@ -320,7 +319,8 @@ def adaptive_max_pool2d(input: Tensor, output_size, return_indices: bool = False
     if not return_indices:
         return values
     starts = [
-        [o * size // out for o in range(out)] for size, out in zip(input.shape[-2:], values.shape[-2:], strict=True)
+        arange(out, device=input.device) * size // out
+        for size, out in zip(input.shape[-2:], values.shape[-2:], strict=True)
     ]
     size, out = input.shape[-1], values.shape[-1]
     width = -(-size // out) + (1 if size % out else 0) if out else 1  # the widest window

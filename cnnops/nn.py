@@ -17,8 +17,25 @@ class Conv2d(nn.Conv2d):
 
     algorithm = "auto"
 
-    def __init__(self, *args, algorithm: str = "auto", **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        kernel_size,
+        stride=1,
+        padding=0,
+        dilation=1,
+        groups=1,
+        bias=True,
+        padding_mode="zeros",
+        device=None,
+        dtype=None,
+        *,
+        algorithm: str = "auto",
+    ):
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
+        )
         self.algorithm = algorithm
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -49,8 +66,24 @@ class LazyConv2d(nn.LazyConv2d):
     algorithm = "auto"
     _conv_forward = Conv2d._conv_forward
 
-    def __init__(self, *args, algorithm: str = "auto", **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        out_channels,
+        kernel_size,
+        stride=1,
+        padding=0,
+        dilation=1,
+        groups=1,
+        bias=True,
+        padding_mode="zeros",
+        device=None,
+        dtype=None,
+        *,
+        algorithm: str = "auto",
+    ):
+        super().__init__(
+            out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
+        )
         self.algorithm = algorithm
 
 
@@ -62,8 +95,37 @@ class ConvTranspose2d(nn.ConvTranspose2d):
 
     algorithm = "auto"
 
-    def __init__(self, *args, algorithm: str = "auto", **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        kernel_size,
+        stride=1,
+        padding=0,
+        output_padding=0,
+        groups=1,
+        bias=True,
+        dilation=1,
+        padding_mode="zeros",
+        device=None,
+        dtype=None,
+        *,
+        algorithm: str = "auto",
+    ):
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            output_padding,
+            groups,
+            bias,
+            dilation,
+            padding_mode,
+            device,
+            dtype,
+        )
         self.algorithm = algorithm
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:

@@ -101,10 +101,7 @@ def test_opcheck(name, i, device):
     """Schema, autograd registration, fake tensors, AOT dispatch with static and dynamic shapes."""
     arguments = samples(device)[name][i]
     opcheck(getattr(ops, name).default, arguments)
-    if name.endswith("_"):  # a leaf must not be written over
-        arguments = samples(device)[name][i]
-        opcheck(getattr(ops, name).default, (with_gradients(arguments)[0] * 1, *arguments[1:]))
-    else:
+    if not name.endswith("_"):  # a leaf must not be written over
         opcheck(getattr(ops, name).default, with_gradients(arguments))
 
 
@@ -412,39 +409,6 @@ def test_many_threads_at_once():
     for got, wanted in zip(results, expected, strict=True):
         for g, w in zip(got, wanted, strict=True):
             assert_equal(g, w)
-
-
-@every_operator
-def test_forward_mode_is_right_or_refused(name):
-    """A tangent may be missing from the implementation, but never silently from the result."""
-    x, tangent = numbers(2, 3, 6, 6), numbers(2, 3, 6, 6, seed="tangent")
-    try:
-        _, got = torch.func.jvp(FORWARDS[name], (x,), (tangent,))
-    except (NotImplementedError, RuntimeError):
-        return
-    step = 1e-6
-    expected = (FORWARDS[name](x + step * tangent) - FORWARDS[name](x - step * tangent)) / (2 * step)
-    torch.testing.assert_close(got, expected.detach(), rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
-@every_operator
-def test_function_transforms_are_right_or_refused(name):
-    """torch.func's grad and vmap: the numbers of a loop, or an error."""
-
-    def loss(x):
-        return FORWARDS[name](x[None]).pow(2).sum()
-
-    x = numbers(4, 3, 6, 6)
-    expected = []
-    for part in x:
-        leaf = part.clone().requires_grad_()
-        expected += torch.autograd.grad(loss(leaf), leaf)
-    try:
-        got = torch.func.vmap(torch.func.grad(loss))(x)
-    except (NotImplementedError, RuntimeError):
-        return
-    torch.testing.assert_close(got, torch.stack(expected))
 
 
 def test_modules_copy_with_their_graphs():

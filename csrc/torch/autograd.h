@@ -169,7 +169,9 @@ at::Tensor& differentiable_in_place(const char* name, at::Tensor& input, const F
     step->keep(input, true, input.is_view());
   }
   if (forward_mode)
-    input._set_fw_grad(tangents(directions[0], input._fw_primal(0)), /*level=*/0, /*is_inplace_op=*/true);
+    // torch wants an existing tangent to be written over, too.
+    input._set_fw_grad(directions[0].copy_(tangents(directions[0], input._fw_primal(0))), /*level=*/0,
+                       /*is_inplace_op=*/true);
   return input;
 }
 

@@ -77,8 +77,15 @@ Tensor call(const Tensor& input, const Tensor& indices, c10::SymIntArrayRef outp
   return op.call(input, indices, output_size);
 }
 
+/// {n, c, h * w}: not by flatten, which the vmap of gradcheck's kind does not know.
+Tensor flat(const Tensor& t) {
+  const auto s = t.sym_sizes();
+  const c10::SymInt sizes[] = {s[0], s[1], s[2] * s[3]};
+  return t.reshape_symint(sizes);
+}
+
 Tensor gather(const Tensor& output, const Tensor& indices) {
-  return output.flatten(2).gather(2, indices.flatten(2)).view_symint(indices.sym_sizes());
+  return flat(output).gather(2, flat(indices)).view_symint(indices.sym_sizes());
 }
 
 Tensor max_unpool2d_autograd(const Tensor& input, const Tensor& indices, c10::SymIntArrayRef output_size) {

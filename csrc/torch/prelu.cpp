@@ -1,4 +1,6 @@
 // PReLU, a ReLU whose slope below zero is learnt, one for all or one per channel; from arguments to kernels.
+#include <ATen/autocast_mode.h>
+
 #include "autograd.h"
 #include "channels.h"
 #include "numbers.h"
@@ -202,6 +204,14 @@ void register_kernels(torch::Library& m) {
 
 }  // namespace
 
+template <at::DeviceType device, c10::DispatchKey key>
+Tensor prelu_autocast(const Tensor& input, const Tensor& weight) {
+  const c10::impl::ExcludeDispatchKeyGuard below_autocast(key);
+  static const auto op = find_operator<Tensor(const Tensor&, const Tensor&)>("cnnops::prelu");
+  const auto dtype = at::autocast::get_autocast_dtype(device);
+  return op.call(at::autocast::cached_cast(dtype, input, device), at::autocast::cached_cast(dtype, weight, device));
+}
+
 TORCH_LIBRARY_FRAGMENT(cnnops, m) {
   m.def("prelu(Tensor input, Tensor weight) -> Tensor");
   m.def("prelu_backward(Tensor grad_output, Tensor input, Tensor weight) -> (Tensor, Tensor)");
@@ -209,6 +219,11 @@ TORCH_LIBRARY_FRAGMENT(cnnops, m) {
 
 TORCH_LIBRARY_IMPL(cnnops, CPU, m) { register_kernels(m); }
 TORCH_LIBRARY_IMPL(cnnops, CUDA, m) { register_kernels(m); }
+
+TORCH_LIBRARY_IMPL(cnnops, AutocastCPU, m) { m.impl("prelu", prelu_autocast<at::kCPU, c10::DispatchKey::AutocastCPU>); }
+TORCH_LIBRARY_IMPL(cnnops, AutocastCUDA, m) {
+  m.impl("prelu", prelu_autocast<at::kCUDA, c10::DispatchKey::AutocastCUDA>);
+}
 
 TORCH_LIBRARY_IMPL(cnnops, Meta, m) {
   m.impl("prelu", prepare);
