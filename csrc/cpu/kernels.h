@@ -94,6 +94,8 @@ Table<InstructionSet> instruction_sets();
 namespace cnnops::cpu::CNNOPS_ISA {
 
 template <class S>
+Conv2dAlgorithm<Conv2dRun<S>> conv2d_winograd();
+template <class S>
 Conv2dAlgorithm<Conv2dRun<S>> conv2d_direct();
 template <class S>
 Conv2dAlgorithm<Conv2dRun<S>> conv2d_channels_last();
