@@ -95,19 +95,26 @@ struct Layer {
   bool inside(int64_t i, int dim) const { return i >= 0 && i + kPatch <= smaller(seen[dim], in_size[dim]); }
 };
 
-/// Tiles of one row of tiles of an image, `first` being the first one's number within the task.
+/// Neighbours in a row of tiles: as many as are copied at a time. `first` is the first one's number within the task.
 struct Run {
   int64_t n, h, w, count, first;
 };
 
-template <class F>
-void for_runs(const Layer& t, int64_t begin, int64_t count, const F& f) {
-  for (int64_t first = 0; first < count;) {
-    const int64_t tile = begin + first, w = tile % t.tiles[1], row = tile / t.tiles[1];
-    const int64_t length = smaller(smaller(t.tiles[1] - w, count - first), kRunTiles);
-    f(Run{row / t.tiles[0], row % t.tiles[0] * kTile, w * kTile, length, first});
-    first += length;
-  }
+/// Calls f(run, c) for all runs of some tiles and all vectors of `channels` channels, in the order of memory.
+template <class T, class F>
+void for_runs(const Layer& t, int64_t begin, int64_t count, int64_t channels, const F& f) {
+  const bool contiguous = t.layout == Layout::contiguous;
+  const auto runs = [&](int64_t c0, int64_t c1) {
+    for (int64_t first = 0; first < count;) {
+      const int64_t tile = begin + first, w = tile % t.tiles[1], row = tile / t.tiles[1];
+      const int64_t length = contiguous ? smaller(smaller(t.tiles[1] - w, count - first), kRunTiles) : 1;
+      const Run run{row / t.tiles[0], row % t.tiles[0] * kTile, w * kTile, length, first};
+      for (int64_t c = c0; c < c1; c += kLanes<T>) f(run, c, smaller(kLanes<T>, c1 - c));
+      first += length;
+    }
+  };
+  if (!contiguous) return runs(0, channels);
+  for (int64_t c = 0; c < channels; c += kLanes<T>) runs(c, smaller(c + kLanes<T>, channels));
 }
 
 /// to[i][j][lane] = what rows [h, h + kPatch) x columns [w, w + columns) of the image's first `lanes` channels show.
@@ -178,8 +185,10 @@ void copy_filters(const Layer& t, const T* from, int64_t lanes, int64_t count, T
     return;
   }
   const bool by_tap = t.weight_tap == 1;  // otherwise channels lie side by side
-  const int64_t squares = by_tap ? count : taps, square_step = by_tap ? t.weight_channel : t.weight_tap;
-  const int64_t length = by_tap ? taps : count, to_square = by_tap ? taps : 1, to_lane = by_tap ? 1 : taps;
+  const bool all = by_tap && t.weight_channel == taps;
+  const int64_t squares = all ? 1 : by_tap ? count : taps, square_step = by_tap ? t.weight_channel : t.weight_tap;
+  const int64_t length = all ? count * taps : by_tap ? taps : count;
+  const int64_t to_square = by_tap ? taps : 1, to_lane = by_tap ? 1 : taps;
   for (int64_t s = 0; s < squares; ++s)
     for (int64_t r = 0; r < length; r += L) {
       const int64_t columns = smaller(L, length - r);
@@ -216,146 +225,123 @@ struct Tasks {
   }
   int64_t rows() const { return panels * width; }
   int64_t input_point() const { return tiles * depth + kLine; }
-  int64_t filter_point() const { return rows() * depth + kLine; }
-  int64_t sum_point() const { return tiles * rows() + kLine; }
+  int64_t filter_point() const { return width * depth + kLine; }
+  int64_t sum_point() const { return tiles * width + kLine; }
   static constexpr int64_t kScratch = kPatch * (kRunTiles * kTile + kTaps - 1) * kLanes<T>;
   static_assert(kScratch >= kTaps * kTaps * kLanes<T> * kLanes<T>);
-  int64_t workspace() const { return kPoints * (input_point() + filter_point() + sum_point()) + kScratch; }
+  int64_t workspace() const { return kPoints * (input_point() + filter_point() + panels * sum_point()) + kScratch; }
 };
 
-/// v[point][tile][c] of `lanes` channels.
+/// v[point][tile][c].
 template <class T>
-void transform_inputs(const Layer& t, const Tasks<T>& tasks, const T* in, int64_t tile0, int64_t count, int64_t lanes,
-                      T* scratch, T* v) {
+void transform_inputs(const Layer& t, const Tasks<T>& tasks, const T* in, int64_t tile0, int64_t count,
+                      int64_t channels, T* scratch, T* v) {
   constexpr int64_t L = kLanes<T>;
-  for_runs(t, tile0, count, [&](const Run& run) {
-    const bool whole = t.layout == Layout::contiguous;
+  const int64_t point = tasks.input_point();
+  for_runs<T>(t, tile0, count, channels, [&](const Run& run, int64_t c, int64_t lanes) {
     const int64_t h = run.h + t.offset[0], w = run.w + t.offset[1], columns = run.count * kTile + kTaps - 1;
-    const T* image = in + run.n * t.in.image;
-    if (whole) copy_patch(t, image, h, w, columns, lanes, scratch);
-    for (int64_t i = 0; i < run.count; ++i) {
-      const int64_t left = w + i * kTile;
-      const T* from = scratch;
-      int64_t row = kPatch * L, column = L;
-      if (whole) {
-        from = scratch + i * kTile * L;
-        row = columns * L;
-      } else if (lanes == L && t.inside(h, 0) && t.inside(left, 1)) {
-        from = image + h * t.in.row + left * t.in.pixel;
-        row = t.in.row;
-        column = t.in.pixel;
-      } else {
-        copy_patch(t, image, h, left, kPatch, lanes, scratch);
-      }
-      T* to = v + (run.first + i) * tasks.depth;
-      const int64_t point = tasks.input_point();
+    const T *image = in + run.n * t.in.image + c * t.in.channel, *from = scratch;
+    int64_t row = columns * L, column = L;
+    if (t.layout == Layout::channels_last && lanes == L && t.inside(h, 0) && t.inside(w, 1)) {
+      from = image + h * t.in.row + w * t.in.pixel;
+      row = t.in.row;
+      column = t.in.pixel;
+    } else {
+      copy_patch(t, image, h, w, columns, lanes, scratch);
+    }
+    T* to = v + run.first * tasks.depth + c;
+    for (int64_t i = 0; i < run.count; ++i, from += kTile * column, to += tasks.depth)
       transform<InputPoints, T>([&](int i, int j) { return load(from + i * row + j * column); },
                                 [&](int i, int j, Vec<T> x) { store(to + (i * kPatch + j) * point, x); });
-    }
   });
 }
 
-/// u[point][panel][c][lane].
+/// u[point][c][lane], for a panel of `rows` produced channels.
 template <class T>
 void transform_filters(const Layer& t, const Tasks<T>& tasks, const T* weight, int64_t rows, int64_t channels,
                        T* scratch, T* u) {
   constexpr int64_t L = kLanes<T>, taps = kTaps * kTaps;
-  const int64_t point = tasks.filter_point();
-  for (int64_t row = 0; row < rows; row += L) {
-    T* panel = u + row / tasks.width * tasks.width * tasks.depth + row % tasks.width;
+  const int64_t point = tasks.filter_point(), step = t.mirrored ? -L : L;
+  for (int64_t row = 0; row < tasks.width; row += L)
     for (int64_t c0 = 0; c0 < channels; c0 += L) {
-      const int64_t count = smaller(L, channels - c0);
-      copy_filters(t, weight + row * t.weight_row + c0 * t.weight_channel, smaller(L, rows - row), count, scratch);
+      const int64_t count = smaller(L, channels - c0), lanes = larger(smaller(L, rows - row), 0);
+      copy_filters(t, weight + row * t.weight_row + c0 * t.weight_channel, lanes, count, scratch);
       for (int64_t c = 0; c < count; ++c) {
         const T* filter = scratch + (c * taps + (t.mirrored ? taps - 1 : 0)) * L;
-        const int64_t step = t.mirrored ? -L : L;
-        T* to = panel + (c0 + c) * tasks.width;
+        T* to = u + (c0 + c) * tasks.width + row;
         transform<FilterPoints, T>([&](int i, int j) { return load(filter + (i * kTaps + j) * step); },
                                    [&](int i, int j, Vec<T> x) { store(to + (i * kPatch + j) * point, x); });
       }
     }
-  }
 }
 
-/// From sums[point][panel][tile][lane] to outputs.
+/// From sums[panel][point][tile][lane] to outputs.
 template <class T>
 void transform_outputs(const Layer& t, const Tasks<T>& tasks, const T* sums, const T* bias, int64_t tile0,
-                       int64_t count, int64_t lanes, T* scratch, T* out) {
+                       int64_t count, int64_t channels, T* scratch, T* out) {
   constexpr int64_t L = kLanes<T>;
-  const Vec<T> plus = bias ? load_first(bias, lanes) : Vec<T>{};
-  for_runs(t, tile0, count, [&](const Run& run) {
-    const bool whole = t.layout == Layout::contiguous;
+  const int64_t point = tasks.sum_point();
+  for_runs<T>(t, tile0, count, channels, [&](const Run& run, int64_t c, int64_t lanes) {
+    const Vec<T> plus = bias ? load_first(bias + c, lanes) : Vec<T>{};
     const int64_t columns = run.count * kTile;
-    T* image = out + run.n * t.out.image;
-    for (int64_t i = 0; i < run.count; ++i) {
-      const int64_t left = run.w + i * kTile;
-      const bool inside = lanes == L && run.h + kTile <= t.out_size[0] && left + kTile <= t.out_size[1];
-      T* to = scratch;
-      int64_t row = kTile * L, column = L;
-      if (whole) {
-        to = scratch + i * kTile * L;
-        row = columns * L;
-      } else if (inside) {
-        to = image + run.h * t.out.row + left * t.out.pixel;
-        row = t.out.row;
-        column = t.out.pixel;
-      }
-      const T* from = sums + (run.first + i) * tasks.width;
-      const int64_t point = tasks.sum_point();
+    T *image = out + run.n * t.out.image + c * t.out.channel, *to = scratch;
+    int64_t row = columns * L, column = L;
+    const bool in_place = t.layout == Layout::channels_last && lanes == L && run.h + kTile <= t.out_size[0] &&
+                          run.w + kTile <= t.out_size[1];
+    if (in_place) {
+      to = image + run.h * t.out.row + run.w * t.out.pixel;
+      row = t.out.row;
+      column = t.out.pixel;
+    }
+    const T* from = sums + c / tasks.width * kPoints * point + run.first * tasks.width + c % tasks.width;
+    for (int64_t i = 0; i < run.count; ++i, from += tasks.width, to += kTile * column)
       transform<Outputs, T>([&](int i, int j) { return load(from + (i * kPatch + j) * point); },
                             [&](int i, int j, Vec<T> y) { store(to + i * row + j * column, y + plus); });
-      if (!whole && !inside) copy_back(t, scratch, run.h, left, kTile, lanes, image);
-    }
-    if (whole) copy_back(t, scratch, run.h, run.w, columns, lanes, image);
+    if (!in_place) copy_back(t, scratch, run.h, run.w, columns, lanes, image);
   });
 }
 
 template <class T, int V>
-void multiply(const Tasks<T>& tasks, int64_t panels, int64_t tiles, int64_t depth, const T* v, const T* u, T* sums,
-              bool add) {
-  for (int64_t point = 0; point < kPoints; ++point)
-    for (int64_t panel = 0; panel < panels; ++panel) {
-      const T* a = v + point * tasks.input_point();
-      const T* b = u + point * tasks.filter_point() + panel * tasks.width * tasks.depth;
-      T* to = sums + point * tasks.sum_point() + panel * tasks.width * tasks.tiles;
-      for (int64_t p = 0; p < tiles; p += kRows<V>)
-        multiply_tile<T, V>(depth, a + p * tasks.depth, tasks.depth, b, to + p * tasks.width, add);
-    }
+void multiply(const Tasks<T>& tasks, int64_t tiles, int64_t depth, const T* v, const T* u, T* sums, bool add) {
+  for (int64_t point = 0; point < kPoints; ++point) {
+    const T* a = v + point * tasks.input_point();
+    const T* b = u + point * tasks.filter_point();
+    T* to = sums + point * tasks.sum_point();
+    for (int64_t p = 0; p < tiles; p += kRows<V>)
+      multiply_tile<T, V>(depth, a + p * tasks.depth, tasks.depth, b, to + p * tasks.width, add);
+  }
 }
 
 template <class T, Pass pass>
 void correlate(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspace, int64_t begin, int64_t end) {
-  constexpr int64_t L = kLanes<T>;
   const Layer t(g, pass);
   const Tasks<T> tasks(t);
   T* v = workspace;
   T* u = v + kPoints * tasks.input_point();
   T* sums = u + kPoints * tasks.filter_point();
-  T* scratch = sums + kPoints * tasks.sum_point();
+  T* scratch = sums + kPoints * tasks.sum_point() * tasks.panels;
+  const auto multiply = tasks.vectors == 1   ? CNNOPS_ISA::multiply<T, 1>
+                        : tasks.vectors == 2 ? CNNOPS_ISA::multiply<T, 2>
+                        : tasks.vectors == 3 ? CNNOPS_ISA::multiply<T, 3>
+                                             : CNNOPS_ISA::multiply<T, kMostVectors>;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t tile0 = task % tasks.tile_blocks * tasks.tiles, count = smaller(tasks.tiles, t.all_tiles - tile0);
     const int64_t row0 = task / tasks.tile_blocks % tasks.blocks * tasks.rows();
     const int64_t group = task / tasks.tile_blocks / tasks.blocks, rows = smaller(tasks.rows(), t.rows - row0);
-    const int64_t panels = ceil_div(rows, tasks.width);
     for (int64_t c0 = 0; c0 < t.channels; c0 += tasks.depth) {
       const int64_t depth = smaller(tasks.depth, t.channels - c0);
       const T* in = o.a + (group * t.channels + c0) * t.in.channel;
-      for (int64_t c = 0; c < depth; c += L)
-        transform_inputs(t, tasks, in + c * t.in.channel, tile0, count, smaller(L, depth - c), scratch, v + c);
+      transform_inputs(t, tasks, in, tile0, count, depth, scratch, v);
       const T* weight = o.b + group * t.weight_group + row0 * t.weight_row + c0 * t.weight_channel;
-      transform_filters(t, tasks, weight, rows, depth, scratch, u);
-      const auto multiply = tasks.vectors == 1   ? CNNOPS_ISA::multiply<T, 1>
-                            : tasks.vectors == 2 ? CNNOPS_ISA::multiply<T, 2>
-                            : tasks.vectors == 3 ? CNNOPS_ISA::multiply<T, 3>
-                                                 : CNNOPS_ISA::multiply<T, kMostVectors>;
-      multiply(tasks, panels, count, depth, v, u, sums, c0 > 0);
+      T* to = sums;
+      for (int64_t row = 0; row < rows; row += tasks.width, to += kPoints * tasks.sum_point()) {
+        transform_filters(t, tasks, weight + row * t.weight_row, rows - row, depth, scratch, u);
+        multiply(tasks, count, depth, v, u, to, c0 > 0);
+      }
     }
-    for (int64_t row = 0; row < rows; row += L) {
-      const int64_t channel = group * t.rows + row0 + row;
-      const T* from = sums + row / tasks.width * tasks.width * tasks.tiles + row % tasks.width;
-      transform_outputs(t, tasks, from, o.bias ? o.bias + channel : nullptr, tile0, count, smaller(L, rows - row),
-                        scratch, o.out + channel * t.out.channel);
-    }
+    const int64_t channel = group * t.rows + row0;
+    transform_outputs(t, tasks, sums, o.bias ? o.bias + channel : nullptr, tile0, count, rows, scratch,
+                      o.out + channel * t.out.channel);
   }
 }
 
