@@ -345,7 +345,9 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspace
   }
 }
 
+template <class S>
 const char* refuses(const Conv2dGeometry& g, Pass pass) {
+  if (!std::is_same_v<S, float>) return "its transforms round more than float64 or the 16-bit types are asked for";
   if (pass == Pass::grad_weight) return "it has no form of the gradient of the weight";
   for (int dim = 0; dim < 2; ++dim)
     if (g.kernel[dim] != kTaps || g.stride[dim] != 1 || g.dilation[dim] != 1)
@@ -353,22 +355,31 @@ const char* refuses(const Conv2dGeometry& g, Pass pass) {
   return nullptr;
 }
 
-template <class T, Pass pass>
-Conv2dRun<T> run() {
-  return {[](const Conv2dGeometry& g) { return Tasks<T>(Layer(g, pass)).total; },
-          [](const Conv2dGeometry& g) { return Tasks<T>(Layer(g, pass)).workspace(); }, correlate<T, pass>};
+template <class S, Pass pass>
+Conv2dRun<S> run() {
+  if constexpr (std::is_same_v<S, float>) {
+    return {[](const Conv2dGeometry& g) { return Tasks<S>(Layer(g, pass)).total; },
+            [](const Conv2dGeometry& g) { return Tasks<S>(Layer(g, pass)).workspace(); }, correlate<S, pass>};
+  } else {
+    return {};
+  }
 }
 
 }  // namespace
 
-template <>
-Conv2dAlgorithm<Conv2dRun<float>> conv2d_winograd() {
+template <class S>
+Conv2dAlgorithm<Conv2dRun<S>> conv2d_winograd() {
   return {"winograd",
-          "3x3 kernels by products of polynomials, with a quarter of the multiplications",
-          refuses,
-          run<float, Pass::forward>(),
-          run<float, Pass::grad_input>(),
+          "3x3 kernels by a quarter of the multiplications; float32",
+          refuses<S>,
+          run<S, Pass::forward>(),
+          run<S, Pass::grad_input>(),
           {}};
 }
+
+template Conv2dAlgorithm<Conv2dRun<float>> conv2d_winograd();
+template Conv2dAlgorithm<Conv2dRun<double>> conv2d_winograd();
+template Conv2dAlgorithm<Conv2dRun<BFloat16>> conv2d_winograd();
+template Conv2dAlgorithm<Conv2dRun<Float16>> conv2d_winograd();
 
 }  // namespace cnnops::cpu::CNNOPS_ISA

@@ -38,6 +38,7 @@ Kernels<S> make_kernels() {
   if constexpr (kReal<S>) {
     static const Conv2dAlgorithm<Conv2dRun<S>> conv2d[] = {
         conv2d_depthwise<S>(),
+        conv2d_winograd<S>(),
         Direct<S>::row(),
         conv2d_im2col<S>(),
         conv2d_reference<S>(),

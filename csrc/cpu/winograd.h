@@ -70,7 +70,7 @@ struct Outputs {
 
 /// Along both axes: load(i, j) gives a vector, store(i, j, v) takes one.
 template <class Step, class T, class Load, class Store>
-static inline void transform(const Load& load, const Store& store) {
+[[gnu::always_inline]] static inline void transform(const Load& load, const Store& store) {
   Vec<T> half[Step::to][Step::from];
   for (int j = 0; j < Step::from; ++j) {
     Vec<T> column[Step::from], points[Step::to];
