@@ -9,9 +9,9 @@ constexpr int kMostVectors = kTileRows == 8 ? 4 : 3;  // in a row of it
 constexpr int kMostRows = 12;
 constexpr int64_t kTileMultiple = 24;    // a multiple of the number of rows of every register tile
 constexpr int64_t kMostTiles = 96;       // of a task
-constexpr int64_t kBlockRows = 128;      // produced channels of a task
-constexpr int64_t kBlockChannels = 64;   // summed channels of a block
-constexpr int64_t kRunTiles = 16;        // of a run
+constexpr int64_t kBlockRows = 256;      // produced channels of a task
+constexpr int64_t kBlockChannels = 32;   // summed channels of a block
+constexpr int64_t kRunTiles = 8;        // of a run
 constexpr int64_t kLine = 16;            // numbers between two points: or they would share their places in the cache
 
 template <int V>
@@ -293,6 +293,11 @@ void transform_outputs(const Layer& t, const Tasks<T>& tasks, const T* sums, con
       row = t.out.row;
       column = t.out.pixel;
     }
+    if (t.layout == Layout::contiguous)
+      for (int64_t lane = 0; lane < lanes; ++lane)
+        for (int64_t i = 0; i < smaller(kTile, t.out_size[0] - run.h); ++i)
+          for (int64_t j = 0; j < columns; j += kLine)
+            __builtin_prefetch(image + lane * t.out.channel + (run.h + i) * t.out.row + run.w + j, 1);
     const T* from = sums + c / tasks.width * kPoints * point + run.first * tasks.width + c % tasks.width;
     for (int64_t i = 0; i < run.count; ++i, from += tasks.width, to += kTile * column)
       transform<Outputs, T>([&](int i, int j) { return load(from + (i * kPatch + j) * point); },
