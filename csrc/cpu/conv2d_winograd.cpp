@@ -193,8 +193,11 @@ void copy_filters(const Layer& t, const T* from, int64_t lanes, int64_t count, T
     for (int64_t r = 0; r < length; r += L) {
       const int64_t columns = smaller(L, length - r);
       Vec<T> square[L]{};
-      for (int64_t lane = 0; lane < lanes; ++lane)
-        square[lane] = load_first(from + s * square_step + lane * t.weight_row + r, columns);
+      for (int64_t lane = 0; lane < lanes; ++lane) {
+        const T* filter = from + s * square_step + lane * t.weight_row + r;
+        square[lane] = load_first(filter, columns);
+        __builtin_prefetch(filter + L * t.weight_row);  // of the next vector of produced channels
+      }
       transpose<T>(square);
       for (int64_t i = 0; i < columns; ++i) store(to + (s * to_square + (r + i) * to_lane) * L, square[i]);
     }
