@@ -7,12 +7,12 @@ namespace {
 constexpr int kSums = 3 * kTileRows;                  // vectors of sums in a register tile
 constexpr int kMostVectors = kTileRows == 8 ? 4 : 3;  // in a row of it
 constexpr int kMostRows = 12;
-constexpr int64_t kTileMultiple = 24;    // a multiple of the number of rows of every register tile
-constexpr int64_t kMostTiles = 96;       // of a task
-constexpr int64_t kBlockRows = 256;      // produced channels of a task
-constexpr int64_t kBlockChannels = 32;   // summed channels of a block
-constexpr int64_t kRunTiles = 8;        // of a run
-constexpr int64_t kLine = 16;            // numbers between two points: or they would share their places in the cache
+constexpr int64_t kMostTiles = 104, kFewTiles = 48;  // of a task
+constexpr int64_t kMostChannels = 256;               // produced by a task
+constexpr int64_t kGoodTasks = 4;
+constexpr int64_t kBlockChannels = 32;  // summed at a time
+constexpr int64_t kRunTiles = 8;        // copied at a time
+constexpr int64_t kLine = 16;           // numbers between two points: or they would share their places in the cache
 
 template <int V>
 constexpr int kRows = kSums / V < kMostRows ? kSums / V : kMostRows;
@@ -139,8 +139,11 @@ void copy_patch(const Layer& t, const T* image, int64_t h, int64_t w, int64_t co
     for (int64_t j = 0; j < columns; j += L) {
       const int64_t count = smaller(L, columns - j);
       Vec<T> square[L]{};
-      for (int64_t lane = 0; lane < lanes; ++lane)
-        square[lane] = load_inside(from + lane * t.in.channel, width, w + j, count);
+      for (int64_t lane = 0; lane < lanes; ++lane) {
+        const T* plane = from + lane * t.in.channel;
+        square[lane] = load_inside(plane, width, w + j, count);
+        __builtin_prefetch(plane + kTile * t.in.row + w + j);  // of the tiles below
+      }
       transpose<T>(square);
       for (int64_t lane = 0; lane < count; ++lane) store(to + (j + lane) * L, square[lane]);
     }
@@ -211,17 +214,21 @@ struct Tasks {
   int64_t depth;  // summed channels of a block
   int64_t total;
 
-  Tasks(const Layer& t) {
+  explicit Tasks(const Layer& t) {
     constexpr int64_t L = kLanes<T>;
     const int64_t all_vectors = ceil_div(t.rows, L);
     vectors = ceil_div(all_vectors, ceil_div(all_vectors, kMostVectors));
     width = vectors * L;
     const int64_t all_panels = ceil_div(t.rows, width);
-    blocks = ceil_div(all_panels, larger(1, kBlockRows / width));
+    blocks = ceil_div(all_panels, larger(1, kMostChannels / width));
+    tile_blocks = t.all_tiles <= kMostTiles ? 1 : round_up(ceil_div(t.all_tiles, kMostTiles), 2);
+    if (t.groups * blocks * tile_blocks < kGoodTasks)
+      blocks = smaller(all_panels, ceil_div(kGoodTasks, t.groups * tile_blocks));
+    if (t.groups * blocks * tile_blocks < kGoodTasks)
+      tile_blocks = larger(1, smaller(t.all_tiles / kFewTiles, ceil_div(kGoodTasks, t.groups * blocks)));
     panels = ceil_div(all_panels, blocks);
     blocks = ceil_div(all_panels, panels);
-    tile_blocks = ceil_div(t.all_tiles, kMostTiles);
-    tiles = round_up(ceil_div(t.all_tiles, larger(1, tile_blocks)), kTileMultiple);
+    tiles = round_up(ceil_div(t.all_tiles, tile_blocks), smaller(kSums / vectors, kMostRows));
     tile_blocks = ceil_div(t.all_tiles, tiles);
     depth = round_up(ceil_div(t.channels, ceil_div(t.channels, kBlockChannels)), L);
     total = t.groups * blocks * tile_blocks;
@@ -254,8 +261,12 @@ void transform_inputs(const Layer& t, const Tasks<T>& tasks, const T* in, int64_
     }
     T* to = v + run.first * tasks.depth + c;
     for (int64_t i = 0; i < run.count; ++i, from += kTile * column, to += tasks.depth)
-      transform<InputPoints, T>([&](int i, int j) { return load(from + i * row + j * column); },
-                                [&](int i, int j, Vec<T> x) { store(to + (i * kPatch + j) * point, x); });
+      transform<InputPoints, T>(
+          [&](int i, int j) {
+            __builtin_prefetch(from + i * row + (j + kTile) * column);
+            return load(from + i * row + j * column);
+          },
+          [&](int i, int j, Vec<T> x) { store(to + (i * kPatch + j) * point, x); });
   });
 }
 
