@@ -1,4 +1,4 @@
-// The three transforms of Winograd's convolution F(4x4, 3x3), on vectors of channels.
+// The three transforms of Winograd's convolution F(4x4, 3x3), and how numbers come to them: as vectors of channels.
 //
 // A row of 4 outputs of a 3-tap correlation is a product of two polynomials. It is computed as such: evaluate both at 6
 // points, multiply there, interpolate. Along both axes that takes 6*6 multiplications where the sums take 4*4*3*3.
@@ -7,12 +7,16 @@
 //
 // The points are 0, a, -a, b, -b and infinity with a = 3/4, b = 3/2: every number of B and A is exact in float, and the
 // result errs half as much as with the usual 1 and 2.
+//
+// Vectors lie along channels in channels_last tensors: tiles that need no border are read and written there. In the
+// contiguous layout a run of tiles goes through a scratch array, transposed. That also fills in the border.
 #pragma once
 
-#include "simd.h"
+#include "channels_last.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 
+constexpr int64_t kRunTiles = 8;  // copied at a time
 constexpr int kTile = 4, kTaps = 3, kPatch = kTile + kTaps - 1, kPoints = kPatch * kPatch;
 constexpr double kA = 0.75, kB = 1.5, kA2 = kA * kA, kB2 = kB * kB;
 
@@ -83,6 +87,178 @@ template <class Step, class T, class Load, class Store>
     Step::template at<T>(half[i], points);
     for (int j = 0; j < Step::to; ++j) store(i, j, points[j]);
   }
+}
+
+// ---- from tensors to vectors of channels, and back ----
+
+/// Where a tensor's numbers lie.
+struct Strides {
+  int64_t image, channel, row, pixel;
+};
+
+static inline Strides strides(Layout layout, int64_t channels, const int64_t* size) {
+  const int64_t plane = size[0] * size[1];
+  return layout == Layout::contiguous ? Strides{channels * plane, plane, size[1], 1}
+                                      : Strides{channels * plane, 1, size[1] * channels, channels};
+}
+
+/// The forward convolution or the gradient of its input, which is one with mirrored taps: output (h, w) sees inputs
+/// (h + offset, w + offset) to (h + offset + 2, w + offset + 2).
+struct Layer {
+  Layout layout;
+  Border border;
+  bool mirrored;
+  int64_t channels, rows, groups;  // summed over and produced, of one group
+  const int64_t *in_size, *out_size;
+  int64_t offset[2], seen[2];  // inputs from `seen` on are seen by nobody
+  int64_t tiles[2];            // of an image
+  int64_t all_tiles;
+  Strides in, out;
+  int64_t weight_group, weight_row, weight_channel, weight_tap;
+
+  Layer(const Conv2dGeometry& g, Pass pass) {
+    const bool forward = pass == Pass::forward, contiguous = g.layout == Layout::contiguous;
+    const int64_t c_group = g.c / g.groups, k_group = g.k / g.groups, filter = kTaps * kTaps * c_group;
+    const int64_t k_step = filter, c_step = contiguous ? kTaps * kTaps : 1;
+    layout = g.layout;
+    border = g.border;
+    mirrored = !forward;
+    channels = forward ? c_group : k_group;
+    rows = forward ? k_group : c_group;
+    groups = g.groups;
+    in_size = forward ? g.in : g.out;
+    out_size = forward ? g.out : g.in;
+    for (int dim = 0; dim < 2; ++dim) {
+      offset[dim] = forward ? -g.padding[dim] : g.padding[dim] - (kTaps - 1);
+      seen[dim] = out_size[dim] + offset[dim] + kTaps - 1;
+      tiles[dim] = ceil_div(out_size[dim], kTile);
+    }
+    all_tiles = g.n * tiles[0] * tiles[1];
+    in = strides(layout, channels * groups, in_size);
+    out = strides(layout, rows * groups, out_size);
+    weight_group = k_group * filter;
+    weight_row = forward ? k_step : c_step;
+    weight_channel = forward ? c_step : k_step;
+    weight_tap = contiguous ? 1 : c_group;
+  }
+
+  /// The pixel that position i of an axis shows; -1 for none, or where it does not matter.
+  int64_t pixel(int64_t i, int dim) const { return i < seen[dim] ? pixel_at(i, in_size[dim], border) : -1; }
+  /// Whether positions [i, i + kPatch) are pixels.
+  bool inside(int64_t i, int dim) const { return i >= 0 && i + kPatch <= smaller(seen[dim], in_size[dim]); }
+};
+
+/// Neighbours in a row of tiles: as many as are copied at a time. `first` is the first one's number within the task.
+struct Run {
+  int64_t n, h, w, count, first;
+};
+
+/// Calls f(run, c) for all runs of some tiles and all vectors of `channels` channels, in the order of memory.
+template <class T, class F>
+static inline void for_runs(const Layer& t, int64_t begin, int64_t count, int64_t channels, const F& f) {
+  const bool contiguous = t.layout == Layout::contiguous;
+  const auto runs = [&](int64_t c0, int64_t c1) {
+    for (int64_t first = 0; first < count;) {
+      const int64_t tile = begin + first, w = tile % t.tiles[1], row = tile / t.tiles[1];
+      const int64_t length = contiguous ? smaller(smaller(t.tiles[1] - w, count - first), kRunTiles) : 1;
+      const Run run{row / t.tiles[0], row % t.tiles[0] * kTile, w * kTile, length, first};
+      for (int64_t c = c0; c < c1; c += kLanes<T>) f(run, c, smaller(kLanes<T>, c1 - c));
+      first += length;
+    }
+  };
+  if (!contiguous) return runs(0, channels);
+  for (int64_t c = 0; c < channels; c += kLanes<T>) runs(c, smaller(c + kLanes<T>, channels));
+}
+
+/// to[i][j][lane] = what rows [h, h + kPatch) x columns [w, w + columns) of the image's first `lanes` channels show.
+template <class T>
+static inline void copy_patch(const Layer& t, const T* image, int64_t h, int64_t w, int64_t columns, int64_t lanes,
+                              T* to) {
+  constexpr int64_t L = kLanes<T>;
+  for (int64_t i = 0; i < kPatch; ++i, to += columns * L) {
+    const int64_t row = t.pixel(h + i, 0);
+    if (row < 0) {
+      for (int64_t j = 0; j < columns; ++j) store(to + j * L, Vec<T>{});
+      continue;
+    }
+    const T* from = image + row * t.in.row;
+    if (t.layout == Layout::channels_last) {
+      for (int64_t j = 0; j < columns; ++j) {
+        const int64_t column = t.pixel(w + j, 1);
+        store(to + j * L, column < 0 ? Vec<T>{} : load_first(from + column * t.in.pixel, lanes));
+      }
+      continue;
+    }
+    const int64_t width = smaller(t.in_size[1], larger(t.seen[1], 0));
+    for (int64_t j = 0; j < columns; j += L) {
+      const int64_t count = smaller(L, columns - j);
+      Vec<T> square[L]{};
+      for (int64_t lane = 0; lane < lanes; ++lane) {
+        const T* plane = from + lane * t.in.channel;
+        square[lane] = load_inside(plane, width, w + j, count);
+        __builtin_prefetch(plane + kTile * t.in.row + w + j);  // of the tiles below
+      }
+      transpose<T>(square);
+      for (int64_t lane = 0; lane < count; ++lane) store(to + (j + lane) * L, square[lane]);
+    }
+    if (t.border == Border::zeros) continue;
+    for (int64_t j = 0; j < columns; ++j) {
+      const int64_t column = t.pixel(w + j, 1);
+      if (column < 0 || column == w + j) continue;
+      for (int64_t lane = 0; lane < lanes; ++lane) to[j * L + lane] = from[lane * t.in.channel + column];
+    }
+  }
+}
+
+/// The inverse: rows [h, h + kTile) x columns [w, w + columns), as far as the image has them.
+template <class T>
+static inline void copy_back(const Layer& t, const T* from, int64_t h, int64_t w, int64_t columns, int64_t lanes,
+                             T* image) {
+  constexpr int64_t L = kLanes<T>;
+  const int64_t rows = smaller(kTile, t.out_size[0] - h), width = smaller(columns, t.out_size[1] - w);
+  for (int64_t i = 0; i < rows; ++i, from += columns * L) {
+    T* to = image + (h + i) * t.out.row + w * t.out.pixel;
+    if (t.layout == Layout::channels_last) {
+      for (int64_t j = 0; j < width; ++j) store_first(to + j * t.out.pixel, load(from + j * L), lanes);
+      continue;
+    }
+    for (int64_t j = 0; j < width; j += L) {
+      const int64_t count = smaller(L, width - j);
+      Vec<T> square[L]{};
+      for (int64_t lane = 0; lane < count; ++lane) square[lane] = load(from + (j + lane) * L);
+      transpose<T>(square);
+      for (int64_t lane = 0; lane < lanes; ++lane) store_first(to + lane * t.out.channel + j, square[lane], count);
+    }
+  }
+}
+
+/// to[channel][tap][lane] = the weights of `lanes` produced and `count` summed channels, at most a vector of each.
+template <class T>
+static inline void copy_filters(const Layer& t, const T* from, int64_t lanes, int64_t count, T* to) {
+  constexpr int64_t L = kLanes<T>, taps = kTaps * kTaps;
+  if (t.weight_row == 1) {
+    for (int64_t c = 0; c < count; ++c)
+      for (int64_t tap = 0; tap < taps; ++tap)
+        store(to + (c * taps + tap) * L, load_first(from + c * t.weight_channel + tap * t.weight_tap, lanes));
+    return;
+  }
+  const bool by_tap = t.weight_tap == 1;  // otherwise channels lie side by side
+  const bool all = by_tap && t.weight_channel == taps;
+  const int64_t squares = all ? 1 : by_tap ? count : taps, square_step = by_tap ? t.weight_channel : t.weight_tap;
+  const int64_t length = all ? count * taps : by_tap ? taps : count;
+  const int64_t to_square = by_tap ? taps : 1, to_lane = by_tap ? 1 : taps;
+  for (int64_t s = 0; s < squares; ++s)
+    for (int64_t r = 0; r < length; r += L) {
+      const int64_t columns = smaller(L, length - r);
+      Vec<T> square[L]{};
+      for (int64_t lane = 0; lane < lanes; ++lane) {
+        const T* filter = from + s * square_step + lane * t.weight_row + r;
+        square[lane] = load_first(filter, columns);
+        __builtin_prefetch(filter + L * t.weight_row);  // of the next vector of produced channels
+      }
+      transpose<T>(square);
+      for (int64_t i = 0; i < columns; ++i) store(to + (s * to_square + (r + i) * to_lane) * L, square[i]);
+    }
 }
 
 }  // namespace cnnops::cpu::CNNOPS_ISA
