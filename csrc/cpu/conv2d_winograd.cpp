@@ -23,39 +23,11 @@
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
 
-constexpr int kSums = 3 * kTileRows;                  // vectors of sums in a register tile
-constexpr int kMostVectors = kTileRows == 8 ? 4 : 3;  // in a row of it
-constexpr int kMostRows = 12;
 constexpr int64_t kMostTiles = 104, kFewTiles = 48;  // of a task
 constexpr int64_t kMostChannels = 256;               // produced by a task
 constexpr int64_t kGoodTasks = 4;
 constexpr int64_t kFewestChannels = 16, kFewestOutputs = 6;  // with fewer, `direct` is faster
 constexpr int64_t kBlockChannels = 32;                       // summed at a time
-constexpr int64_t kLine = 16;  // numbers between two points: or they would share their places in the cache
-
-template <int V>
-constexpr int kRows = kSums / V < kMostRows ? kSums / V : kMostRows;
-
-/// sums[m][V vectors] (+)= sum over c of a[m*step + c] * b[c][V vectors].
-template <class T, int V>
-void multiply_tile(int64_t depth, const T* a, int64_t step, const T* b, T* sums, bool add) {
-  constexpr int M = kRows<V>, L = kLanes<T>;
-  Vec<T> sum[M][V]{};
-  for (int64_t c = 0; c < depth; ++c, ++a, b += V * L) {
-    Vec<T> column[V];
-    for (int v = 0; v < V; ++v) column[v] = load(b + v * L);
-    for (int m = 0; m < M; ++m) {
-      const Vec<T> x = broadcast(a[m * step]);
-      for (int v = 0; v < V; ++v) sum[m][v] = multiply_add(x, column[v], sum[m][v]);
-    }
-  }
-#pragma GCC unroll 16  // early, or GCC keeps the sums in memory
-  for (int m = 0; m < M; ++m)
-    for (int v = 0; v < V; ++v) {
-      T* to = sums + (m * V + v) * L;
-      store(to, add ? load(to) + sum[m][v] : sum[m][v]);
-    }
-}
 
 /// How the work is cut: tasks are numbered (group, block of panels, block of tiles).
 template <class T>
@@ -92,34 +64,6 @@ struct Tasks {
   static_assert(kScratch >= kTaps * kTaps * kLanes<T> * kLanes<T>);
   int64_t workspace() const { return kPoints * (input_point() + filter_point() + panels * sum_point()) + kScratch; }
 };
-
-/// v[point][tile][c].
-template <class T>
-void transform_inputs(const Layer& t, const Tasks<T>& tasks, const T* in, int64_t tile0, int64_t count,
-                      int64_t channels, T* scratch, T* v) {
-  constexpr int64_t L = kLanes<T>;
-  const int64_t point = tasks.input_point();
-  for_runs<T>(t, tile0, count, channels, [&](const Run& run, int64_t c, int64_t lanes) {
-    const int64_t h = run.h + t.offset[0], w = run.w + t.offset[1], columns = run.count * kTile + kTaps - 1;
-    const T *image = in + run.n * t.in.image + c * t.in.channel, *from = scratch;
-    int64_t row = columns * L, column = L;
-    if (t.layout == Layout::channels_last && lanes == L && t.inside(h, 0) && t.inside(w, 1)) {
-      from = image + h * t.in.row + w * t.in.pixel;
-      row = t.in.row;
-      column = t.in.pixel;
-    } else {
-      copy_patch(t, image, h, w, columns, lanes, scratch);
-    }
-    T* to = v + run.first * tasks.depth + c;
-    for (int64_t i = 0; i < run.count; ++i, from += kTile * column, to += tasks.depth)
-      transform<InputPoints, T>(
-          [&](int i, int j) {
-            __builtin_prefetch(from + i * row + (j + kTile) * column);
-            return load(from + i * row + j * column);
-          },
-          [&](int i, int j, Vec<T> x) { store(to + (i * kPatch + j) * point, x); });
-  });
-}
 
 /// u[point][c][lane], for a panel of `rows` produced channels.
 template <class T>
@@ -178,7 +122,7 @@ void multiply(const Tasks<T>& tasks, int64_t tiles, int64_t depth, const T* v, c
     const T* b = u + point * tasks.filter_point();
     T* to = sums + point * tasks.sum_point();
     for (int64_t p = 0; p < tiles; p += kRows<V>)
-      multiply_tile<T, V>(depth, a + p * tasks.depth, tasks.depth, b, to + p * tasks.width, add);
+      multiply_tile<T, V>(depth, a + p * tasks.depth, tasks.depth, 1, b, to + p * tasks.width, add);
   }
 }
 
@@ -201,7 +145,7 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspace
     for (int64_t c0 = 0; c0 < t.channels; c0 += tasks.depth) {
       const int64_t depth = smaller(tasks.depth, t.channels - c0);
       const T* in = o.a + (group * t.channels + c0) * t.in.channel;
-      transform_inputs(t, tasks, in, tile0, count, depth, scratch, v);
+      transform_tiles<InputPoints>(t, in, tile0, count, depth, tasks.input_point(), tasks.depth, scratch, v);
       const T* weight = o.b + group * t.weight_group + row0 * t.weight_row + c0 * t.weight_channel;
       T* to = sums;
       for (int64_t row = 0; row < rows; row += tasks.width, to += kPoints * tasks.sum_point()) {
@@ -218,11 +162,10 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspace
 template <class S>
 const char* refuses(const Conv2dGeometry& g, Pass pass) {
   if (!std::is_same_v<S, float>) return "its transforms round more than float64 or the 16-bit types are asked for";
-  if (pass == Pass::grad_weight) return "it has no form of the gradient of the weight";
   for (int dim = 0; dim < 2; ++dim) {
     if (g.kernel[dim] != kTaps || g.stride[dim] != 1 || g.dilation[dim] != 1)
       return "its transforms are those of a 3x3 kernel with stride and dilation 1";
-    if ((pass == Pass::forward ? g.out : g.in)[dim] < kFewestOutputs)
+    if ((pass == Pass::grad_input ? g.in : g.out)[dim] < kFewestOutputs)
       return "the image is too small to share its filters";
   }
   if (g.c / g.groups < kFewestChannels || g.k / g.groups < kFewestChannels)
@@ -240,6 +183,15 @@ Conv2dRun<S> run() {
   }
 }
 
+template <class S>
+Conv2dRun<S> grad_weight_run() {
+  if constexpr (std::is_same_v<S, float>) {
+    return winograd_grad_weight<S>();
+  } else {
+    return {};
+  }
+}
+
 }  // namespace
 
 template <class S>
@@ -249,7 +201,7 @@ Conv2dAlgorithm<Conv2dRun<S>> conv2d_winograd() {
           refuses<S>,
           run<S, Pass::forward>(),
           run<S, Pass::grad_input>(),
-          {}};
+          grad_weight_run<S>()};
 }
 
 template Conv2dAlgorithm<Conv2dRun<float>> conv2d_winograd();

@@ -16,7 +16,11 @@
 
 namespace cnnops::cpu::CNNOPS_ISA {
 
-constexpr int64_t kRunTiles = 8;  // copied at a time
+constexpr int64_t kRunTiles = 8;      // copied at a time
+constexpr int64_t kLine = 16;         // numbers between two points: or they would share their places in the cache
+constexpr int kSums = 3 * kTileRows;  // vectors of sums in a register tile
+constexpr int kMostVectors = kTileRows == 8 ? 4 : 3;  // in a row of it
+constexpr int kMostRows = 12;
 constexpr int kTile = 4, kTaps = 3, kPatch = kTile + kTaps - 1, kPoints = kPatch * kPatch;
 constexpr double kA = 0.75, kB = 1.5, kA2 = kA * kA, kB2 = kB * kB;
 
@@ -56,6 +60,37 @@ struct FilterPoints {
     pair(kA, kB, u + 1);
     pair(kB, kA, u + 3);
     u[5] = w[2];
+  }
+};
+
+/// The same for 4 taps: the gradient of the weight correlates the input with tiles of the output's gradient.
+struct GradPoints {
+  static constexpr int from = kTile, to = kPatch;
+  template <class T>
+  static void at(const Vec<T>* y, Vec<T>* u) {
+    const auto pair = [&](double point, double other, Vec<T>* u) {
+      const double p2 = point * point, scale = 1 / (2 * p2 * (p2 - other * other));
+      const Vec<T> even = multiply_add(broadcast(T(scale * p2)), y[2], broadcast(T(scale)) * y[0]);
+      const Vec<T> odd = multiply_add(broadcast(T(scale * p2 * point)), y[3], broadcast(T(scale * point)) * y[1]);
+      u[0] = even + odd;
+      u[1] = even - odd;
+    };
+    u[0] = broadcast(T(1 / (kA2 * kB2))) * y[0];
+    pair(kA, kB, u + 1);
+    pair(kB, kA, u + 3);
+    u[5] = y[3];
+  }
+};
+
+/// And to its 3 outputs, which are the taps.
+struct GradOutputs {
+  static constexpr int from = kPatch, to = kTaps;
+  template <class T>
+  static void at(const Vec<T>* m, Vec<T>* w) {
+    const Vec<T> even_a = m[1] + m[2], odd_a = m[1] - m[2], even_b = m[3] + m[4], odd_b = m[3] - m[4];
+    w[0] = m[0] + even_a + even_b;
+    w[1] = multiply_add(broadcast(T(kA)), odd_a, broadcast(T(kB)) * odd_b);
+    w[2] = multiply_add(broadcast(T(kA2)), even_a, multiply_add(broadcast(T(kB2)), even_b, m[5]));
   }
 };
 
@@ -144,8 +179,10 @@ struct Layer {
 
   /// The pixel that position i of an axis shows; -1 for none, or where it does not matter.
   int64_t pixel(int64_t i, int dim) const { return i < seen[dim] ? pixel_at(i, in_size[dim], border) : -1; }
-  /// Whether positions [i, i + kPatch) are pixels.
-  bool inside(int64_t i, int dim) const { return i >= 0 && i + kPatch <= smaller(seen[dim], in_size[dim]); }
+  /// Whether positions [i, i + length) are pixels.
+  bool inside(int64_t i, int64_t length, int dim) const {
+    return i >= 0 && i + length <= smaller(seen[dim], in_size[dim]);
+  }
 };
 
 /// Neighbours in a row of tiles: as many as are copied at a time. `first` is the first one's number within the task.
@@ -170,12 +207,12 @@ static inline void for_runs(const Layer& t, int64_t begin, int64_t count, int64_
   for (int64_t c = 0; c < channels; c += kLanes<T>) runs(c, smaller(c + kLanes<T>, channels));
 }
 
-/// to[i][j][lane] = what rows [h, h + kPatch) x columns [w, w + columns) of the image's first `lanes` channels show.
+/// to[i][j][lane] = what rows [h, h + rows) x columns [w, w + columns) of the image's first `lanes` channels show.
 template <class T>
-static inline void copy_patch(const Layer& t, const T* image, int64_t h, int64_t w, int64_t columns, int64_t lanes,
-                              T* to) {
+static inline void copy_patch(const Layer& t, const T* image, int64_t h, int64_t w, int64_t rows, int64_t columns,
+                              int64_t lanes, T* to) {
   constexpr int64_t L = kLanes<T>;
-  for (int64_t i = 0; i < kPatch; ++i, to += columns * L) {
+  for (int64_t i = 0; i < rows; ++i, to += columns * L) {
     const int64_t row = t.pixel(h + i, 0);
     if (row < 0) {
       for (int64_t j = 0; j < columns; ++j) store(to + j * L, Vec<T>{});
@@ -260,5 +297,63 @@ static inline void copy_filters(const Layer& t, const T* from, int64_t lanes, in
       for (int64_t i = 0; i < columns; ++i) store(to + (s * to_square + (r + i) * to_lane) * L, square[i]);
     }
 }
+
+/// to[point][tile][channel]: `point` numbers from point to point, `stride` from tile to tile.
+template <class Step, class T>
+static inline void transform_tiles(const Layer& t, const T* in, int64_t tile0, int64_t count, int64_t channels,
+                                   int64_t point, int64_t stride, T* scratch, T* to) {
+  constexpr int64_t L = kLanes<T>, patch = Step::from;
+  for_runs<T>(t, tile0, count, channels, [&](const Run& run, int64_t c, int64_t lanes) {
+    const int64_t h = run.h + t.offset[0], w = run.w + t.offset[1], columns = run.count * kTile + patch - kTile;
+    const T *image = in + run.n * t.in.image + c * t.in.channel, *from = scratch;
+    int64_t row = columns * L, column = L;
+    if (t.layout == Layout::channels_last && lanes == L && t.inside(h, patch, 0) && t.inside(w, patch, 1)) {
+      from = image + h * t.in.row + w * t.in.pixel;
+      row = t.in.row;
+      column = t.in.pixel;
+    } else {
+      copy_patch(t, image, h, w, patch, columns, lanes, scratch);
+    }
+    T* tile = to + run.first * stride + c;
+    for (int64_t i = 0; i < run.count; ++i, from += kTile * column, tile += stride)
+      transform<Step, T>(
+          [&](int i, int j) {
+            __builtin_prefetch(from + i * row + (j + kTile) * column);
+            return load(from + i * row + j * column);
+          },
+          [&](int i, int j, Vec<T> x) { store(tile + (i * kPatch + j) * point, x); });
+  });
+}
+
+// ---- products ----
+
+template <int V>
+constexpr int kRows = kSums / V < kMostRows ? kSums / V : kMostRows;
+
+/// sums[m][V vectors] (+)= sum over c of a[m*row_step + c*step] * b[c][V vectors].
+template <class T, int V>
+static inline void multiply_tile(int64_t depth, const T* a, int64_t row_step, int64_t step, const T* b, T* sums,
+                                 bool add) {
+  constexpr int M = kRows<V>, L = kLanes<T>;
+  Vec<T> sum[M][V]{};
+  for (int64_t c = 0; c < depth; ++c, a += step, b += V * L) {
+    Vec<T> column[V];
+    for (int v = 0; v < V; ++v) column[v] = load(b + v * L);
+    for (int m = 0; m < M; ++m) {
+      const Vec<T> x = broadcast(a[m * row_step]);
+      for (int v = 0; v < V; ++v) sum[m][v] = multiply_add(x, column[v], sum[m][v]);
+    }
+  }
+#pragma GCC unroll 16  // early, or GCC keeps the sums in memory
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < V; ++v) {
+      T* to = sums + (m * V + v) * L;
+      store(to, add ? load(to) + sum[m][v] : sum[m][v]);
+    }
+}
+
+/// The gradient of the weight.
+template <class T>
+Conv2dRun<T> winograd_grad_weight();
 
 }  // namespace cnnops::cpu::CNNOPS_ISA

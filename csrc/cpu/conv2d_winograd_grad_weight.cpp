@@ -1,0 +1,128 @@
+// Winograd's gradient of the weight: 36 multiplications for 4x4 outputs instead of 144, as in conv2d_winograd.cpp.
+//
+//   gw[k, c] = transform of the 36 sums over all tiles of u[i][tile, k] * v[i][tile, c]
+//
+// where v[i] are the transforms of the tiles' 6x6 inputs, and u[i] those of their 4x4 gradients. A task is a block of
+// output channels x a panel of input channels. It walks all tiles of all images in blocks, makes the transforms of each
+// block by itself, and keeps its sums: those of a block, each from a fresh zero, are added in order. A NaN or infinity
+// reaches all taps of the filters that see its tile.
+#include "winograd.h"
+
+namespace cnnops::cpu::CNNOPS_ISA {
+namespace {
+
+constexpr int64_t kBlockTiles = 32;                        // summed at a time
+constexpr int64_t kMostChannels = 128, kFewChannels = 24;  // output channels of a task
+constexpr int64_t kGoodTasks = 4;
+
+/// The tiles of the output's gradient, as if they were the input.
+Layer gradient_of(const Layer& t) {
+  Layer y = t;
+  y.border = Border::zeros;
+  y.in_size = t.out_size;
+  y.in = t.out;
+  for (int dim = 0; dim < 2; ++dim) {
+    y.offset[dim] = 0;
+    y.seen[dim] = t.out_size[dim];
+  }
+  return y;
+}
+
+/// Tasks are numbered (group, block of output channels, panel of input channels).
+template <class T>
+struct Tasks {
+  int64_t vectors, width, panels;  // of input channels
+  int64_t rows, blocks;            // of output channels
+  int64_t stride;                  // from tile to tile of the transformed gradients
+  int64_t total;
+
+  explicit Tasks(const Layer& t) {
+    constexpr int64_t L = kLanes<T>;
+    const int64_t all_vectors = ceil_div(t.channels, L);
+    vectors = ceil_div(all_vectors, ceil_div(all_vectors, kMostVectors));
+    width = vectors * L;
+    panels = ceil_div(t.channels, width);
+    blocks = ceil_div(t.rows, kMostChannels);
+    if (t.groups * panels * blocks < kGoodTasks)
+      blocks = larger(1, smaller(t.rows / kFewChannels, ceil_div(kGoodTasks, t.groups * panels)));
+    rows = round_up(ceil_div(t.rows, blocks), smaller(kSums / vectors, kMostRows));
+    blocks = ceil_div(t.rows, rows);
+    stride = round_up(rows, L);
+    total = t.groups * panels * blocks;
+  }
+  int64_t input_point() const { return kBlockTiles * width + kLine; }
+  int64_t gradient_point() const { return kBlockTiles * stride + kLine; }
+  int64_t sum_point() const { return rows * width + kLine; }
+  static constexpr int64_t kScratch = kPatch * (kRunTiles * kTile + kTaps - 1) * kLanes<T>;
+  int64_t workspace() const { return kPoints * (input_point() + gradient_point() + sum_point()) + kScratch; }
+};
+
+template <class T, int V>
+void multiply(const Tasks<T>& tasks, int64_t rows, int64_t tiles, const T* u, const T* v, T* sums, bool add) {
+  for (int64_t point = 0; point < kPoints; ++point) {
+    const T* a = u + point * tasks.gradient_point();
+    const T* b = v + point * tasks.input_point();
+    T* to = sums + point * tasks.sum_point();
+    for (int64_t k = 0; k < rows; k += kRows<V>)
+      multiply_tile<T, V>(tiles, a + k, 1, tasks.stride, b, to + k * tasks.width, add);
+  }
+}
+
+/// From sums[point][k][c] to the filters of `rows` output channels and `channels` input channels.
+template <class T>
+void write_filters(const Layer& t, const Tasks<T>& tasks, const T* sums, int64_t rows, int64_t channels, T* out) {
+  constexpr int64_t L = kLanes<T>;
+  for (int64_t k = 0; k < rows; ++k)
+    for (int64_t c = 0; c < channels; c += L) {
+      const T* from = sums + k * tasks.width + c;
+      T* filter = out + k * t.weight_row + c * t.weight_channel;
+      const int64_t lanes = smaller(L, channels - c);
+      transform<GradOutputs, T>([&](int i, int j) { return load(from + (i * kPatch + j) * tasks.sum_point()); },
+                                [&](int i, int j, Vec<T> w) {
+                                  T* to = filter + (i * kTaps + j) * t.weight_tap;
+                                  if (t.weight_channel == 1) return store_first(to, w, lanes);
+                                  for (int64_t lane = 0; lane < lanes; ++lane) to[lane * t.weight_channel] = w[lane];
+                                });
+    }
+}
+
+template <class T>
+void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspace, int64_t begin, int64_t end) {
+  const Layer x(g, Pass::forward), y = gradient_of(x);
+  const Tasks<T> tasks(x);
+  T* v = workspace;
+  T* u = v + kPoints * tasks.input_point();
+  T* sums = u + kPoints * tasks.gradient_point();
+  T* scratch = sums + kPoints * tasks.sum_point();
+  const auto multiply = tasks.vectors == 1   ? CNNOPS_ISA::multiply<T, 1>
+                        : tasks.vectors == 2 ? CNNOPS_ISA::multiply<T, 2>
+                        : tasks.vectors == 3 ? CNNOPS_ISA::multiply<T, 3>
+                                             : CNNOPS_ISA::multiply<T, kMostVectors>;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t c0 = task % tasks.panels * tasks.width, channels = smaller(tasks.width, x.channels - c0);
+    const int64_t k0 = task / tasks.panels % tasks.blocks * tasks.rows, rows = smaller(tasks.rows, x.rows - k0);
+    const int64_t group = task / tasks.panels / tasks.blocks;
+    const T* gy = o.a + (group * x.rows + k0) * y.in.channel;
+    const T* in = o.b + (group * x.channels + c0) * x.in.channel;
+    for (int64_t tile = 0; tile < x.all_tiles; tile += kBlockTiles) {
+      const int64_t count = smaller(kBlockTiles, x.all_tiles - tile);
+      transform_tiles<GradPoints>(y, gy, tile, count, rows, tasks.gradient_point(), tasks.stride, scratch, u);
+      transform_tiles<InputPoints>(x, in, tile, count, channels, tasks.input_point(), tasks.width, scratch, v);
+      multiply(tasks, rows, count, u, v, sums, tile > 0);
+    }
+    T* out = o.out + group * x.weight_group + k0 * x.weight_row + c0 * x.weight_channel;
+    write_filters(x, tasks, sums, rows, channels, out);
+  }
+}
+
+}  // namespace
+
+template <class T>
+Conv2dRun<T> winograd_grad_weight() {
+  return {[](const Conv2dGeometry& g) { return Tasks<T>(Layer(g, Pass::forward)).total; },
+          [](const Conv2dGeometry& g) { return Tasks<T>(Layer(g, Pass::forward)).workspace(); }, grad_weight<T>};
+}
+
+template Conv2dRun<float> winograd_grad_weight();
+
+}  // namespace cnnops::cpu::CNNOPS_ISA
