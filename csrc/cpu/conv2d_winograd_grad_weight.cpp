@@ -11,7 +11,7 @@
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
 
-constexpr int64_t kBlockTiles = 32;                        // summed at a time
+constexpr int64_t kBlockTiles = 48;                        // summed at a time
 constexpr int64_t kMostChannels = 128, kFewChannels = 24;  // output channels of a task
 constexpr int64_t kGoodTasks = 4;
 
