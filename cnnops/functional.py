@@ -190,17 +190,20 @@ def max_pool2d(
     """
     if return_indices:
         return _max_pool2d_with_indices(input, kernel_size, stride, padding, dilation, ceil_mode)
-    stride = () if stride is None else stride
     if is_compiling():
-        return ops.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode)[0]
+        return ops.max_pool2d(input, kernel_size, () if stride is None else stride, padding, dilation, ceil_mode)[0]
     return _C.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode)
 
 
 @_overridable
 def _max_pool2d_with_indices(input: Tensor, kernel_size, stride, padding, dilation, ceil_mode):
-    values, positions = ops.max_pool2d(input, kernel_size, stride or (), padding, dilation, ceil_mode)
+    values, positions = ops.max_pool2d(
+        input, kernel_size, () if stride is None else stride, padding, dilation, ceil_mode
+    )
     starts = []
-    for out, s, p in zip(values.shape[-2:], _pair(stride or kernel_size), _pair(padding), strict=True):
+    for out, s, p in zip(
+        values.shape[-2:], _pair(kernel_size if stride in (None, ()) else stride), _pair(padding), strict=True
+    ):
         starts.append(arange(out, device=input.device) * s - p)
     return values, _plane_indices(input, positions, _pair(kernel_size)[1], _pair(dilation), *starts)
 
@@ -235,7 +238,7 @@ def max_unpool2d(input: Tensor, indices: Tensor, kernel_size, stride=None, paddi
         arguments = (kernel_size, stride, padding, output_size if output_size is None else tuple(output_size)[-2:])
         return max_unpool2d(input.unsqueeze(0), indices.unsqueeze(0), *arguments).squeeze(0)
     kernel_size, padding = _pair(kernel_size), _pair(padding)
-    stride = _pair(stride) if stride else kernel_size
+    stride = kernel_size if stride is None else _pair(stride)
     default = [
         (i - 1) * s + k - 2 * p for i, s, k, p in zip(input.shape[-2:], stride, kernel_size, padding, strict=True)
     ]
@@ -276,9 +279,16 @@ def avg_pool2d(
     Raises:
         RuntimeError: windows that do not fit, padding of more than half a window, a divisor of 0.
     """
-    stride = () if stride is None else stride
     if is_compiling():
-        return ops.avg_pool2d(input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
+        return ops.avg_pool2d(
+            input,
+            kernel_size,
+            () if stride is None else stride,
+            padding,
+            ceil_mode,
+            count_include_pad,
+            divisor_override,
+        )
     return _C.avg_pool2d(input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
 
 

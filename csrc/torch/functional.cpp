@@ -42,6 +42,9 @@ PyObject* call(torch::PythonArgParser& parser, PyObject* args, PyObject* kwargs,
   END_HANDLE_TH_ERRORS
 }
 
+/// Stands for the operators' default.
+const std::vector<int64_t> kNone;
+
 /// Runs an operator without Python's lock.
 template <class Signature, class... Arguments>
 auto unlocked(const c10::TypedOperatorHandle<Signature>& op, Arguments&&... arguments) {
@@ -65,25 +68,26 @@ PyObject* conv2d(PyObject*, PyObject* args, PyObject* kwargs) {
 
 PyObject* max_pool2d(PyObject*, PyObject* args, PyObject* kwargs) {
   static torch::PythonArgParser parser(
-      {"max_pool2d(Tensor input, IntArrayRef[2] kernel_size, IntArrayRef[2] stride, IntArrayRef[2] padding, "
+      {"max_pool2d(Tensor input, IntArrayRef[2] kernel_size, IntArrayRef[2]? stride, IntArrayRef[2] padding, "
        "IntArrayRef[2] dilation, bool ceil_mode)"});
   static const auto op = find_operator<std::tuple<Tensor, Tensor>(const Tensor&, IntArrayRef, IntArrayRef, IntArrayRef,
                                                                   IntArrayRef, bool)>("cnnops::max_pool2d");
   return call<6>(parser, args, kwargs, [](PythonArgs& r) {
-    return std::get<0>(unlocked(op, r.tensor(0), r.intlist(1), r.intlist(2), r.intlist(3), r.intlist(4), r.toBool(5)));
+    return std::get<0>(unlocked(op, r.tensor(0), r.intlist(1), r.intlistOptional(2).list.value_or(kNone), r.intlist(3),
+                                r.intlist(4), r.toBool(5)));
   });
 }
 
 PyObject* avg_pool2d(PyObject*, PyObject* args, PyObject* kwargs) {
   static torch::PythonArgParser parser(
-      {"avg_pool2d(Tensor input, IntArrayRef[2] kernel_size, IntArrayRef[2] stride, IntArrayRef[2] padding, "
+      {"avg_pool2d(Tensor input, IntArrayRef[2] kernel_size, IntArrayRef[2]? stride, IntArrayRef[2] padding, "
        "bool ceil_mode, bool count_include_pad, int64_t? divisor_override)"});
   static const auto op =
       find_operator<Tensor(const Tensor&, IntArrayRef, IntArrayRef, IntArrayRef, bool, bool, std::optional<int64_t>)>(
           "cnnops::avg_pool2d");
   return call<7>(parser, args, kwargs, [](PythonArgs& r) {
-    return unlocked(op, r.tensor(0), r.intlist(1), r.intlist(2), r.intlist(3), r.toBool(4), r.toBool(5),
-                    r.toInt64Optional(6));
+    return unlocked(op, r.tensor(0), r.intlist(1), r.intlistOptional(2).list.value_or(kNone), r.intlist(3), r.toBool(4),
+                    r.toBool(5), r.toInt64Optional(6));
   });
 }
 
