@@ -9,7 +9,7 @@ bits whatever the batch size, the position in the batch, the thread count or the
 import functools
 
 from torch import Tensor, arange, sign
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function
 
 from cnnops import _C, ops
@@ -86,7 +86,7 @@ def conv2d(
             padding = _four_sides(padding, weight.shape[2:], stride, dilation)
         else:
             padding = 0
-    call = ops.conv2d if is_compiling() else _C.conv2d
+    call = ops.conv2d if is_dynamo_compiling() else _C.conv2d
     return call(input, weight, bias, stride, padding, dilation, groups, padding_mode=padding_mode, algorithm=algorithm)
 
 
@@ -190,7 +190,7 @@ def max_pool2d(
     """
     if return_indices:
         return _max_pool2d_with_indices(input, kernel_size, stride, padding, dilation, ceil_mode)
-    if is_compiling():
+    if is_dynamo_compiling():
         return ops.max_pool2d(input, kernel_size, () if stride is None else stride, padding, dilation, ceil_mode)[0]
     return _C.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode)
 
@@ -279,7 +279,7 @@ def avg_pool2d(
     Raises:
         RuntimeError: windows that do not fit, padding of more than half a window, a divisor of 0.
     """
-    if is_compiling():
+    if is_dynamo_compiling():
         return ops.avg_pool2d(
             input,
             kernel_size,
@@ -312,7 +312,7 @@ def adaptive_avg_pool2d(input: Tensor, output_size) -> Tensor:
         if has_torch_function((input,)):
             return handle_torch_function(adaptive_avg_pool2d, (input,), input, output_size)
         output_size = _adaptive_size(input, output_size)
-    if is_compiling():
+    if is_dynamo_compiling():
         return ops.adaptive_avg_pool2d(input, _pair(output_size))
     return _C.adaptive_avg_pool2d(input, output_size)
 
@@ -366,7 +366,7 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     NaN stays NaN; the gradient at 0 is 0. The backward pass keeps the result, never the input. ``inplace=True`` writes
     the result over the input.
     """
-    if is_compiling():
+    if is_dynamo_compiling():
         return ops.relu_(input) if inplace else ops.relu(input)
     return _C.relu(input, inplace)
 
@@ -384,7 +384,7 @@ def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace
     Raises:
         ValueError: min_val above max_val.
     """
-    if is_compiling():
+    if is_dynamo_compiling():
         return (ops.hardtanh_ if inplace else ops.hardtanh)(input, min_val, max_val)
     return _C.hardtanh(input, min_val, max_val, inplace)
 
@@ -409,7 +409,7 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
     Raises:
         RuntimeError: a derivative of the in-place form with a negative slope, whose result hides the input's sign.
     """
-    if is_compiling():
+    if is_dynamo_compiling():
         return (ops.leaky_relu_ if inplace else ops.leaky_relu)(input, negative_slope)
     return _C.leaky_relu(input, negative_slope, inplace)
 
@@ -424,6 +424,6 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
 
     Source: He et al., Delving Deep into Rectifiers, 2015.
     """
-    if is_compiling():
+    if is_dynamo_compiling():
         return ops.prelu(input, weight)
     return _C.prelu(input, weight)
