@@ -106,7 +106,6 @@ def _four_sides(padding, kernel_size, stride, dilation):
     return *before, total[0] - before[0], total[1] - before[1]
 
 
-@_overridable
 def conv_transpose2d(
     input: Tensor,
     weight: Tensor,
@@ -136,33 +135,11 @@ def conv_transpose2d(
     Raises:
         RuntimeError, NotImplementedError, ValueError: as :func:`conv2d`.
     """  # noqa: E501
-    if input.dim() == 3:
-        arguments = (weight, bias, stride, padding, output_padding, groups, dilation)
-        return conv_transpose2d(input.unsqueeze(0), *arguments, algorithm=algorithm).squeeze(0)
-    if input.dim() != 4 or weight.dim() != 4:
-        raise RuntimeError(
-            "conv_transpose2d: expected 3D (unbatched) or 4D (batched) input and 4D weight, but got shapes "
-            f"{list(input.shape)} and {list(weight.shape)}"
-        )
-    stride, padding, output_padding, dilation = (_pair(v) for v in (stride, padding, output_padding, dilation))
-    size, cut = [], []
-    for i, k, s, p, more, d in zip(
-        input.shape[2:], weight.shape[2:], stride, padding, output_padding, dilation, strict=True
-    ):
-        if more < 0 or (more >= s and more >= d):
-            raise RuntimeError(
-                "conv_transpose2d: output padding must be at least 0 and smaller than stride or dilation, but got "
-                f"output_padding={output_padding}, stride={stride} and dilation={dilation}"
-            )
-        size.append((i - 1) * s - 2 * p + d * (k - 1) + more + 1)
-        cut.append(p - more)
-    if size[0] < 1 or size[1] < 1:
-        raise RuntimeError(
-            f"conv_transpose2d: given input of shape {list(input.shape)}, calculated output size {size} is too small"
-        )
-    return ops.conv2d_grad_input(
-        input, weight, bias, size, stride, [*padding, *cut], dilation, groups, "zeros", algorithm
-    )
+    if is_dynamo_compiling():
+        arguments = (stride, padding, _pair(output_padding), groups, dilation)
+        return ops.conv_transpose2d(input, weight, bias, *arguments, algorithm=algorithm)
+    arguments = (stride, padding, output_padding, groups, dilation)
+    return _C.conv_transpose2d(input, weight, bias, *arguments, algorithm=algorithm)
 
 
 def max_pool2d(

@@ -66,6 +66,20 @@ PyObject* conv2d(PyObject*, PyObject* args, PyObject* kwargs) {
   });
 }
 
+PyObject* conv_transpose2d(PyObject*, PyObject* args, PyObject* kwargs) {
+  static torch::PythonArgParser parser(
+      {"conv_transpose2d(Tensor input, Tensor weight, Tensor? bias, IntArrayRef[2] stride, IntArrayRef[2] padding, "
+       "SymIntArrayRef[2] output_padding, int64_t groups, IntArrayRef[2] dilation, std::string algorithm)"});
+  static const auto op =
+      find_operator<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, IntArrayRef, IntArrayRef,
+                           c10::SymIntArrayRef, int64_t, IntArrayRef, std::string_view)>("cnnops::conv_transpose2d");
+  return call<9>(parser, args, kwargs, [](PythonArgs& r) {
+    const std::string algorithm = r.string(8);
+    return unlocked(op, r.tensor(0), r.tensor(1), r.optionalTensor(2), r.intlist(3), r.intlist(4), r.symintlist(5),
+                    r.toInt64(6), r.intlist(7), algorithm);
+  });
+}
+
 PyObject* max_pool2d(PyObject*, PyObject* args, PyObject* kwargs) {
   static torch::PythonArgParser parser(
       {"max_pool2d(Tensor input, IntArrayRef[2] kernel_size, IntArrayRef[2]? stride, IntArrayRef[2] padding, "
@@ -145,6 +159,7 @@ PyMethodDef method(const char* name, Function* function) {
 void add_functional(pybind11::module_& module) {
   static PyMethodDef methods[] = {
       method("conv2d", conv2d),
+      method("conv_transpose2d", conv_transpose2d),
       method("max_pool2d", max_pool2d),
       method("avg_pool2d", avg_pool2d),
       method("adaptive_avg_pool2d", adaptive_avg_pool2d),
