@@ -24,10 +24,16 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", nargs="+", choices=["float32", "float64", "bfloat16"])
     parser.add_argument("--n", nargs="+", type=int, help="batch sizes")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--peers", action="store_true", help=f"also torch.compile, {', '.join(peers.LIBRARIES)} (forward)")
+    parser.add_argument(
+        "--peers", action="store_true", help=f"also torch.compile, {', '.join(peers.LIBRARIES)} (forward)"
+    )
     parser.add_argument("--quick", action="store_true", help="few rounds: a look, not a measurement")
-    parser.add_argument("--keep-memory", action="store_true", help="glibc keeps freed memory: no page faults in the times")
-    parser.add_argument("--save", type=Path, metavar="DIR", help="write DIR/bench.json, after every row, and DIR/bench.png")
+    parser.add_argument(
+        "--keep-memory", action="store_true", help="glibc keeps freed memory: no page faults in the times"
+    )
+    parser.add_argument(
+        "--save", type=Path, metavar="DIR", help="write DIR/bench.json, after every row, and DIR/bench.png"
+    )
     parser.add_argument("--list", action="store_true", help="only list the workloads")
     parser.add_argument(
         "--write-docs", type=Path, metavar="JSON", help="only write docs/performance.md and the README's table from it"
@@ -52,8 +58,8 @@ def run(loads: list[Workload], options, console: Console) -> dict:
     effort = measure.QUICK if options.quick else measure.Effort()
     data = {"machine": measure.machine(), "ceilings": measure.ceilings(), "quick": options.quick, "results": []}
     console.print(report.machine(data), soft_wrap=True)
-    if os.getloadavg()[0] > 0.5:
-        console.print(f"The machine is busy (load {os.getloadavg()[0]:.1f}): do not trust what follows.", style="red")
+    if float(load := data["machine"]["load before"]) > 0.5:
+        console.print(f"The machine was busy (load {load}): do not trust what follows.", style="red")
     limits = data["ceilings"]
     arithmetic = ", ".join(f"{dtype} {rate:.0f} GFLOP/s" for dtype, rate in limits["flops"].items())
     copies = ", ".join(f"{size / 2**20:.0f} MB {rate:.0f} GB/s" for size, rate in limits["copy"].items())

@@ -7,8 +7,10 @@ from pathlib import Path
 from benchmarks.measure import BOUND, LAYOUTS, fraction, ours
 from benchmarks.workloads import GROUPS, PASSES, Group
 
+CONTESTANTS = [f"{side} {layout}" for side in ("ours", "torch") for layout in LAYOUTS]
 HEADER = (
-    f"{'':44} {'pass':11} {'ours':>9} {'torch':>9} {'torch cl':>9}  {'rate':>11} {'ceiling':>7}  ratio (quartiles)   error"
+    f"{'times in ms, ± half the distance of the quartiles':49} {'pass':11} {'ours':>12} {'ours cl':>12} {'torch':>12} "
+    f"{'torch cl':>12} {'rate':>12} {'ceiling':>7}  ratio (quartiles)    error  algorithm"
 )
 
 
@@ -17,11 +19,17 @@ def better_layout(row: dict) -> str:
 
 
 def rate(row: dict) -> str:
-    return f"{row['flops'] / ours(row) / 1e9:.0f} GFLOP/s" if row["flops"] else f"{row['bytes'] / ours(row) / 1e9:.0f} GB/s"
+    return (
+        f"{row['flops'] / ours(row) / 1e9:.0f} GFLOP/s"
+        if row["flops"]
+        else f"{row['bytes'] / ours(row) / 1e9:.0f} GB/s"
+    )
 
 
-def milliseconds(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:.0f}"
+def milliseconds(times: list[float]) -> str:
+    low, middle, high = times
+    digits = f"{middle * 1e3:.3g}" if middle < 1 else f"{middle * 1e3:.0f}"
+    return f"{digits} ±{(high - low) / 2 / middle:.0%}"
 
 
 def algorithm(row: dict) -> str:
@@ -30,18 +38,22 @@ def algorithm(row: dict) -> str:
     return " ".join(text for text in (row["algorithm"][layout], "channels_last" * (layout == "channels_last")) if text)
 
 
+def _error(row: dict) -> float:
+    return max(row["errors"][f"ours {layout}"] for layout in LAYOUTS)
+
+
 def peers_of(row: dict) -> list[str]:
     return [name for name in row["times"] if name.split()[0] not in ("ours", "torch")]
 
 
 def line(row: dict, limits: dict) -> str:
-    times = [ours(row), *(row["times"][f"torch {layout}"][1] for layout in LAYOUTS)]
     low, middle, high = row["ratios"]["best"]
-    text = f"{row['workload']:44} {row['pass']:11} " + " ".join(f"{milliseconds(t):>6} ms" for t in times)
-    text += f"  {rate(row):>11} {fraction(row, limits):7.0%}  {middle:5.2f} ({low:.2f} to {high:.2f})"
-    text += f"  {row['errors']['ours contiguous']:.0e}  {algorithm(row)}"
+    text = f"{row['workload']:49} {row['pass']:11} "
+    text += " ".join(f"{milliseconds(row['times'][name]):>12}" for name in CONTESTANTS)
+    text += f" {rate(row):>12} {fraction(row, limits):7.0%}  {middle:5.2f} ({low:.2f} to {high:.2f})"
+    text += f"  {_error(row):.0e}  {algorithm(row)}"
     for name in peers_of(row):
-        text += f"; {name} {milliseconds(row['times'][name][1])} ms"
+        text += f"; {name} {milliseconds(row['times'][name])}"
     return text + "".join(f"\n  WRONG: {name}, relative error {row['errors'][name]:.1e}" for name in row["wrong"])
 
 
@@ -137,7 +149,8 @@ Ceilings, measured in the same process: the fastest matrix product, GFLOP/s: {ar
 GB/s: {copies}.
 
 **How it is measured.** Random data, warm, in one process; contestants take turns in rounds, every sample lasts a
-millisecond or more, and every result is compared with float64 first. Times are medians. *ratio* is torch's time over ours,
+millisecond or more, and every result is compared with float64 first. Times are milliseconds: the median ± half the distance of the
+quartiles. *ratio* is torch's time over ours,
 each in its better layout, taken within rounds: the median and its quartiles; above 1 we are faster. *ceiling* is the least
 time that arithmetic or memory would need over our time; algorithms that need fewer operations than the formula can
 exceed it. *forward* is without gradients; *step* is forward and all gradients through autograd.
@@ -155,23 +168,21 @@ def _section(group: Group, rows: list[dict], limits: dict) -> str:
     if not rows:
         return ""
     peers = list(dict.fromkeys(name for row in rows for name in peers_of(row)))
-    header = ["", "pass", "ours, ms", "by", "torch", "torch channels_last", *peers, "rate", "ceiling", "ratio", "error"]
+    header = ["", "pass", *CONTESTANTS, *peers, "algorithm", "rate", "ceiling", "ratio", "error"]
     table = []
     for row in sorted(rows, key=lambda row: PASSES.index(row["pass"])):
         low, middle, high = row["ratios"]["best"]
-        times = [milliseconds(row["times"][f"torch {layout}"][1]) for layout in LAYOUTS]
-        times += [milliseconds(row["times"][name][1]) if name in row["times"] else "" for name in peers]
+        times = [milliseconds(row["times"][name]) if name in row["times"] else "" for name in CONTESTANTS + peers]
         table.append(
             [
                 row["workload"],
                 row["pass"],
-                milliseconds(ours(row)),
-                algorithm(row),
                 *times,
+                algorithm(row),
                 rate(row),
                 f"{fraction(row, limits):.0%}",
                 f"{middle:.2f} ({low:.2f} to {high:.2f})",
-                f"{row['errors'][f'ours {better_layout(row)}']:.0e}",
+                f"{_error(row):.0e}",
             ]
         )
     return f"## {group.name}: {group.about}\n\n{markdown(header, table, left=2)}\n"
