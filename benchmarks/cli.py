@@ -17,28 +17,22 @@ ROOT = Path(__file__).parent.parent
 
 
 def parser() -> argparse.ArgumentParser:
+    groups, libraries = [group.name for group in GROUPS], ", ".join(peers.LIBRARIES)
     parser = argparse.ArgumentParser(prog="python -m cnnops bench", description=__doc__)
-    parser.add_argument("--group", nargs="+", choices=[group.name for group in GROUPS], metavar="GROUP")
-    parser.add_argument("--case", nargs="+", metavar="TEXT", help="workloads with one of these in their name")
-    parser.add_argument("--pass", nargs="+", choices=PASSES, default=list(PASSES), dest="passes", metavar="PASS")
-    parser.add_argument("--dtype", nargs="+", choices=["float32", "float64", "bfloat16"])
-    parser.add_argument("--n", nargs="+", type=int, help="batch sizes")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument(
-        "--peers", action="store_true", help=f"also torch.compile, {', '.join(peers.LIBRARIES)} (forward)"
-    )
-    parser.add_argument("--quick", action="store_true", help="few rounds: a look, not a measurement")
-    parser.add_argument(
-        "--keep-memory", action="store_true", help="glibc keeps freed memory: no page faults in the times"
-    )
-    parser.add_argument(
-        "--save", type=Path, metavar="DIR", help="write DIR/bench.json, after every row, and DIR/bench.png"
-    )
-    parser.add_argument("--list", action="store_true", help="only list the workloads")
-    parser.add_argument(
-        "--write-docs", type=Path, metavar="JSON", help="only write docs/performance.md and the README's table from it"
-    )
-    parser.epilog = f"groups: {', '.join(group.name for group in GROUPS)}; passes: {', '.join(PASSES)}"
+    parser.epilog = f"groups: {', '.join(groups)}; passes: {', '.join(PASSES)}"
+    add = parser.add_argument
+    add("--group", nargs="+", choices=groups, metavar="GROUP")
+    add("--case", nargs="+", metavar="TEXT", help="workloads with one of these in their name")
+    add("--pass", nargs="+", choices=PASSES, default=list(PASSES), dest="passes", metavar="PASS")
+    add("--dtype", nargs="+", choices=["float32", "float64", "bfloat16"], metavar="DTYPE")
+    add("--n", nargs="+", type=int, help="batch sizes")
+    add("--list", action="store_true", help="only list the workloads")
+    add("--threads", type=int, default=torch.get_num_threads())
+    add("--peers", action="store_true", help=f"forward also by torch.compile, and {libraries} where installed")
+    add("--quick", action="store_true", help="few rounds: a look, not a measurement")
+    add("--keep-memory", action="store_true", help="let glibc keep freed memory: no page faults in the times")
+    add("--save", type=Path, metavar="DIR", help="write bench.json, after every row, and bench.png")
+    add("--write-docs", type=Path, metavar="JSON", help="only write docs/performance.md and the README's table")
     return parser
 
 

@@ -141,7 +141,7 @@ def measure(load: Workload, passes: list[str], effort: Effort, with_peers=False)
 
 
 def _laid(t: Tensor, memory_format) -> Tensor:
-    return t.contiguous(memory_format=memory_format) if t.dim() == 4 else t
+    return t.to(memory_format=memory_format) if t.dim() == 4 else t
 
 
 def _ratios(samples: dict[str, list[float]]) -> dict[str, list[float]]:

@@ -19,11 +19,8 @@ def better_layout(row: dict) -> str:
 
 
 def rate(row: dict) -> str:
-    return (
-        f"{row['flops'] / ours(row) / 1e9:.0f} GFLOP/s"
-        if row["flops"]
-        else f"{row['bytes'] / ours(row) / 1e9:.0f} GB/s"
-    )
+    amount, unit = (row["flops"], "GFLOP/s") if row["flops"] else (row["bytes"], "GB/s")
+    return f"{amount / ours(row) / 1e9:.0f} {unit}"
 
 
 def milliseconds(times: list[float]) -> str:
@@ -145,15 +142,16 @@ Written from measurements by `python -m cnnops bench --write-docs`; `make bench`
 
 {machine(data)}. The machine's load before the run was {data["machine"]["load before"]}.
 
-Ceilings, measured in the same process: the fastest matrix product, GFLOP/s: {arithmetic}; copies of so many bytes in all,
-GB/s: {copies}.
+Ceilings, measured in the same process: the fastest matrix product, GFLOP/s: {arithmetic}; copies of so many bytes in
+all, GB/s: {copies}.
 
 **How it is measured.** Random data, warm, in one process; contestants take turns in rounds, every sample lasts a
-millisecond or more, and every result is compared with float64 first. Times are milliseconds: the median ± half the distance of the
-quartiles. *ratio* is torch's time over ours,
-each in its better layout, taken within rounds: the median and its quartiles; above 1 we are faster. *ceiling* is the least
-time that arithmetic or memory would need over our time; algorithms that need fewer operations than the formula can
-exceed it. *forward* is without gradients; *step* is forward and all gradients through autograd.
+millisecond or more, and every result is compared with float64 first (*error*: relative L2, the larger of both layouts).
+Times are milliseconds, the median ± half the distance of the quartiles. *ratio* is torch's time over ours, each in its
+better layout, taken within rounds: the median and its quartiles; above 1 we are faster. *rate* and *ceiling* are of our
+better layout; *ceiling* is the least time that arithmetic or memory would need over the time taken, which algorithms
+with fewer operations than the formula can exceed. *forward* is without gradients; *step* is forward and all gradients
+through autograd.
 
 {markdown(SUMMARY, [cells(entry) for entry in summary(rows)], left=2)}
 

@@ -1,4 +1,4 @@
-"""What is measured: a kind of operator on a case of tests/cases.py, with a batch and a dtype; and the groups with goals.
+"""What is measured: an operator on a case of tests/cases.py, with a batch and a dtype; and the groups with goals.
 
 A goal is a ratio of times, torch's over ours, each in its better layout (`contiguous`: both in that one). A workload
 counts in every group that it fits.
