@@ -123,11 +123,11 @@ def markdown(header: list[str], rows: list[list[str]], left: int = 1) -> str:
 
 def machine(data: dict) -> str:
     m = data["machine"]
-    named = [name for name in ("onnxruntime", "openvino", "ncnn") if name in m]
-    versions = ", ".join(f"{name} {m[name]}" for name in named)
+    ran = dict.fromkeys(name for row in data["results"] for name in peers_of(row) if name in m)
+    versions = ", ".join([f"torch {m['torch'].split(',')[0]}", *(f"{name} {m[name]}" for name in ran)])
     return (
-        f"{m['processor']}; {m['threads']} threads; memory {m['memory']}; torch {m['torch'].split(',')[0]}"
-        f"{', ' + versions if versions else ''}; cnnops {m['commit']}; {m['date']}"
+        f"{m['processor']}; threads: {m['threads']}; memory {m['memory']}; {versions}; cnnops {m['commit']}; {m['date']}"
+        + "; a quick look, not a measurement" * data["quick"]
     )
 
 
