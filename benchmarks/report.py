@@ -125,10 +125,8 @@ def machine(data: dict) -> str:
     m = data["machine"]
     ran = dict.fromkeys(name for row in data["results"] for name in peers_of(row) if name in m)
     versions = ", ".join([f"torch {m['torch'].split(',')[0]}", *(f"{name} {m[name]}" for name in ran)])
-    return (
-        f"{m['processor']}; threads: {m['threads']}; memory {m['memory']}; {versions}; cnnops {m['commit']}; {m['date']}"
-        + "; a quick look, not a measurement" * data["quick"]
-    )
+    said = [m["processor"], f"threads: {m['threads']}", f"memory {m['memory']}", versions, f"cnnops {m['commit']}"]
+    return "; ".join([*said, m["date"], *["a quick look, not a measurement"] * data["quick"]])
 
 
 def page(data: dict) -> str:
