@@ -3,6 +3,7 @@
 #   make mnist    train a CNN of our operators on handwritten digits, beside its torch.nn twin
 #   make test     the whole test suite
 #   make models   converts every classifier of torchvision, compares it with torch's, and writes docs/models.md
+#   make bench    how fast, beside torch; ARGS="--help" lists the options
 #   make check    formatting and lints, as CI runs them
 #
 # PYTHON picks the interpreter (3.10 or later), CNNOPS_CUDA=0/1 and TORCH_CUDA_ARCH_LIST what is built: see setup.py.
@@ -14,7 +15,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
-.PHONY: mnist filters test models build check format clean
+.PHONY: mnist filters test models bench build check format clean
 
 mnist: build
 	$(RUN) examples/mnist.py $(ARGS)
@@ -27,6 +28,9 @@ test: build
 
 models: build
 	$(RUN) tests/torchvision_models.py $(ARGS)
+
+bench: build
+	$(RUN) -m cnnops bench $(ARGS)
 
 # Which kind was built last is part of the stamp's name, so that another CNNOPS_CUDA builds again.
 BUILT := $(VENV)/built$(CNNOPS_CUDA)

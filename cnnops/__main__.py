@@ -1,7 +1,10 @@
-"""``python -m cnnops info``: versions, what was built, what this machine can do, the tables of algorithms."""
+"""``python -m cnnops info``: versions, what was built, what this machine can do, the tables of algorithms;
+``python -m cnnops bench``: how fast, beside torch (in the repository only)."""
 
 import argparse
 import platform
+import sys
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -53,11 +56,28 @@ def info() -> None:
         console.print(algorithm_table(device))
 
 
+def bench(arguments: list[str]) -> None:
+    root = Path(cnnops.__file__).parent.parent
+    if not (root / "benchmarks").exists():
+        sys.exit("the benchmarks are in the repository: install it with pip install -e . and run them there")
+    sys.path[:0] = [str(root), str(root / "tests")]
+    from benchmarks import cli
+
+    cli.main(arguments)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m cnnops", description=__doc__)
-    parser.add_argument("command", choices=["info"])
-    parser.parse_args()
-    info()
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="what was built, and what this machine can do")
+    commands.add_parser("bench", help="how fast, beside torch; has options: bench --help", add_help=False)
+    chosen, rest = parser.parse_known_args()
+    if chosen.command == "bench":
+        bench(rest)
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    else:
+        info()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ bits whatever the batch size, the position in the batch, the thread count or the
 import functools
 
 from torch import Tensor, arange, sign
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function
 
 from cnnops import _C, ops
@@ -86,7 +86,7 @@ def conv2d(
             padding = _four_sides(padding, weight.shape[2:], stride, dilation)
         else:
             padding = 0
-    call = ops.conv2d if is_compiling() else _C.conv2d
+    call = ops.conv2d if is_dynamo_compiling() else _C.conv2d
     return call(input, weight, bias, stride, padding, dilation, groups, padding_mode=padding_mode, algorithm=algorithm)
 
 
@@ -106,7 +106,6 @@ def _four_sides(padding, kernel_size, stride, dilation):
     return *before, total[0] - before[0], total[1] - before[1]
 
 
-@_overridable
 def conv_transpose2d(
     input: Tensor,
     weight: Tensor,
@@ -136,33 +135,11 @@ def conv_transpose2d(
     Raises:
         RuntimeError, NotImplementedError, ValueError: as :func:`conv2d`.
     """  # noqa: E501
-    if input.dim() == 3:
-        arguments = (weight, bias, stride, padding, output_padding, groups, dilation)
-        return conv_transpose2d(input.unsqueeze(0), *arguments, algorithm=algorithm).squeeze(0)
-    if input.dim() != 4 or weight.dim() != 4:
-        raise RuntimeError(
-            "conv_transpose2d: expected 3D (unbatched) or 4D (batched) input and 4D weight, but got shapes "
-            f"{list(input.shape)} and {list(weight.shape)}"
-        )
-    stride, padding, output_padding, dilation = (_pair(v) for v in (stride, padding, output_padding, dilation))
-    size, cut = [], []
-    for i, k, s, p, more, d in zip(
-        input.shape[2:], weight.shape[2:], stride, padding, output_padding, dilation, strict=True
-    ):
-        if more < 0 or (more >= s and more >= d):
-            raise RuntimeError(
-                "conv_transpose2d: output padding must be at least 0 and smaller than stride or dilation, but got "
-                f"output_padding={output_padding}, stride={stride} and dilation={dilation}"
-            )
-        size.append((i - 1) * s - 2 * p + d * (k - 1) + more + 1)
-        cut.append(p - more)
-    if size[0] < 1 or size[1] < 1:
-        raise RuntimeError(
-            f"conv_transpose2d: given input of shape {list(input.shape)}, calculated output size {size} is too small"
-        )
-    return ops.conv2d_grad_input(
-        input, weight, bias, size, stride, [*padding, *cut], dilation, groups, "zeros", algorithm
-    )
+    if is_dynamo_compiling():
+        arguments = (stride, padding, _pair(output_padding), groups, dilation)
+        return ops.conv_transpose2d(input, weight, bias, *arguments, algorithm=algorithm)
+    arguments = (stride, padding, output_padding, groups, dilation)
+    return _C.conv_transpose2d(input, weight, bias, *arguments, algorithm=algorithm)
 
 
 def max_pool2d(
@@ -190,17 +167,20 @@ def max_pool2d(
     """
     if return_indices:
         return _max_pool2d_with_indices(input, kernel_size, stride, padding, dilation, ceil_mode)
-    stride = () if stride is None else stride
-    if is_compiling():
-        return ops.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode)[0]
+    if is_dynamo_compiling():
+        return ops.max_pool2d(input, kernel_size, () if stride is None else stride, padding, dilation, ceil_mode)[0]
     return _C.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode)
 
 
 @_overridable
 def _max_pool2d_with_indices(input: Tensor, kernel_size, stride, padding, dilation, ceil_mode):
-    values, positions = ops.max_pool2d(input, kernel_size, stride or (), padding, dilation, ceil_mode)
+    values, positions = ops.max_pool2d(
+        input, kernel_size, () if stride is None else stride, padding, dilation, ceil_mode
+    )
     starts = []
-    for out, s, p in zip(values.shape[-2:], _pair(stride or kernel_size), _pair(padding), strict=True):
+    for out, s, p in zip(
+        values.shape[-2:], _pair(kernel_size if stride in (None, ()) else stride), _pair(padding), strict=True
+    ):
         starts.append(arange(out, device=input.device) * s - p)
     return values, _plane_indices(input, positions, _pair(kernel_size)[1], _pair(dilation), *starts)
 
@@ -235,7 +215,7 @@ def max_unpool2d(input: Tensor, indices: Tensor, kernel_size, stride=None, paddi
         arguments = (kernel_size, stride, padding, output_size if output_size is None else tuple(output_size)[-2:])
         return max_unpool2d(input.unsqueeze(0), indices.unsqueeze(0), *arguments).squeeze(0)
     kernel_size, padding = _pair(kernel_size), _pair(padding)
-    stride = _pair(stride) if stride else kernel_size
+    stride = kernel_size if stride is None else _pair(stride)
     default = [
         (i - 1) * s + k - 2 * p for i, s, k, p in zip(input.shape[-2:], stride, kernel_size, padding, strict=True)
     ]
@@ -276,9 +256,16 @@ def avg_pool2d(
     Raises:
         RuntimeError: windows that do not fit, padding of more than half a window, a divisor of 0.
     """
-    stride = () if stride is None else stride
-    if is_compiling():
-        return ops.avg_pool2d(input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
+    if is_dynamo_compiling():
+        return ops.avg_pool2d(
+            input,
+            kernel_size,
+            () if stride is None else stride,
+            padding,
+            ceil_mode,
+            count_include_pad,
+            divisor_override,
+        )
     return _C.avg_pool2d(input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
 
 
@@ -302,7 +289,7 @@ def adaptive_avg_pool2d(input: Tensor, output_size) -> Tensor:
         if has_torch_function((input,)):
             return handle_torch_function(adaptive_avg_pool2d, (input,), input, output_size)
         output_size = _adaptive_size(input, output_size)
-    if is_compiling():
+    if is_dynamo_compiling():
         return ops.adaptive_avg_pool2d(input, _pair(output_size))
     return _C.adaptive_avg_pool2d(input, output_size)
 
@@ -356,7 +343,7 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     NaN stays NaN; the gradient at 0 is 0. The backward pass keeps the result, never the input. ``inplace=True`` writes
     the result over the input.
     """
-    if is_compiling():
+    if is_dynamo_compiling():
         return ops.relu_(input) if inplace else ops.relu(input)
     return _C.relu(input, inplace)
 
@@ -374,7 +361,7 @@ def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace
     Raises:
         ValueError: min_val above max_val.
     """
-    if is_compiling():
+    if is_dynamo_compiling():
         return (ops.hardtanh_ if inplace else ops.hardtanh)(input, min_val, max_val)
     return _C.hardtanh(input, min_val, max_val, inplace)
 
@@ -399,7 +386,7 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
     Raises:
         RuntimeError: a derivative of the in-place form with a negative slope, whose result hides the input's sign.
     """
-    if is_compiling():
+    if is_dynamo_compiling():
         return (ops.leaky_relu_ if inplace else ops.leaky_relu)(input, negative_slope)
     return _C.leaky_relu(input, negative_slope, inplace)
 
@@ -414,6 +401,6 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
 
     Source: He et al., Delving Deep into Rectifiers, 2015.
     """
-    if is_compiling():
+    if is_dynamo_compiling():
         return ops.prelu(input, weight)
     return _C.prelu(input, weight)

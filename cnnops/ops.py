@@ -7,8 +7,9 @@ the run.
 
 ============================  =======================================================================
 conv2d                        cross-correlation; its derivatives are the next two, and theirs the other two
-conv2d_grad_input             the gradient of conv2d's input; with a bias, conv_transpose2d
+conv2d_grad_input             the gradient of conv2d's input
 conv2d_grad_weight            the gradient of conv2d's weight
+conv_transpose2d              conv2d_grad_input with torch's sizes and a bias
 channel_sum                   ``(N, C, ...) -> (C)``: the gradient of a bias
 max_pool2d                    the largest values, and where in its window each was found
 max_pool2d_backward           its gradient
@@ -30,6 +31,7 @@ from cnnops import _C
 conv2d = torch.ops.cnnops.conv2d.default
 conv2d_grad_input = torch.ops.cnnops.conv2d_grad_input.default
 conv2d_grad_weight = torch.ops.cnnops.conv2d_grad_weight.default
+conv_transpose2d = torch.ops.cnnops.conv_transpose2d.default
 channel_sum = torch.ops.cnnops.channel_sum.default
 max_pool2d = torch.ops.cnnops.max_pool2d.default
 max_pool2d_backward = torch.ops.cnnops.max_pool2d_backward.default

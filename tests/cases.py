@@ -1,7 +1,8 @@
 """The one table of shapes, shared by the tests and the benchmarks.
 
 Every pair is (height, width), as everywhere in cnnops. Batches are small here; a benchmark takes a case by its name or
-tag and scales it: `replace(case, n=64)`. `flops` lets a test leave out what is too big for it.
+tag and scales it: `replace(case, n=64)`. `flops` lets a test leave out what is too big for it. The lists at the end, at
+the true sizes of well-known networks, are the benchmarks' alone.
 """
 
 from dataclasses import dataclass
@@ -335,3 +336,54 @@ AVG_POOL2D = [
         ),
     ),
 ]
+
+# --- benchmarks/ ---
+
+
+def _square(prefix, *rows, **options):
+    """(channels, filters, kernel, image[, stride]) -> a layer that keeps the image's size but for its stride."""
+    cases = []
+    for c, k, kernel, size, *stride in rows:
+        stride = stride[0] if stride else 1
+        name = f"{prefix}-{kernel}x{kernel}-{c}-{k}-{size}" + f"-s{stride}" * (stride > 1)
+        layer = {"groups": 1, "dilation": 1, **options}
+        groups = c if layer["groups"] == "depthwise" else layer["groups"]
+        d = layer["dilation"]
+        pair = [(v, v) for v in (kernel, stride, d * (kernel // 2), d)]
+        bias = prefix in ("vgg", "alexnet")  # the others' normalization has it
+        cases.append(Conv2dCase(name, 8, c, size, size, k, *pair, groups, bias, tags=("bench",)))
+    return cases
+
+
+BENCH_CONV2D = [
+    *_square("vgg", (3, 64, 3, 224), (64, 64, 3, 224), (64, 128, 3, 112), (128, 128, 3, 112), (128, 256, 3, 56)),
+    *_square("vgg", (256, 256, 3, 56), (256, 512, 3, 28), (512, 512, 3, 28), (512, 512, 3, 14)),
+    Conv2dCase("alexnet-11x11-3-64-224-s4", 8, 3, 224, 224, 64, (11, 11), (4, 4), (2, 2), tags=("bench",)),
+    *_square("alexnet", (64, 192, 5, 27)),
+    *_square("resnet", (3, 64, 7, 224, 2)),
+    *_square("resnet", (64, 64, 3, 56), (128, 128, 3, 28), (256, 256, 3, 14), (512, 512, 3, 7)),
+    *_square("resnet", (128, 128, 3, 56, 2), (256, 256, 3, 28, 2), (256, 512, 1, 56, 2), (512, 1024, 1, 28, 2)),
+    *_square("resnet", (64, 64, 1, 56), (64, 256, 1, 56), (256, 64, 1, 56), (128, 512, 1, 28), (512, 128, 1, 28)),
+    *_square("resnet", (256, 1024, 1, 14), (1024, 256, 1, 14), (512, 2048, 1, 7), (2048, 512, 1, 7)),
+    *_square("mobilenet", (16, 96, 1, 112), (144, 24, 1, 56), (384, 64, 1, 14), (960, 320, 1, 7)),
+    *_square("mobilenet", (32, 32, 3, 112), (96, 96, 3, 112, 2), (144, 144, 3, 56), groups="depthwise"),
+    *_square("mobilenet", (384, 384, 3, 14), (960, 960, 3, 7), groups="depthwise"),
+    *_square("resnext", (128, 128, 3, 56), (256, 256, 3, 28), (512, 512, 3, 14), (1024, 1024, 3, 7), groups=32),
+    *_square("deeplab-d2", (256, 256, 3, 28), dilation=2),
+    *_square("deeplab-d12", (512, 256, 3, 28), dilation=12),
+]
+
+# In the cache, 6 MB, and beyond it, 205 MB; n, c, h, w.
+_SIZES = {"cache": (64, 32, 28, 28), "memory": (64, 64, 112, 112)}
+BENCH_POOL2D = [
+    *_pool(
+        "bench",
+        *((f"2x2-{name}", *size, (2, 2), (2, 2), (0, 0), {}) for name, size in _SIZES.items()),
+        *((f"3x3-s2-{name}", *size, (3, 3), (2, 2), (1, 1), {}) for name, size in _SIZES.items()),
+    )
+]
+BENCH_ADAPTIVE = _pool(  # to 7x7
+    "bench",
+    *((f"7-{name}", *size, *[(size[-1] // 7,) * 2] * 2, (0, 0), {}) for name, size in _SIZES.items()),
+)
+BENCH_ELEMENTWISE = _pool("bench", *((name, *size, (1, 1), (1, 1), (0, 0), {}) for name, size in _SIZES.items()))

@@ -7,7 +7,18 @@ import sys
 import pytest
 import torch
 from cases import CONV2D, Conv2dCase
-from helpers import ALGORITHMS, DEVICES, DTYPES, PASSES, accepts, assert_equal, conv2d_operands, name_of, run_pass
+from helpers import (
+    ALGORITHMS,
+    DEVICES,
+    DTYPES,
+    PASSES,
+    accepts,
+    assert_equal,
+    conv2d_operands,
+    name_of,
+    or_refusal,
+    run_pass,
+)
 from torch.nn import functional as TF
 
 import cnnops
@@ -80,5 +91,23 @@ def test_sizes_are_64_bit():
 def test_more_than_2_to_the_31_elements(algorithm):
     x = torch.zeros(1, 1, 2, 2**30 + 5)
     x[..., -1] = torch.tensor([2.0, 3.0])
-    y = F.conv2d(x, torch.ones(1, 1, 2, 2), padding=(0, 1), algorithm=algorithm)
-    assert_equal(y[0, 0, 0, -3:], torch.tensor([0.0, 5.0, 5.0]))
+    with or_refusal(algorithm):
+        y = F.conv2d(x, torch.ones(1, 1, 2, 2), padding=(0, 1), algorithm=algorithm)
+        assert_equal(y[0, 0, 0, -3:], torch.tensor([0.0, 5.0, 5.0]))
+
+
+@pytest.mark.huge
+@pytest.mark.skipif(os.environ.get("CNNOPS_TEST_HUGE") != "1", reason="needs 20 GB; set CNNOPS_TEST_HUGE=1")
+@pytest.mark.parametrize("algorithm", ["direct", "depthwise"])
+def test_more_than_2_to_the_31_elements_channels_last(algorithm):
+    """Only the output is that large; its last pixel is looked at."""
+    side, k = 16_400, 8
+    x = torch.zeros(1, 4, side, side).to(memory_format=torch.channels_last)
+    x[0, :, -1, -1] = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    groups = 4 if algorithm == "depthwise" else 1
+    w = torch.ones(k, 4 // groups, 1, 1)
+    y = F.conv2d(x, w, groups=groups, algorithm=algorithm)
+    assert y.numel() > 2**31 and y.is_contiguous(memory_format=torch.channels_last)
+    expected = torch.arange(1.0, 5).repeat_interleave(k // 4) if groups == 4 else torch.full((k,), 10.0)
+    assert_equal(y[0, :, -1, -1], expected)
+    assert y[0, :, -1, -2].abs().sum() == 0

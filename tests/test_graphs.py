@@ -301,7 +301,8 @@ deprecated = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 def test_jit_trace():
     """A graph of our operators, also saved and loaded."""
     ours, _ = twins()
-    model = torch.nn.Sequential(ours.stem, ours.borders, ours.down, ours.head)
+    up = cnnops.nn.ConvTranspose2d(3, 3, 2, dtype=torch.float64)
+    model = torch.nn.Sequential(up, ours.stem, ours.borders, ours.down, ours.head)
     x = images(2, 3, 14, 13)
     traced = torch.jit.trace(model, x)
     assert "cnnops::conv2d" in str(traced.inlined_graph)
@@ -320,7 +321,9 @@ def compiled_autograd():
 
 REFUSED = {
     "torch.jit.script": lambda: torch.jit.script(cnnops.nn.Conv2d(2, 2, 3)),
-    "torch.jit.trace": lambda: torch.jit.trace(cnnops.nn.ConvTranspose2d(1, 1, 2), torch.ones(1, 1, 3, 3)),
+    "torch.jit.trace": lambda: torch.jit.trace(
+        cnnops.nn.MaxUnpool2d(2), (torch.ones(1, 1, 2, 2), torch.zeros(1, 1, 2, 2, dtype=torch.long))
+    ),
     "compiled autograd": compiled_autograd,
     "complex": lambda: F.conv2d(torch.ones(1, 1, 3, 3, dtype=torch.cfloat), torch.ones(1, 1, 2, 2, dtype=torch.cfloat)),
     "integers": lambda: F.conv2d(torch.ones(1, 1, 3, 3, dtype=torch.long), torch.ones(1, 1, 2, 2, dtype=torch.long)),

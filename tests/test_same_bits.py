@@ -123,6 +123,59 @@ def test_conv2d(case, dtype, algorithm, which, instruction_set):
         assert_law_holds(conv2d_subject(which, case, t, lambda *args: run_pass(*args, algorithm)))
 
 
+@pytest.mark.parametrize("which", PASSES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=name_of)
+@pytest.mark.parametrize("case", named(CONV2D, CONV2D_NAMES), ids=str)
+def test_conv2d_channels_last(case, dtype, which, instruction_set):
+    t = conv2d_operands(case).to(dtype).formatted(torch.channels_last)
+    assert_law_holds(conv2d_subject(which, case, t, run_pass))
+
+
+every_format = pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=name_of)
+
+
+@pytest.mark.parametrize("which", PASSES)
+@pytest.mark.parametrize("padding_mode", ["reflect", "replicate", "circular"])
+@every_format
+def test_borders(memory_format, padding_mode, which, instruction_set):
+    case = replace(next(case for case in CONV2D if case.name == "row-of-33"), n=BATCH)
+    t = conv2d_operands(case).to(torch.bfloat16).formatted(memory_format)
+    rest = (*case.arguments.values(), padding_mode)
+    functions = {
+        "forward": lambda t: torch.ops.cnnops.conv2d(t.x, t.w, t.b, *rest),
+        "grad_input": lambda t: torch.ops.cnnops.conv2d_grad_input(t.gy, t.w, None, t.x.shape[2:], *rest),
+        "grad_weight": lambda t: torch.ops.cnnops.conv2d_grad_weight(t.gy, t.x, t.w.shape[2:], *rest),
+    }
+    assert_law_holds(conv2d_subject(which, case, t, lambda which, t, _: functions[which](t)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@every_format
+def test_pooling_of_other_kinds(memory_format, dtype, instruction_set):
+    """channels_last, adaptive windows, unpooling."""
+    ops, window = torch.ops.cnnops, ((3, 2), (2, 1), (1, 0))
+    x = numbers(BATCH, 19, 13, 12).to(dtype, memory_format=memory_format)
+    y, positions = ops.max_pool2d(x, *window)
+    gy = numbers(*y.shape, seed="gy").to(dtype).contiguous(memory_format=memory_format)
+    small, at = ops.adaptive_max_pool2d(x, (5, 7))
+    pooled, indices = cnnops.functional.max_pool2d(x, 2, return_indices=True)
+    for subject in [
+        Subject(lambda x: ops.max_pool2d(x, *window), [x], []),
+        Subject(lambda gy, at: ops.max_pool2d_backward(gy, at, (13, 12), *window), [gy, positions], []),
+        Subject(lambda x: ops.avg_pool2d(x, *window), [x], []),
+        Subject(lambda gy: ops.avg_pool2d_backward(gy, (13, 12), *window), [gy], []),
+        Subject(lambda x: ops.adaptive_max_pool2d(x, (5, 7)), [x], []),
+        Subject(lambda gy, at: ops.adaptive_max_pool2d_backward(gy, at, (13, 12)), [small, at], []),
+        Subject(lambda x, at: ops.adaptive_max_pool2d_gather(x, at), [x, at], []),
+        Subject(lambda x: ops.adaptive_avg_pool2d(x, (5, 7)), [x], []),
+        Subject(lambda x: ops.adaptive_avg_pool2d(x, (1, 1)), [x], []),
+        Subject(lambda gy: ops.adaptive_avg_pool2d_backward(gy, (13, 12)), [small], []),
+        Subject(lambda x, at: ops.max_unpool2d(x, at, (13, 12)), [pooled, indices], []),
+        Subject(ops.channel_sum, [x], [], reduces=True),
+    ]:
+        assert_law_holds(subject)
+
+
 @every_dtype
 @pytest.mark.parametrize("case", named(MAX_POOL2D, POOL2D_NAMES), ids=str)
 def test_max_pool2d(case, dtype, instruction_set):
@@ -153,6 +206,7 @@ def test_activations(shape, dtype, instruction_set):
     for subject in [
         Subject(ops.relu, [x], []),
         Subject(ops.relu_backward, [gy, y], []),
+        Subject(lambda x: ops.hardtanh(x, -0.5, 0.7), [x], []),
         Subject(lambda x: ops.leaky_relu(x, 0.3), [x], []),
         Subject(lambda gy, x: ops.leaky_relu_backward(gy, x, 0.3), [gy, x], []),
         Subject(ops.prelu, [x], [w]),

@@ -131,10 +131,14 @@ Tensor adaptive_avg_pool2d_backward_meta(const Tensor& grad_output, c10::SymIntA
 
 // ---- derivatives ----
 
-Tensor call(const Tensor& input, const FixedAverage& a) {
+const c10::TypedOperatorHandle<decltype(avg_pool2d)>& avg_operator() {
   static const auto op = find_operator<decltype(avg_pool2d)>("cnnops::avg_pool2d");
-  return op.call(input, a.kernel_size, a.stride, a.padding, a.ceil_mode, a.divisor.count_include_pad,
-                 a.divisor_override);
+  return op;
+}
+
+Tensor call(const Tensor& input, const FixedAverage& a) {
+  return avg_operator().call(input, a.kernel_size, a.stride, a.padding, a.ceil_mode, a.divisor.count_include_pad,
+                             a.divisor_override);
 }
 
 Tensor call(const Tensor& input, const AdaptiveAverage& a) {
@@ -184,6 +188,11 @@ Tensor differentiable_backward(const Tensor& grad_output, c10::SymIntArrayRef in
 
 Tensor avg_pool2d_autograd(const Tensor& input, IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding,
                            bool ceil_mode, bool count_include_pad, std::optional<int64_t> divisor_override) {
+  if (!may_be_differentiated(input)) {
+    return below_autograd([&] {
+      return avg_operator().call(input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override);
+    });
+  }
   return differentiable_average(
       input, FixedAverage("avg_pool2d", kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override));
 }

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
 
 #include <algorithm>
 #include <array>
@@ -33,6 +34,9 @@ c10::ArrayRef<Int> sizes_of(const Tensor& t) {
 template <class Int>
 Tensor empty(c10::ArrayRef<Int> sizes, const at::TensorOptions& options, at::MemoryFormat format) {
   if constexpr (std::is_same_v<Int, int64_t>) {
+    if (options.device().is_cpu()) {  // by the short way that torch's own kernels take
+      return at::detail::empty_cpu(sizes, options.dtype().toScalarType(), /*pin_memory=*/false, format);
+    }
     return at::empty(sizes, options, format);
   } else {
     return at::empty_symint(sizes, options, format);

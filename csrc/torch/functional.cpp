@@ -42,6 +42,9 @@ PyObject* call(torch::PythonArgParser& parser, PyObject* args, PyObject* kwargs,
   END_HANDLE_TH_ERRORS
 }
 
+/// Stands for the operators' default.
+const std::vector<int64_t> kNone;
+
 /// Runs an operator without Python's lock.
 template <class Signature, class... Arguments>
 auto unlocked(const c10::TypedOperatorHandle<Signature>& op, Arguments&&... arguments) {
@@ -63,27 +66,42 @@ PyObject* conv2d(PyObject*, PyObject* args, PyObject* kwargs) {
   });
 }
 
+PyObject* conv_transpose2d(PyObject*, PyObject* args, PyObject* kwargs) {
+  static torch::PythonArgParser parser(
+      {"conv_transpose2d(Tensor input, Tensor weight, Tensor? bias, IntArrayRef[2] stride, IntArrayRef[2] padding, "
+       "SymIntArrayRef[2] output_padding, int64_t groups, IntArrayRef[2] dilation, std::string algorithm)"});
+  static const auto op =
+      find_operator<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, IntArrayRef, IntArrayRef,
+                           c10::SymIntArrayRef, int64_t, IntArrayRef, std::string_view)>("cnnops::conv_transpose2d");
+  return call<9>(parser, args, kwargs, [](PythonArgs& r) {
+    const std::string algorithm = r.string(8);
+    return unlocked(op, r.tensor(0), r.tensor(1), r.optionalTensor(2), r.intlist(3), r.intlist(4), r.symintlist(5),
+                    r.toInt64(6), r.intlist(7), algorithm);
+  });
+}
+
 PyObject* max_pool2d(PyObject*, PyObject* args, PyObject* kwargs) {
   static torch::PythonArgParser parser(
-      {"max_pool2d(Tensor input, IntArrayRef[2] kernel_size, IntArrayRef[2] stride, IntArrayRef[2] padding, "
+      {"max_pool2d(Tensor input, IntArrayRef[2] kernel_size, IntArrayRef[2]? stride, IntArrayRef[2] padding, "
        "IntArrayRef[2] dilation, bool ceil_mode)"});
   static const auto op = find_operator<std::tuple<Tensor, Tensor>(const Tensor&, IntArrayRef, IntArrayRef, IntArrayRef,
                                                                   IntArrayRef, bool)>("cnnops::max_pool2d");
   return call<6>(parser, args, kwargs, [](PythonArgs& r) {
-    return std::get<0>(unlocked(op, r.tensor(0), r.intlist(1), r.intlist(2), r.intlist(3), r.intlist(4), r.toBool(5)));
+    return std::get<0>(unlocked(op, r.tensor(0), r.intlist(1), r.intlistOptional(2).list.value_or(kNone), r.intlist(3),
+                                r.intlist(4), r.toBool(5)));
   });
 }
 
 PyObject* avg_pool2d(PyObject*, PyObject* args, PyObject* kwargs) {
   static torch::PythonArgParser parser(
-      {"avg_pool2d(Tensor input, IntArrayRef[2] kernel_size, IntArrayRef[2] stride, IntArrayRef[2] padding, "
+      {"avg_pool2d(Tensor input, IntArrayRef[2] kernel_size, IntArrayRef[2]? stride, IntArrayRef[2] padding, "
        "bool ceil_mode, bool count_include_pad, int64_t? divisor_override)"});
   static const auto op =
       find_operator<Tensor(const Tensor&, IntArrayRef, IntArrayRef, IntArrayRef, bool, bool, std::optional<int64_t>)>(
           "cnnops::avg_pool2d");
   return call<7>(parser, args, kwargs, [](PythonArgs& r) {
-    return unlocked(op, r.tensor(0), r.intlist(1), r.intlist(2), r.intlist(3), r.toBool(4), r.toBool(5),
-                    r.toInt64Optional(6));
+    return unlocked(op, r.tensor(0), r.intlist(1), r.intlistOptional(2).list.value_or(kNone), r.intlist(3), r.toBool(4),
+                    r.toBool(5), r.toInt64Optional(6));
   });
 }
 
@@ -141,6 +159,7 @@ PyMethodDef method(const char* name, Function* function) {
 void add_functional(pybind11::module_& module) {
   static PyMethodDef methods[] = {
       method("conv2d", conv2d),
+      method("conv_transpose2d", conv_transpose2d),
       method("max_pool2d", max_pool2d),
       method("avg_pool2d", avg_pool2d),
       method("adaptive_avg_pool2d", adaptive_avg_pool2d),

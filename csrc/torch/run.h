@@ -36,6 +36,17 @@ void* scratch(int64_t bytes);
 
 [[noreturn]] void refuse_cuda();
 
+/// Calls run(begin, end) for ranges of tasks, on as many of torch's threads as have `grain` tasks or more to do. (Asking
+/// torch costs more than a tiny tensor's kernel.)
+template <class Run>
+void split(int64_t tasks, int64_t grain, const Run& run) {
+  if (tasks <= grain) {
+    if (tasks > 0) run(0, tasks);
+  } else {
+    at::parallel_for(0, tasks, grain, run);
+  }
+}
+
 /// Runs one kernel over `tasks` on the device of `like`. `body(kernels, call)` picks a kernel from the table and calls
 /// call(kernel, arguments...); on the CPU the tasks are split over torch's threads, `grain` or more at a time.
 template <class S, class Body>
@@ -62,7 +73,7 @@ void run_on_device(const at::Tensor& like, int64_t tasks, int64_t grain, const B
   } else {
     body(cpu_kernels<S>(), [&](auto kernel, auto... arguments) {
       check(kernel);
-      at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) { kernel(arguments..., begin, end); });
+      split(tasks, grain, [&](int64_t begin, int64_t end) { kernel(arguments..., begin, end); });
     });
   }
 }

@@ -1,0 +1,104 @@
+"""``python -m cnnops bench``: our operators beside torch's."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import measure, peers, report
+from benchmarks.workloads import GROUPS, PASSES, WORKLOADS, Workload
+
+ROOT = Path(__file__).parent.parent
+
+
+def parser() -> argparse.ArgumentParser:
+    groups, libraries = [group.name for group in GROUPS], ", ".join(peers.LIBRARIES)
+    parser = argparse.ArgumentParser(prog="python -m cnnops bench", description=__doc__)
+    parser.epilog = f"groups: {', '.join(groups)}; passes: {', '.join(PASSES)}"
+    add = parser.add_argument
+    add("--group", nargs="+", choices=groups, metavar="GROUP")
+    add("--case", nargs="+", metavar="TEXT", help="workloads with one of these in their name")
+    add("--pass", nargs="+", choices=PASSES, default=list(PASSES), dest="passes", metavar="PASS")
+    add("--dtype", nargs="+", choices=["float32", "float64", "bfloat16"], metavar="DTYPE")
+    add("--n", nargs="+", type=int, help="batch sizes")
+    add("--list", action="store_true", help="only list the workloads")
+    add("--threads", type=int, default=torch.get_num_threads())
+    add("--peers", action="store_true", help=f"forward also by torch.compile, and {libraries} where installed")
+    add("--quick", action="store_true", help="few rounds: a look, not a measurement")
+    add("--keep-memory", action="store_true", help="let glibc keep freed memory: no page faults in the times")
+    add("--save", type=Path, metavar="DIR", help="write bench.json, after every row, and bench.png")
+    add("--write-docs", type=Path, metavar="JSON", help="only write docs/performance.md and the README's table")
+    return parser
+
+
+def selected(options) -> list[Workload]:
+    return [
+        load
+        for load in WORKLOADS
+        if (not options.group or set(load.groups) & set(options.group))
+        and (not options.case or any(text in load.name for text in options.case))
+        and (not options.dtype or load.dtype_name in options.dtype)
+        and (not options.n or load.case.n in options.n)
+        and set(load.passes) & set(options.passes)
+    ]
+
+
+def run(loads: list[Workload], options, console: Console) -> dict:
+    effort = measure.QUICK if options.quick else measure.Effort()
+    data = {"machine": measure.machine(), "ceilings": measure.ceilings(), "quick": options.quick, "results": []}
+    console.print(report.machine(data), soft_wrap=True)
+    if float(load := data["machine"]["load before"]) > 0.5:
+        console.print(f"The machine was busy (load {load}): do not trust what follows.", style="red")
+    limits = data["ceilings"]
+    arithmetic = ", ".join(f"{dtype} {rate:.0f} GFLOP/s" for dtype, rate in limits["flops"].items())
+    copies = ", ".join(f"{size / 2**20:.0f} MB {rate:.0f} GB/s" for size, rate in limits["copy"].items())
+    console.print(f"ceilings: matrix products {arithmetic}; copies of {copies}\n\n{report.HEADER}", soft_wrap=True)
+    for load in loads:
+        for row in measure.measure(load, options.passes, effort, options.peers):
+            data["results"].append(row)
+            console.print(report.line(row, limits), markup=False, highlight=False, soft_wrap=True)
+            if options.save:
+                save(data, options.save)
+    return data
+
+
+def save(data: dict, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / "bench.json.partial"
+    partial.write_text(json.dumps(data, indent=1))
+    partial.replace(folder / "bench.json")
+
+
+def main(arguments: list[str]) -> None:
+    options = parser().parse_args(arguments)
+    if options.write_docs:
+        report.write_docs(json.loads(options.write_docs.read_text()), ROOT)
+        return
+    loads = selected(options)
+    if not loads:
+        sys.exit("no workload is like that; --list shows what there is")
+    if options.list:
+        print(*(f"{load.name:48} {' '.join(load.groups)}" for load in loads), sep="\n")
+        return
+    if options.keep_memory and not measure.KEEP_MEMORY.items() <= os.environ.items():
+        os.execve(
+            sys.executable,
+            [sys.executable, "-m", "cnnops", "bench", *arguments],
+            {**os.environ, **measure.KEEP_MEMORY},
+        )
+    torch.set_num_threads(options.threads)
+    console = Console()
+    data = run(loads, options, console)
+    table = Table(*report.SUMMARY, title="torch's time over ours: geometric mean and least of a group")
+    for entry in report.summary(data["results"]):
+        table.add_row(entry["group"].name, *report.cells(entry)[1:])
+    console.print(table)
+    if options.save:
+        report.picture(data, options.save / "bench.png")
+    if wrong := report.failures(data["results"]):
+        sys.exit("\n".join(wrong))
