@@ -99,7 +99,7 @@ def settle(model: nn.Module, images: Tensor) -> None:
 def prepared(name: str, dtype: torch.dtype, size: int | None) -> tuple[nn.Module, Tensor]:
     """The model and images of this size, or the smallest that it takes."""
     for attempt in [size] if size else SIZES:
-        torch.manual_seed(0)
+        torch.manual_seed(2)
         model = build(name, attempt).to(dtype)
         images = torch.randn(2, 3, *[getattr(model, "image_size", attempt)] * 2, dtype=dtype)
         try:
