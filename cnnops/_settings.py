@@ -24,8 +24,22 @@ class Settings:
     def instruction_set(self, name: str) -> None:
         _C.set_instruction_set(name)
 
+    @property
+    def cache_limit(self) -> int:
+        """How many bytes of freed memory are kept at most for the next tensors, on the CPU; 0 keeps none.
+
+        The environment variable CNNOPS_CACHE_LIMIT sets it from the start. Otherwise it is an eighth of the memory that
+        the process may use (the machine's, its container's or what ulimit says), 4 GiB at most, and 0 under a sanitizer.
+        Setting it to less gives back what is too much at once. A tensor larger than the limit is never kept.
+        """
+        return _C.memory_stats()["limit"]
+
+    @cache_limit.setter
+    def cache_limit(self, size: int) -> None:
+        _C.set_cache_limit(size)
+
     def __repr__(self) -> str:
-        return f"Settings(instruction_set={self.instruction_set!r})"
+        return f"Settings(instruction_set={self.instruction_set!r}, cache_limit={self.cache_limit})"
 
 
 settings = Settings()

@@ -81,3 +81,23 @@ def conv2d_algorithm(
     """
     stride, padding, dilation = ([v] if isinstance(v, int) else v for v in (stride, padding, dilation))
     return _C.conv2d_algorithm(input, weight, stride, padding, dilation, groups, padding_mode, algorithm, which)
+
+
+def conv2d_workspace(
+    input,
+    weight,
+    stride=1,
+    padding=0,
+    dilation=1,
+    groups=1,
+    *,
+    padding_mode="zeros",
+    algorithm="auto",
+    which="forward",
+) -> int:
+    """The scratch memory of the same algorithm, in bytes: each thread's on the CPU, all of a call's on a GPU.
+
+    It grows neither with the batch nor with the image. Arguments and errors are :func:`conv2d_algorithm`'s.
+    """
+    stride, padding, dilation = ([v] if isinstance(v, int) else v for v in (stride, padding, dilation))
+    return _C.conv2d_workspace(input, weight, stride, padding, dilation, groups, padding_mode, algorithm, which)

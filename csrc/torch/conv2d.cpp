@@ -62,7 +62,7 @@ void run_grad_input_and_fold(const Conv2dGeometry& g, const std::string& algorit
                              const Tensor& weight, const Tensor& out) {
   const Conv2dGeometry plain = written_out(g);
   const int64_t sizes[] = {g.n, g.c, plain.in[0], plain.in[1]};
-  const Tensor padded = at::empty(sizes, out.options(), format_of(g.layout));
+  const Tensor padded = empty<int64_t>(sizes, out.options(), format_of(g.layout));
   run(plain, Pass::grad_input, algorithm, grad_output, weight, {}, padded);
   const int64_t rows = g.n * g.in[0] * (g.layout == Layout::channels_last ? 1 : g.c);
   with_real_number(out.scalar_type(), [&](auto number) {

@@ -2,8 +2,8 @@
 
 #include <atomic>
 #include <cstdlib>
-#include <memory>
-#include <new>
+
+#include "memory.h"
 
 namespace cnnops {
 namespace {
@@ -26,15 +26,6 @@ std::atomic<const cpu::InstructionSet*>& current() {
   return set;
 }
 
-struct Scratch {
-  static constexpr std::align_val_t kAlignment{64};
-  struct Delete {
-    void operator()(void* p) const { ::operator delete(p, kAlignment); }
-  };
-  std::unique_ptr<void, Delete> memory;
-  int64_t size = 0;
-};
-
 }  // namespace
 
 const cpu::InstructionSet& instruction_set() { return *current().load(std::memory_order_relaxed); }
@@ -42,14 +33,15 @@ const cpu::InstructionSet& instruction_set() { return *current().load(std::memor
 void set_instruction_set(const std::string& name) { current().store(&find_instruction_set(name)); }
 
 void* scratch(int64_t bytes) {
-  thread_local Scratch scratch;
-  if (scratch.size < bytes) {
-    scratch.memory.reset();
-    scratch.size = 0;
-    scratch.memory.reset(::operator new(bytes, Scratch::kAlignment));
-    scratch.size = bytes;
+  thread_local c10::DataPtr memory;
+  thread_local int64_t size = 0;
+  if (size < bytes) {
+    memory.clear();
+    size = 0;
+    memory = warm_memory()->allocate(bytes);
+    size = bytes;
   }
-  return scratch.memory.get();
+  return memory.get();
 }
 
 void refuse_cuda() {
