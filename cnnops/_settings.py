@@ -29,7 +29,7 @@ class Settings:
         """How many bytes of freed memory are kept at most for the next tensors, on the CPU; 0 keeps none.
 
         The environment variable CNNOPS_CACHE_LIMIT sets it from the start. Otherwise it is an eighth of the memory that
-        the process may use (the machine's, its container's or what ulimit says), 4 GiB at most, and 0 under a sanitizer.
+        the process may use (the machine's, its container's or ulimit's), 4 GiB at most, and 0 under a sanitizer.
         Setting it to less gives back what is too much at once. A tensor larger than the limit is never kept.
         """
         return _C.memory_stats()["limit"]
