@@ -11,11 +11,15 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from math import prod
+from pathlib import Path
 
 import cases
 import pytest
 import torch
-from helpers import PASSES, conv2d_operands, run_pass, same_bits
+from helpers import PASSES, accepts, conv2d_operands, or_refusal, run_pass, same_bits
 
 import cnnops
 from cnnops import functional as F
@@ -104,8 +108,9 @@ def test_small_tensors_are_torchs():
 def test_statistics_of_a_convolution():
     x, w = torch.randn(4, 8, 64, 64), torch.randn(8, 8, 3, 3)
     F.conv2d(x, w, padding=1)  # the thread's scratch memory, if it is large, stays in use
-    change, _ = changes(lambda: F.conv2d(x, w, padding=1))
-    assert (change["hits"], change["misses"], change["bytes_in_use"]) == (1, 0, 0)
+    change, y = changes(lambda: F.conv2d(x, w, padding=1))
+    assert (change["hits"], change["misses"], change["bytes_in_use"]) == (1, 0, y.nbytes)
+    del y
     stats = cnnops.memory_stats()
     assert 0 <= stats["bytes_in_use"] <= stats["bytes_in_use_peak"]
     assert 0 < stats["bytes_cached"] <= stats["bytes_cached_peak"]
@@ -227,12 +232,12 @@ def test_where_there_is_no_memory():
 import resource, torch, cnnops
 from cnnops import functional as F
 cnnops.settings.cache_limit = 2**40
-x = torch.zeros(2**26)  # 256 MB
+x, larger = torch.zeros(2**26), torch.zeros(2**26 + 2**24)  # 256 and 320 MB
 F.relu(x)
 used = int(open('/proc/self/statm').read().split()[0]) * 4096
 resource.setrlimit(resource.RLIMIT_AS, (used + 128 * 2**20, -1))
 assert cnnops.memory_stats()['bytes_cached'] == 2**28
-y = F.relu(torch.zeros(1).expand(2**26 + 2**24))  # fits, if the block kept is gone
+y = F.relu(larger)  # fits, if the block kept is gone
 assert cnnops.memory_stats()['bytes_cached'] == 0
 in_use = cnnops.memory_stats()['bytes_in_use']
 try:
@@ -286,7 +291,10 @@ def test_scratch_of_a_thread_that_ends_is_kept():
     for _ in range(3):
         thread = threading.Thread(target=work)
         change, _ = changes(lambda thread=thread: (thread.start(), thread.join()))
-    assert cnnops.memory_stats()["bytes_in_use"] == before
+        patience = time.monotonic() + 10  # Python's thread is at its end a little before the system's
+        while cnnops.memory_stats()["bytes_in_use"] != before:
+            assert time.monotonic() < patience
+            time.sleep(0.001)
     assert change["misses"] == 0 < change["hits"]
 
 
@@ -333,16 +341,13 @@ def test_data_loader():
 
 
 def test_at_exit():
-    """Tensors that live until the interpreter's end, and a thread that frees one while it ends."""
+    """Tensors and scratch memory that live until the interpreter's end, and blocks that are kept."""
     code = """
-import threading, time, torch, cnnops
+import torch, cnnops
 from cnnops import functional as F
 kept = [F.relu(torch.ones(2**20)) for _ in range(4)]
-def work():
-    while True:
-        F.relu(torch.ones(2**20))
-threading.Thread(target=work, daemon=True).start()
-time.sleep(0.2)
+F.conv2d(torch.ones(1, 64, 32, 32), torch.ones(64, 64, 5, 5), algorithm="im2col")
+del kept[0]
 """
     status, _, error = run(code)
     assert status == 0, error
@@ -421,7 +426,14 @@ def assert_indifferent(call):
 
 
 formats = pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-LARGE = [case for case in cases.CONV2D if 65536 <= max(case.flops // 1000, 4 * torch.Size(case.output_shape).numel())]
+
+
+def with_large_output(case):
+    """With a batch that makes the output a block of the cache in float32."""
+    return replace(case, n=max(case.n, -(-32768 // prod(case.output_shape[1:]))))
+
+
+LARGE = [case for case in map(with_large_output, cases.CONV2D) if case.n <= 64 and case.flops < 2e8]
 
 
 @formats
@@ -430,27 +442,23 @@ LARGE = [case for case in cases.CONV2D if 65536 <= max(case.flops // 1000, 4 * t
 def test_convolutions_write_every_element(algorithm, which, memory_format):
     ran = 0
     for case in LARGE:
-        if case.flops > 3e8:
-            continue
         t = conv2d_operands(case).to(torch.float32).formatted(memory_format)
         settings = {**case.arguments, "algorithm": algorithm, "which": which}
-        try:
-            workspace = cnnops.ops.conv2d_workspace(t.x, t.w, **settings)
-        except RuntimeError:
+        if algorithm != "auto" and not accepts(which, t, case, algorithm):
             continue
+        workspace = cnnops.ops.conv2d_workspace(t.x, t.w, **settings)
 
         # In a thread of its own, so that its scratch memory comes from the same blocks.
         def call(t=t, case=case, workspace=workspace):
             poison(workspace)
-            results = []
-            thread = threading.Thread(target=lambda: results.append(run_pass(which, t, case, algorithm)))
-            thread.start()
-            thread.join()
-            return results
+            with ThreadPoolExecutor(1) as thread:
+                return [thread.submit(run_pass, which, t, case, algorithm).result()]
 
-        assert_indifferent(call)
-        ran += 1
-    assert ran
+        with or_refusal(algorithm):
+            assert_indifferent(call)
+            ran += 1
+    if not ran:
+        pytest.skip(f"{algorithm} takes none of these in this layout")
 
 
 def with_gradients(function):
@@ -510,3 +518,23 @@ def test_workspace_is_at_most_8_mib_per_thread(which, memory_format):
             except RuntimeError:  # it refuses
                 continue
             assert size <= 8 * MB, f"{algorithm}, {case}: {size / MB:.1f} MiB"
+
+
+# ---- the figures of docs/memory.md ----
+
+
+def test_figures():
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    from benchmarks import memory
+
+    block = memory.Block("small", 2, 4, 16, 8, 3, 1, 2)
+    x = torch.randn(block.shape, requires_grad=True)
+    kept = {name: memory.kept_for_backward(module, x) for name, module in block.contestants().items()}
+    activation = 2 * 8 * 16 * 16 * 4
+    assert kept["torch"] >= activation + activation // 4 * 2  # ReLU's result, and an int64 per pooled pixel
+    assert activation <= kept["ours"] < kept["torch"]
+    page = "text\n<!-- kept -->\nold\n<!-- /kept -->\nmore"
+    assert memory.with_table(page, "kept", "| new |") == "text\n<!-- kept -->\n| new |\n<!-- /kept -->\nmore"
+    with open(memory.PAGE) as file:
+        text = file.read()
+    assert all(memory.with_table(text, part, "") != text for part in memory.PARTS)

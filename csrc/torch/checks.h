@@ -6,6 +6,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
+#include <ATen/ExpandUtils.h>
 
 #include <algorithm>
 #include <array>
@@ -47,11 +48,12 @@ Tensor empty(c10::ArrayRef<Int> sizes, const at::TensorOptions& options, at::Mem
 
 /// A tensor of `t`'s shape, dense, in the layout that torch's own element-wise operators would choose.
 inline Tensor empty_alike(const Tensor& t) {
-  if (t.key_set().has(c10::DispatchKey::CPU) && t.is_non_overlapping_and_dense()) {
-    return at::detail::empty_strided_generic(t.sizes(), t.strides(), warm_memory(),
+  if (!t.key_set().has(c10::DispatchKey::CPU)) return at::empty_like(t);
+  const auto make = [&](IntArrayRef strides) {
+    return at::detail::empty_strided_generic(t.sizes(), strides, warm_memory(),
                                              c10::DispatchKeySet(c10::DispatchKey::CPU), t.scalar_type());
-  }
-  return at::empty_like(t);
+  };
+  return t.is_non_overlapping_and_dense() ? make(t.strides()) : make(at::infer_dense_strides(t.sizes(), t.strides()));
 }
 
 using Named = std::pair<const char*, const Tensor&>;
