@@ -48,7 +48,8 @@ Tensor empty(c10::ArrayRef<Int> sizes, const at::TensorOptions& options, at::Mem
 
 /// A tensor of `t`'s shape, dense, in the layout that torch's own element-wise operators would choose.
 inline Tensor empty_alike(const Tensor& t) {
-  if (!t.key_set().has(c10::DispatchKey::CPU)) return at::empty_like(t);
+  // torch.compile's fake tensors say that they are on the CPU, too, but answer to Python.
+  if (!t.is_cpu() || t.key_set().has(c10::DispatchKey::Python)) return at::empty_like(t);
   const auto make = [&](IntArrayRef strides) {
     return at::detail::empty_strided_generic(t.sizes(), strides, warm_memory(),
                                              c10::DispatchKeySet(c10::DispatchKey::CPU), t.scalar_type());
