@@ -17,11 +17,37 @@ namespace {
 
 /// to[i] = op(from[i]...) for i < count.
 template <class S, class Op, class... From>
-void map(int64_t count, S* to, const Op& op, const From*... from) {
+void map_cached(int64_t count, S* to, const Op& op, const From*... from) {
   constexpr int64_t L = kLanes<Sum<S>>;
   int64_t i = 0;
+  for (; i + 4 * L <= count; i += 4 * L) {
+    const Vec<Sum<S>> a = op(load(from + i)...), b = op(load(from + i + L)...);
+    const Vec<Sum<S>> c = op(load(from + i + 2 * L)...), d = op(load(from + i + 3 * L)...);
+    store(to + i, a);
+    store(to + i + L, b);
+    store(to + i + 2 * L, c);
+    store(to + i + 3 * L, d);
+  }
   for (; i + L <= count; i += L) store(to + i, op(load(from + i)...));
   if (i < count) store_first(to + i, op(load_first(from + i, count - i)...), count - i);
+}
+
+/// The same; what is much larger than the cache is written past it, which spares reading what is overwritten.
+template <class S, class Op, class... From>
+void map(int64_t count, S* to, const Op& op, const From*... from) {
+  if constexpr (std::is_same_v<S, Sum<S>>) {
+    constexpr int64_t L = kLanes<S>;
+    const int64_t beyond = reinterpret_cast<uintptr_t>(to) / sizeof(S) % L;
+    const int64_t head = beyond > 0 ? L - beyond : 0;
+    if (((from != to) && ...) && count > head && past_cache(to + head, count - head)) {
+      map_cached(head, to, op, from...);
+      int64_t i = head;
+      for (; i + L <= count; i += L) store_past_cache(to + i, op(load(from + i)...));
+      stores_done();
+      return map_cached(count - i, to + i, op, (from + i)...);
+    }
+  }
+  map_cached(count, to, op, from...);
 }
 
 template <class S>
@@ -158,8 +184,10 @@ void channel_sum(const S* x, int64_t n, int64_t channels, int64_t inner, S* sums
 template <class S>
 void prelu_grad_weight(const S* gy, const S* x, int64_t n, int64_t channels, int64_t inner, S* sums, int64_t begin,
                        int64_t end) {
-  sum_channels(n, channels, inner, sums, begin, end,
-               [=](int64_t i) { return value(x[i]) > 0 ? 0.0 : double(value(gy[i])) * double(value(x[i])); });
+  sum_channels(n, channels, inner, sums, begin, end, [=](int64_t i) {
+    const double product = double(value(gy[i])) * double(value(x[i]));  // read first, so that lanes need no branch
+    return value(x[i]) > 0 ? 0.0 : product;
+  });
 }
 
 }  // namespace
