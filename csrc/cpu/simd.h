@@ -176,6 +176,52 @@ static inline Vec<Sum<S>> load_first(const S* p, int64_t count) {
 #endif
 }
 
+/// Lanes [begin, end) of the vector at p, `rest` elsewhere; nothing outside them is read.
+template <class S>
+static inline Vec<Sum<S>> load_between(const S* p, int64_t begin, int64_t end, Sum<S> rest) {
+  using T = Sum<S>;
+#if defined(__AVX512F__)
+  const Vec<T> inside = load_lanes(p, begin, end);
+  const uint32_t lanes = (1u << end) - (1u << begin);
+  if constexpr (sizeof(T) == 8) {
+    return (Vec<T>)_mm512_mask_blend_epi64(__mmask8(lanes), (__m512i)broadcast(rest), (__m512i)inside);
+  } else {
+    return (Vec<T>)_mm512_mask_blend_epi32(__mmask16(lanes), (__m512i)broadcast(rest), (__m512i)inside);
+  }
+#else
+  if (end - begin == kLanes<T>) return load(p);
+  Vec<T> v = broadcast(rest);
+  for (int64_t i = begin; i < end; ++i) v[i] = value(p[i]);
+  return v;
+#endif
+}
+
+/// Writes past the cache, to an address that is a multiple of kVectorBytes: for what is not read again soon. Whoever
+/// calls it calls stores_done() last.
+template <class T>
+static inline void store_past_cache(T* p, Vec<T> v) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512((__m512i*)p, (__m512i)v);
+#elif defined(__AVX2__)
+  _mm256_stream_si256((__m256i*)p, (__m256i)v);
+#else
+  store(p, v);
+#endif
+}
+
+static inline void stores_done() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
+/// Whether so many numbers, from p on, are better written past the cache.
+template <class S>
+static inline bool past_cache(const S* p, int64_t count) {
+  return std::is_same_v<S, Sum<S>> && count * sizeof(S) > (16 << 20) &&
+         reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0;
+}
+
 template <class S>
 static inline void store_first(S* p, Vec<Sum<S>> v, int64_t count) {
 #if defined(__AVX512F__)
