@@ -44,6 +44,7 @@ CONV2D_NAMES = [
     "row-of-33",
     "channels-prime",
     "depthwise-multiplier",
+    "depthwise-many",
 ]
 POOL2D_NAMES = ["resnet-stem", "asymmetric-ceil", "overlapping-padded", "row-over-vector-3x3", "window-of-289"]
 
