@@ -24,8 +24,21 @@ class Settings:
     def instruction_set(self, name: str) -> None:
         _C.set_instruction_set(name)
 
+    @property
+    def accurate(self) -> bool:
+        """Whether ``algorithm="auto"`` means ``"accurate"``: the fastest algorithm whose rounding error is at most 1.5
+        times that of ``"direct"``. False, unless set here or by the environment variable CNNOPS_ACCURATE=1.
+
+        It is read when a convolution runs, also in a graph that torch.compile made before.
+        """
+        return _C.accurate()
+
+    @accurate.setter
+    def accurate(self, on: bool) -> None:
+        _C.set_accurate(on)
+
     def __repr__(self) -> str:
-        return f"Settings(instruction_set={self.instruction_set!r})"
+        return f"Settings(instruction_set={self.instruction_set!r}, accurate={self.accurate})"
 
 
 settings = Settings()

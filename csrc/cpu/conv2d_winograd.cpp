@@ -202,7 +202,8 @@ Conv2dAlgorithm<Conv2dRun<S>> conv2d_winograd() {
           refuses<S>,
           run<S, Pass::forward>(),
           run<S, Pass::grad_input>(),
-          grad_weight_run<S>()};
+          grad_weight_run<S>(),
+          false};
 }
 
 template Conv2dAlgorithm<Conv2dRun<float>> conv2d_winograd();
