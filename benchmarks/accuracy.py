@@ -103,7 +103,7 @@ def table(dtype, layers) -> list[str]:
         for key, pairs in measure(case, dtype).items():
             errors[key].append(max(e for e, _ in pairs))
             ratios[key] += [max(e / direct for e, direct in pairs if direct)] if pairs[0][1] else []
-        print(dtype, case, {" ".join(key): f"{es[-1]:.1e}" for key, es in errors.items()}, flush=True)
+        print(dtype, case, len(errors), flush=True)
     lines = [
         "| algorithm | pass | layers | median | worst | over `direct`'s: median | worst | NaN and infinity |",
         "|---|---|---|---|---|---|---|---|",

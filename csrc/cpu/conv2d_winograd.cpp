@@ -93,26 +93,25 @@ void transform_outputs(const Layer& t, const Tasks<T>& tasks, const T* sums, con
   const int64_t point = tasks.sum_point();
   for_runs<T>(t, tile0, count, channels, [&](const Run& run, int64_t c, int64_t lanes) {
     const Vec<T> plus = bias ? load_first(bias + c, lanes) : Vec<T>{};
-    const int64_t columns = run.count * kTile;
-    T *image = out + run.n * t.out.image + c * t.out.channel, *to = scratch;
-    int64_t row = columns * L, column = L;
-    const bool in_place = t.layout == Layout::channels_last && lanes == L && run.h + kTile <= t.out_size[0] &&
-                          run.w + kTile <= t.out_size[1];
-    if (in_place) {
-      to = image + run.h * t.out.row + run.w * t.out.pixel;
-      row = t.out.row;
-      column = t.out.pixel;
-    }
-    if (t.layout == Layout::contiguous)
-      for (int64_t lane = 0; lane < lanes; ++lane)
-        for (int64_t i = 0; i < smaller(kTile, t.out_size[0] - run.h); ++i)
-          for (int64_t j = 0; j < columns; j += kLine)
-            __builtin_prefetch(image + lane * t.out.channel + (run.h + i) * t.out.row + run.w + j, 1);
+    const int64_t height = smaller(kTile, t.out_size[0] - run.h), columns = run.count * kTile;
+    T* image = out + run.n * t.out.image + c * t.out.channel;
     const T* from = sums + c / tasks.width * kPoints * point + run.first * tasks.width + c % tasks.width;
-    for (int64_t i = 0; i < run.count; ++i, from += tasks.width, to += kTile * column)
-      transform<Outputs, T>([&](int i, int j) { return load(from + (i * kPatch + j) * point); },
-                            [&](int i, int j, Vec<T> y) { store(to + i * row + j * column, y + plus); });
-    if (!in_place) copy_back(t, scratch, run.h, run.w, columns, lanes, image);
+    const auto get = [&](int i, int j) { return load(from + (i * kPatch + j) * point); };
+    if (t.layout == Layout::channels_last) {
+      const int64_t width = smaller(kTile, t.out_size[1] - run.w);
+      T* to = image + run.h * t.out.row + run.w * t.out.pixel;
+      transform<Outputs, T>(get, [&](int i, int j, Vec<T> y) {
+        if (i < height && j < width) store_first(to + i * t.out.row + j * t.out.pixel, y + plus, lanes);
+      });
+      return;
+    }
+    for (int64_t lane = 0; lane < lanes; ++lane)
+      for (int64_t i = 0; i < height; ++i)
+        for (int64_t j = 0; j < columns; j += kLine)
+          __builtin_prefetch(image + lane * t.out.channel + (run.h + i) * t.out.row + run.w + j, 1);
+    for (T* to = scratch; to < scratch + columns * L; to += kTile * L, from += tasks.width)
+      transform<Outputs, T>(get, [&](int i, int j, Vec<T> y) { store(to + (i * columns + j) * L, y + plus); });
+    copy_back(t, scratch, run.h, run.w, columns, lanes, image);
   });
 }
 

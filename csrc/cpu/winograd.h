@@ -8,8 +8,8 @@
 // The points are 0, a, -a, b, -b and infinity with a = 3/4, b = 3/2: every number of B and A is exact in float, and the
 // result errs half as much as with the usual 1 and 2.
 //
-// Vectors lie along channels in channels_last tensors: tiles that need no border are read and written there. In the
-// contiguous layout a run of tiles goes through a scratch array, transposed. That also fills in the border.
+// Vectors lie along channels in channels_last tensors: tiles are read and written where they stand. In the contiguous
+// layout a run of tiles goes through a scratch array, transposed. That also fills in the border.
 #pragma once
 
 #include "channels_last.h"
@@ -207,7 +207,7 @@ static inline void for_runs(const Layer& t, int64_t begin, int64_t count, int64_
   for (int64_t c = 0; c < channels; c += kLanes<T>) runs(c, smaller(c + kLanes<T>, channels));
 }
 
-/// to[i][j][lane] = what rows [h, h + rows) x columns [w, w + columns) of the image's first `lanes` channels show.
+/// to[i][j][lane] = what rows [h, h + rows) x columns [w, w + columns) of the first `lanes` planes show; contiguous.
 template <class T>
 static inline void copy_patch(const Layer& t, const T* image, int64_t h, int64_t w, int64_t rows, int64_t columns,
                               int64_t lanes, T* to) {
@@ -219,13 +219,6 @@ static inline void copy_patch(const Layer& t, const T* image, int64_t h, int64_t
       continue;
     }
     const T* from = image + row * t.in.row;
-    if (t.layout == Layout::channels_last) {
-      for (int64_t j = 0; j < columns; ++j) {
-        const int64_t column = t.pixel(w + j, 1);
-        store(to + j * L, column < 0 ? Vec<T>{} : load_first(from + column * t.in.pixel, lanes));
-      }
-      continue;
-    }
     const int64_t width = smaller(t.in_size[1], larger(t.seen[1], 0));
     for (int64_t j = 0; j < columns; j += L) {
       const int64_t count = smaller(L, columns - j);
@@ -254,11 +247,7 @@ static inline void copy_back(const Layer& t, const T* from, int64_t h, int64_t w
   constexpr int64_t L = kLanes<T>;
   const int64_t rows = smaller(kTile, t.out_size[0] - h), width = smaller(columns, t.out_size[1] - w);
   for (int64_t i = 0; i < rows; ++i, from += columns * L) {
-    T* to = image + (h + i) * t.out.row + w * t.out.pixel;
-    if (t.layout == Layout::channels_last) {
-      for (int64_t j = 0; j < width; ++j) store_first(to + j * t.out.pixel, load(from + j * L), lanes);
-      continue;
-    }
+    T* to = image + (h + i) * t.out.row + w;
     for (int64_t j = 0; j < width; j += L) {
       const int64_t count = smaller(L, width - j);
       Vec<T> square[L]{};
@@ -298,6 +287,11 @@ static inline void copy_filters(const Layer& t, const T* from, int64_t lanes, in
     }
 }
 
+/// Where a row or a column of a patch begins, and how many channels are to be seen there: none outside of the image.
+struct Line {
+  int64_t at, lanes;
+};
+
 /// to[point][tile][channel]: `point` numbers from point to point, `stride` from tile to tile.
 template <class Step, class T>
 static inline void transform_tiles(const Layer& t, const T* in, int64_t tile0, int64_t count, int64_t channels,
@@ -305,23 +299,36 @@ static inline void transform_tiles(const Layer& t, const T* in, int64_t tile0, i
   constexpr int64_t L = kLanes<T>, patch = Step::from;
   for_runs<T>(t, tile0, count, channels, [&](const Run& run, int64_t c, int64_t lanes) {
     const int64_t h = run.h + t.offset[0], w = run.w + t.offset[1], columns = run.count * kTile + patch - kTile;
-    const T *image = in + run.n * t.in.image + c * t.in.channel, *from = scratch;
-    int64_t row = columns * L, column = L;
-    if (t.layout == Layout::channels_last && lanes == L && t.inside(h, patch, 0) && t.inside(w, patch, 1)) {
-      from = image + h * t.in.row + w * t.in.pixel;
-      row = t.in.row;
-      column = t.in.pixel;
-    } else {
-      copy_patch(t, image, h, w, patch, columns, lanes, scratch);
-    }
+    const T* image = in + run.n * t.in.image + c * t.in.channel;
     T* tile = to + run.first * stride + c;
-    for (int64_t i = 0; i < run.count; ++i, from += kTile * column, tile += stride)
+    const auto put = [&](int i, int j, Vec<T> x) { store(tile + (i * kPatch + j) * point, x); };
+    if (t.layout == Layout::contiguous) {
+      copy_patch(t, image, h, w, patch, columns, lanes, scratch);
+      for (const T* from = scratch; from < scratch + run.count * kTile * L; from += kTile * L, tile += stride)
+        transform<Step, T>([&](int i, int j) { return load(from + (i * columns + j) * L); }, put);
+    } else if (lanes == L && t.inside(h, patch, 0) && t.inside(w, patch, 1)) {
+      const T* from = image + h * t.in.row + w * t.in.pixel;
       transform<Step, T>(
           [&](int i, int j) {
-            __builtin_prefetch(from + i * row + (j + kTile) * column);
-            return load(from + i * row + j * column);
+            __builtin_prefetch(from + i * t.in.row + (j + kTile) * t.in.pixel);
+            return load(from + i * t.in.row + j * t.in.pixel);
           },
-          [&](int i, int j, Vec<T> x) { store(tile + (i * kPatch + j) * point, x); });
+          put);
+    } else {
+      Line line[2][patch];
+      for (int i = 0; i < patch; ++i) {
+        const int64_t row = t.pixel(h + i, 0), column = t.pixel(w + i, 1);
+        line[0][i] = row < 0 ? Line{0, 0} : Line{row * t.in.row, lanes};
+        line[1][i] = column < 0 ? Line{0, 0} : Line{column * t.in.pixel, lanes};
+      }
+      transform<Step, T>(
+          [&](int i, int j) {
+            const Line &row = line[0][i], &column = line[1][j];
+            __builtin_prefetch(image + row.at + (w + j + kTile) * t.in.pixel);
+            return load_first(image + row.at + column.at, row.lanes & column.lanes);
+          },
+          put);
+    }
   });
 }
 
