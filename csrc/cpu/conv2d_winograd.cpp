@@ -61,46 +61,44 @@ struct Tasks {
   int64_t input_point() const { return tiles * depth + kLine; }
   int64_t filter_point() const { return width * depth + kLine; }
   int64_t sum_point() const { return tiles * width + kLine; }
-  static constexpr int64_t kScratch = kPatch * (kRunTiles * kTile + kTaps - 1) * kLanes<T>;
-  static_assert(kScratch >= kTaps * kTaps * kLanes<T> * kLanes<T>);
-  int64_t workspace() const { return kPoints * (input_point() + filter_point() + panels * sum_point()) + kScratch; }
+  int64_t workspace() const { return kPoints * (input_point() + filter_point() + panels * sum_point()) + kScratch<T>; }
 };
 
 /// u[point][c][lane], for a panel of `rows` produced channels.
-template <class T>
+template <int taps, class T>
 void transform_filters(const Layer& t, const Tasks<T>& tasks, const T* weight, int64_t rows, int64_t channels,
                        T* scratch, T* u) {
-  constexpr int64_t L = kLanes<T>, taps = kTaps * kTaps;
+  constexpr int64_t L = kLanes<T>, all = taps * taps;
   const int64_t point = tasks.filter_point(), step = t.mirrored ? -L : L;
   for (int64_t row = 0; row < tasks.width; row += L)
     for (int64_t c0 = 0; c0 < channels; c0 += L) {
       const int64_t count = smaller(L, channels - c0), lanes = larger(smaller(L, rows - row), 0);
       copy_filters(t, weight + row * t.weight_row + c0 * t.weight_channel, lanes, count, scratch);
       for (int64_t c = 0; c < count; ++c) {
-        const T* filter = scratch + (c * taps + (t.mirrored ? taps - 1 : 0)) * L;
+        const T* filter = scratch + (c * all + (t.mirrored ? all - 1 : 0)) * L;
         T* to = u + (c0 + c) * tasks.width + row;
-        transform<FilterPoints, T>([&](int i, int j) { return load(filter + (i * kTaps + j) * step); },
+        transform<Points<taps>, T>([&](int i, int j) { return load(filter + (i * taps + j) * step); },
                                    [&](int i, int j, Vec<T> x) { store(to + (i * kPatch + j) * point, x); });
       }
     }
 }
 
 /// From sums[panel][point][tile][lane] to outputs.
-template <class T>
+template <int tile, class T>
 void transform_outputs(const Layer& t, const Tasks<T>& tasks, const T* sums, const T* bias, int64_t tile0,
                        int64_t count, int64_t channels, T* scratch, T* out) {
   constexpr int64_t L = kLanes<T>;
   const int64_t point = tasks.sum_point();
   for_runs<T>(t, tile0, count, channels, [&](const Run& run, int64_t c, int64_t lanes) {
     const Vec<T> plus = bias ? load_first(bias + c, lanes) : Vec<T>{};
-    const int64_t height = smaller(kTile, t.out_size[0] - run.h), columns = run.count * kTile;
+    const int64_t height = smaller(tile, t.out_size[0] - run.h), columns = run.count * tile;
     T* image = out + run.n * t.out.image + c * t.out.channel;
     const T* from = sums + c / tasks.width * kPoints * point + run.first * tasks.width + c % tasks.width;
     const auto get = [&](int i, int j) { return load(from + (i * kPatch + j) * point); };
     if (t.layout == Layout::channels_last) {
-      const int64_t width = smaller(kTile, t.out_size[1] - run.w);
+      const int64_t width = smaller(tile, t.out_size[1] - run.w);
       T* to = image + run.h * t.out.row + run.w * t.out.pixel;
-      transform<Outputs, T>(get, [&](int i, int j, Vec<T> y) {
+      transform<Numbers<tile>, T>(get, [&](int i, int j, Vec<T> y) {
         if (i < height && j < width) store_first(to + i * t.out.row + j * t.out.pixel, y + plus, lanes);
       });
       return;
@@ -109,8 +107,8 @@ void transform_outputs(const Layer& t, const Tasks<T>& tasks, const T* sums, con
       for (int64_t i = 0; i < height; ++i)
         for (int64_t j = 0; j < columns; j += kLine)
           __builtin_prefetch(image + lane * t.out.channel + (run.h + i) * t.out.row + run.w + j, 1);
-    for (T* to = scratch; to < scratch + columns * L; to += kTile * L, from += tasks.width)
-      transform<Outputs, T>(get, [&](int i, int j, Vec<T> y) { store(to + (i * columns + j) * L, y + plus); });
+    for (T* to = scratch; to < scratch + columns * L; to += tile * L, from += tasks.width)
+      transform<Numbers<tile>, T>(get, [&](int i, int j, Vec<T> y) { store(to + (i * columns + j) * L, y + plus); });
     copy_back(t, scratch, run.h, run.w, columns, lanes, image);
   });
 }
@@ -126,7 +124,7 @@ void multiply(const Tasks<T>& tasks, int64_t tiles, int64_t depth, const T* v, c
   }
 }
 
-template <class T, Pass pass>
+template <class T, Pass pass, int taps>
 void correlate(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspace, int64_t begin, int64_t end) {
   const Layer t(g, pass);
   const Tasks<T> tasks(t);
@@ -149,22 +147,23 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspace
       const T* weight = o.b + group * t.weight_group + row0 * t.weight_row + c0 * t.weight_channel;
       T* to = sums;
       for (int64_t row = 0; row < rows; row += tasks.width, to += kPoints * tasks.sum_point()) {
-        transform_filters(t, tasks, weight + row * t.weight_row, rows - row, depth, scratch, u);
+        transform_filters<taps>(t, tasks, weight + row * t.weight_row, rows - row, depth, scratch, u);
         multiply(tasks, count, depth, v, u, to, c0 > 0);
       }
     }
     const int64_t channel = group * t.rows + row0;
-    transform_outputs(t, tasks, sums, o.bias ? o.bias + channel : nullptr, tile0, count, rows, scratch,
-                      o.out + channel * t.out.channel);
+    transform_outputs<kPatch + 1 - taps>(t, tasks, sums, o.bias ? o.bias + channel : nullptr, tile0, count, rows,
+                                         scratch, o.out + channel * t.out.channel);
   }
 }
 
 template <class S>
 const char* refuses(const Conv2dGeometry& g, Pass pass) {
+  if (g.kernel[0] != 3 && g.kernel[0] != 5) return "its transforms are those of 3x3 and 5x5 kernels";
   if (!std::is_same_v<S, float>) return "its transforms round more than float64 or the 16-bit types are asked for";
   for (int dim = 0; dim < 2; ++dim) {
-    if (g.kernel[dim] != kTaps || g.stride[dim] != 1 || g.dilation[dim] != 1)
-      return "its transforms are those of a 3x3 kernel with stride and dilation 1";
+    if (g.kernel[dim] != g.kernel[0] || g.stride[dim] != 1 || g.dilation[dim] != 1)
+      return "its transforms are those of a square kernel with stride and dilation 1";
     if ((pass == Pass::grad_input ? g.in : g.out)[dim] < kFewestOutputs)
       return "the image is too small to share its filters";
   }
@@ -177,7 +176,10 @@ template <class S, Pass pass>
 Conv2dRun<S> run() {
   if constexpr (std::is_same_v<S, float>) {
     return {[](const Conv2dGeometry& g) { return Tasks<S>(Layer(g, pass)).total; },
-            [](const Conv2dGeometry& g) { return Tasks<S>(Layer(g, pass)).workspace(); }, correlate<S, pass>};
+            [](const Conv2dGeometry& g) { return Tasks<S>(Layer(g, pass)).workspace(); },
+            [](const Conv2dGeometry& g, const Conv2dOperands<S>& o, S* workspace, int64_t begin, int64_t end) {
+              (g.kernel[0] == 3 ? correlate<S, pass, 3> : correlate<S, pass, 5>)(g, o, workspace, begin, end);
+            }};
   } else {
     return {};
   }

@@ -53,8 +53,7 @@ struct Tasks {
   int64_t input_point() const { return kBlockTiles * width + kLine; }
   int64_t gradient_point() const { return kBlockTiles * stride + kLine; }
   int64_t sum_point() const { return rows * width + kLine; }
-  static constexpr int64_t kScratch = kPatch * (kRunTiles * kTile + kTaps - 1) * kLanes<T>;
-  int64_t workspace() const { return kPoints * (input_point() + gradient_point() + sum_point()) + kScratch; }
+  int64_t workspace() const { return kPoints * (input_point() + gradient_point() + sum_point()) + kScratch<T>; }
 };
 
 template <class T, int V>
@@ -69,7 +68,7 @@ void multiply(const Tasks<T>& tasks, int64_t rows, int64_t tiles, const T* u, co
 }
 
 /// From sums[point][k][c] to the filters of `rows` output channels and `channels` input channels.
-template <class T>
+template <int taps, class T>
 void write_filters(const Layer& t, const Tasks<T>& tasks, const T* sums, int64_t rows, int64_t channels, T* out) {
   constexpr int64_t L = kLanes<T>;
   for (int64_t k = 0; k < rows; ++k)
@@ -77,16 +76,16 @@ void write_filters(const Layer& t, const Tasks<T>& tasks, const T* sums, int64_t
       const T* from = sums + k * tasks.width + c;
       T* filter = out + k * t.weight_row + c * t.weight_channel;
       const int64_t lanes = smaller(L, channels - c);
-      transform<GradOutputs, T>([&](int i, int j) { return load(from + (i * kPatch + j) * tasks.sum_point()); },
-                                [&](int i, int j, Vec<T> w) {
-                                  T* to = filter + (i * kTaps + j) * t.weight_tap;
-                                  if (t.weight_channel == 1) return store_first(to, w, lanes);
-                                  for (int64_t lane = 0; lane < lanes; ++lane) to[lane * t.weight_channel] = w[lane];
-                                });
+      transform<Numbers<taps>, T>([&](int i, int j) { return load(from + (i * kPatch + j) * tasks.sum_point()); },
+                                  [&](int i, int j, Vec<T> w) {
+                                    T* to = filter + (i * taps + j) * t.weight_tap;
+                                    if (t.weight_channel == 1) return store_first(to, w, lanes);
+                                    for (int64_t lane = 0; lane < lanes; ++lane) to[lane * t.weight_channel] = w[lane];
+                                  });
     }
 }
 
-template <class T>
+template <class T, int taps>
 void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspace, int64_t begin, int64_t end) {
   const Layer x(g, Pass::forward), y = gradient_of(x);
   const Tasks<T> tasks(x);
@@ -106,12 +105,13 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspa
     const T* in = o.b + (group * x.channels + c0) * x.in.channel;
     for (int64_t tile = 0; tile < x.all_tiles; tile += kBlockTiles) {
       const int64_t count = smaller(kBlockTiles, x.all_tiles - tile);
-      transform_tiles<GradPoints>(y, gy, tile, count, rows, tasks.gradient_point(), tasks.stride, scratch, u);
+      transform_tiles<Points<kPatch + 1 - taps>>(y, gy, tile, count, rows, tasks.gradient_point(), tasks.stride,
+                                                 scratch, u);
       transform_tiles<InputPoints>(x, in, tile, count, channels, tasks.input_point(), tasks.width, scratch, v);
       multiply(tasks, rows, count, u, v, sums, tile > 0);
     }
     T* out = o.out + group * x.weight_group + k0 * x.weight_row + c0 * x.weight_channel;
-    write_filters(x, tasks, sums, rows, channels, out);
+    write_filters<taps>(x, tasks, sums, rows, channels, out);
   }
 }
 
@@ -120,7 +120,10 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspa
 template <class T>
 Conv2dRun<T> winograd_grad_weight() {
   return {[](const Conv2dGeometry& g) { return Tasks<T>(Layer(g, Pass::forward)).total; },
-          [](const Conv2dGeometry& g) { return Tasks<T>(Layer(g, Pass::forward)).workspace(); }, grad_weight<T>};
+          [](const Conv2dGeometry& g) { return Tasks<T>(Layer(g, Pass::forward)).workspace(); },
+          [](const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspace, int64_t begin, int64_t end) {
+            (g.kernel[0] == 3 ? grad_weight<T, 3> : grad_weight<T, 5>)(g, o, workspace, begin, end);
+          }};
 }
 
 template Conv2dRun<float> winograd_grad_weight();
