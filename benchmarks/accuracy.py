@@ -126,8 +126,9 @@ Relative L2 error against float64 over the benchmark's convolutions ([tests/case
 each, of normal operands; written by `python -m benchmarks.accuracy` on the instruction set `{isa}`.
 
 `algorithm="auto"` takes the fastest that accepts, and stays within 1e-5. `algorithm="accurate"` (per call, or as the
-module's argument) takes the fastest of those that round about as `direct` does ({accurate}): on every layer here its
-error is at most 1.5 times that of `direct`. `cnnops.settings.accurate = True`, or the environment variable
+module's argument) takes the fastest of those that round about as `direct` does:
+{accurate}.
+On every layer here its error is at most 1.5 times that of `direct`. `cnnops.settings.accurate = True`, or the environment variable
 `CNNOPS_ACCURATE=1`, makes `"auto"` mean `"accurate"` everywhere, also in graphs compiled before. The columns *over
 direct's* compare errors on the same layer, in the same layout where `direct` accepts it.
 

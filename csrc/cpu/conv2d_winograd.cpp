@@ -1,31 +1,33 @@
-// Winograd's convolution for 3x3 kernels: tiles of 4x4 outputs by 36 multiplications each instead of 144.
+// Winograd's convolution for 3x3 and 5x5 kernels: tiles of 4x4 outputs by 36 multiplications each instead of 144, or of
+// 2x2 outputs by 36 instead of 100.
 //
-//   v[i] = transform of a tile's 6x6 inputs, of each channel c      u[i] = transform of each 3x3 filter (k, c)
+//   v[i] = transform of a tile's 6x6 inputs, of each channel c      u[i] = transform of each filter (k, c)
 //   s[i][tile, k] = sum over c of v[i][tile, c] * u[i][c, k]        for each of 36 points i: a product of matrices
 //   y of the tile = transform of its 36 sums, of each channel k
 //
 // winograd.h has the transforms, and how numbers come to them. An input's is worth its additions if many output channels
 // share it, a filter's if many tiles do, a sum's if it has many channels. So a task is a block of tiles, running on from
 // image to image, times a block of output channels, and transforms what it needs by itself: filters once per task, which
-// costs about as much as 7 tiles do. It walks the input channels in blocks, whose transforms stay in the second-level
-// cache, and keeps the sums of all its tiles. No buffer grows with the layer. The gradient of the input is the same with
-// mirrored taps and exchanged channels.
+// costs about as much as 7 tiles do, or, where they are few, once per thread. It walks the input channels in blocks,
+// whose transforms stay in the second-level cache, and keeps the sums of all its tiles. No buffer grows with the layer.
+// The gradient of the input is the same with mirrored taps and exchanged channels.
 //
 // Sums are made in blocks of channels, each from a fresh zero, that are then added in order, whatever the tasks are.
 // But the transforms mix the inputs of a tile: an output's rounding depends on all 6x6, also on those that it does not
-// see. A NaN or infinity among them makes the tile's 16 outputs NaN; in a filter, all outputs of its channel. The
-// relative L2 error is 6e-7 for 32 channels and 1e-6 for 2048 (`direct`: 3e-7 and 2e-6), but a small output beside large
+// see. A NaN or infinity among them makes all outputs of the tile NaN; in a filter, all outputs of its channel. The
+// relative L2 error is about 7e-7, with 3x3 and 5x5 kernels alike (docs/accuracy.md), but a small output beside large
 // ones may err by 20 eps times its own sum of absolute values.
 //
-// Refuses all but float32, kernels other than 3x3, strides, dilations, and where `direct` is faster: few channels, or
-// small images. The gradient of the weight is in conv2d_winograd_grad_weight.cpp.
+// Refuses all but float32, kernels other than 3x3 and 5x5, strides, dilations, and where `direct` is faster: few
+// channels, or small images. The gradient of the weight is in conv2d_winograd_grad_weight.cpp.
 #include "winograd.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
 
-constexpr int64_t kMostTiles = 104, kFewTiles = 48;  // of a task
-constexpr int64_t kMostChannels = 256;               // produced by a task
+constexpr int64_t kMostTiles = 104, kFewTiles = 48;     // of a task
+constexpr int64_t kMostChannels = 256;                  // produced by a task
+constexpr int64_t kKeptChannels = 64, kKeptTiles = 24;  // the most summed where filters are kept, and of a task there
 constexpr int64_t kGoodTasks = 4;
 constexpr int64_t kFewestChannels = 16, kFewestOutputs = 6;  // with fewer, `direct` is faster
 constexpr int64_t kBlockChannels = 32;                       // summed at a time
@@ -36,6 +38,7 @@ struct Tasks {
   int64_t vectors, width, panels;  // a panel: `vectors` vectors, `width` produced channels; and how many a task has
   int64_t blocks, tiles, tile_blocks;
   int64_t depth;  // summed channels of a block
+  bool kept;  // all filters are one panel and one block: they are transformed for the first of a thread's tasks only
   int64_t total;
 
   explicit Tasks(const Layer& t) {
@@ -45,7 +48,9 @@ struct Tasks {
     width = vectors * L;
     const int64_t all_panels = ceil_div(t.rows, width);
     blocks = ceil_div(all_panels, larger(1, kMostChannels / width));
-    tile_blocks = t.all_tiles <= kMostTiles ? 1 : round_up(ceil_div(t.all_tiles, kMostTiles), 2);
+    kept = all_panels == 1 && t.channels <= kKeptChannels;
+    const int64_t most = kept ? kKeptTiles : kMostTiles;
+    tile_blocks = t.all_tiles <= most ? 1 : round_up(ceil_div(t.all_tiles, most), 2);
     if (t.groups * blocks * tile_blocks < kGoodTasks)
       blocks = smaller(all_panels, ceil_div(kGoodTasks, t.groups * tile_blocks));
     if (t.groups * blocks * tile_blocks < kGoodTasks)
@@ -54,7 +59,7 @@ struct Tasks {
     blocks = ceil_div(all_panels, panels);
     tiles = round_up(ceil_div(t.all_tiles, tile_blocks), smaller(kSums / vectors, kMostRows));
     tile_blocks = ceil_div(t.all_tiles, tiles);
-    depth = round_up(ceil_div(t.channels, ceil_div(t.channels, kBlockChannels)), L);
+    depth = kept ? round_up(t.channels, L) : round_up(ceil_div(t.channels, ceil_div(t.channels, kBlockChannels)), L);
     total = t.groups * blocks * tile_blocks;
   }
   int64_t rows() const { return panels * width; }
@@ -136,7 +141,7 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspace
                         : tasks.vectors == 2 ? CNNOPS_ISA::multiply<T, 2>
                         : tasks.vectors == 3 ? CNNOPS_ISA::multiply<T, 3>
                                              : CNNOPS_ISA::multiply<T, kMostVectors>;
-  for (int64_t task = begin; task < end; ++task) {
+  for (int64_t task = begin, kept = -1; task < end; ++task) {
     const int64_t tile0 = task % tasks.tile_blocks * tasks.tiles, count = smaller(tasks.tiles, t.all_tiles - tile0);
     const int64_t row0 = task / tasks.tile_blocks % tasks.blocks * tasks.rows();
     const int64_t group = task / tasks.tile_blocks / tasks.blocks, rows = smaller(tasks.rows(), t.rows - row0);
@@ -147,10 +152,12 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspace
       const T* weight = o.b + group * t.weight_group + row0 * t.weight_row + c0 * t.weight_channel;
       T* to = sums;
       for (int64_t row = 0; row < rows; row += tasks.width, to += kPoints * tasks.sum_point()) {
-        transform_filters<taps>(t, tasks, weight + row * t.weight_row, rows - row, depth, scratch, u);
+        if (kept != task / tasks.tile_blocks)
+          transform_filters<taps>(t, tasks, weight + row * t.weight_row, rows - row, depth, scratch, u);
         multiply(tasks, count, depth, v, u, to, c0 > 0);
       }
     }
+    if (tasks.kept) kept = task / tasks.tile_blocks;
     const int64_t channel = group * t.rows + row0;
     transform_outputs<kPatch + 1 - taps>(t, tasks, sums, o.bias ? o.bias + channel : nullptr, tile0, count, rows,
                                          scratch, o.out + channel * t.out.channel);
@@ -199,7 +206,7 @@ Conv2dRun<S> grad_weight_run() {
 template <class S>
 Conv2dAlgorithm<Conv2dRun<S>> conv2d_winograd() {
   return {"winograd",
-          "3x3 kernels by a quarter of the multiplications; float32",
+          "3x3 and 5x5 kernels by about a third of the multiplications; float32",
           refuses<S>,
           run<S, Pass::forward>(),
           run<S, Pass::grad_input>(),

@@ -1,11 +1,12 @@
-// Winograd's gradient of the weight: 36 multiplications for 4x4 outputs instead of 144, as in conv2d_winograd.cpp.
+// Winograd's gradient of the weight: 36 multiplications for a tile of outputs instead of 144 or 100, as in
+// conv2d_winograd.cpp.
 //
 //   gw[k, c] = transform of the 36 sums over all tiles of u[i][tile, k] * v[i][tile, c]
 //
-// where v[i] are the transforms of the tiles' 6x6 inputs, and u[i] those of their 4x4 gradients. A task is a block of
-// output channels x a panel of input channels. It walks all tiles of all images in blocks, makes the transforms of each
-// block by itself, and keeps its sums: those of a block, each from a fresh zero, are added in order. A NaN or infinity
-// reaches all taps of the filters that see its tile.
+// where v[i] are the transforms of the tiles' 6x6 inputs, and u[i] those of their outputs' gradients. A task is a block
+// of output channels x a panel of input channels. It walks all tiles of all images in blocks, makes the transforms of
+// each block by itself, and keeps its sums: those of a block, each from a fresh zero, are added in order. A NaN or
+// infinity reaches all taps of the filters that see its tile.
 #include "winograd.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {

@@ -1,12 +1,14 @@
-// The three transforms of Winograd's convolution F(4x4, 3x3), and how numbers come to them: as vectors of channels.
+// The three transforms of Winograd's convolution, F(4x4, 3x3) and F(2x2, 5x5), and how numbers come to them: as vectors
+// of channels.
 //
-// A row of 4 outputs of a 3-tap correlation is a product of two polynomials. It is computed as such: evaluate both at 6
-// points, multiply there, interpolate. Along both axes that takes 6*6 multiplications where the sums take 4*4*3*3.
+// A row of 4 outputs of a 3-tap correlation, or of 2 of a 5-tap one, is a product of two polynomials. It is computed so:
+// evaluate both at 6 points, multiply there, interpolate. Along both axes that takes 6*6 multiplications where the sums
+// take 4*4*3*3 or 2*2*5*5.
 //
-//   y = A' [(G w G') * (B' x B)] A        w 3x3, x 6x6, y 4x4, and * point by point
+//   y = A' [(G w G') * (B' x B)] A        w 3x3, x 6x6, y 4x4, and * point by point; or w 5x5, x 6x6, y 2x2
 //
 // The points are 0, a, -a, b, -b and infinity with a = 3/4, b = 3/2: every number of B and A is exact in float, and the
-// result errs half as much as with the usual 1 and 2.
+// result errs half as much as with the usual 1 and 2. B does not depend on the kernel's size.
 //
 // Vectors lie along channels in channels_last tensors: tiles are read and written where they stand. In the contiguous
 // layout a run of tiles goes through a scratch array, transposed. That also fills in the border.
