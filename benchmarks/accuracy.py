@@ -128,9 +128,9 @@ each, of normal operands; written by `python -m benchmarks.accuracy` on the inst
 `algorithm="auto"` takes the fastest that accepts, and stays within 1e-5. `algorithm="accurate"` (per call, or as the
 module's argument) takes the fastest of those that round about as `direct` does:
 {accurate}.
-On every layer here its error is at most 1.5 times that of `direct`. `cnnops.settings.accurate = True`, or the environment variable
-`CNNOPS_ACCURATE=1`, makes `"auto"` mean `"accurate"` everywhere, also in graphs compiled before. The columns *over
-direct's* compare errors on the same layer, in the same layout where `direct` accepts it.
+On every layer here its error is at most 1.5 times that of `direct`. `cnnops.settings.accurate = True`, or the
+environment variable `CNNOPS_ACCURATE=1`, makes `"auto"` mean `"accurate"` everywhere, also in graphs compiled before.
+The columns *over direct's* compare errors on the same layer, in the same layout where `direct` accepts it.
 
 In 16 bits every algorithm sums in float32 and rounds once at the end: the error is that of the last rounding.
 """

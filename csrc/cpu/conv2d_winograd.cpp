@@ -5,12 +5,12 @@
 //   s[i][tile, k] = sum over c of v[i][tile, c] * u[i][c, k]        for each of 36 points i: a product of matrices
 //   y of the tile = transform of its 36 sums, of each channel k
 //
-// winograd.h has the transforms, and how numbers come to them. An input's is worth its additions if many output channels
-// share it, a filter's if many tiles do, a sum's if it has many channels. So a task is a block of tiles, running on from
-// image to image, times a block of output channels, and transforms what it needs by itself: filters once per task, which
-// costs about as much as 7 tiles do, or, where they are few, once per thread. It walks the input channels in blocks,
-// whose transforms stay in the second-level cache, and keeps the sums of all its tiles. No buffer grows with the layer.
-// The gradient of the input is the same with mirrored taps and exchanged channels.
+// winograd.h has the transforms, and how numbers come to them. An input's is worth its additions if many output
+// channels share it, a filter's if many tiles do, a sum's if it has many channels. So a task is a block of tiles, running
+// on from image to image, times a block of output channels, and transforms what it needs by itself: filters once per
+// task, which costs about as much as 7 tiles do, or, where they are few, once per thread. It walks the input channels in
+// blocks, whose transforms stay in the second-level cache, and keeps the sums of all its tiles. No buffer grows with the
+// layer. The gradient of the input is the same with mirrored taps and exchanged channels.
 //
 // Sums are made in blocks of channels, each from a fresh zero, that are then added in order, whatever the tasks are.
 // But the transforms mix the inputs of a tile: an output's rounding depends on all 6x6, also on those that it does not

@@ -1,8 +1,8 @@
 // The three transforms of Winograd's convolution, F(4x4, 3x3) and F(2x2, 5x5), and how numbers come to them: as vectors
 // of channels.
 //
-// A row of 4 outputs of a 3-tap correlation, or of 2 of a 5-tap one, is a product of two polynomials. It is computed so:
-// evaluate both at 6 points, multiply there, interpolate. Along both axes that takes 6*6 multiplications where the sums
+// A row of 4 outputs of a 3-tap correlation, or of 2 of a 5-tap one, is a product of two polynomials. It is computed
+// so: evaluate both at 6 points, multiply there, interpolate. Along both axes that takes 6*6 products where the sums
 // take 4*4*3*3 or 2*2*5*5.
 //
 //   y = A' [(G w G') * (B' x B)] A        w 3x3, x 6x6, y 4x4, and * point by point; or w 5x5, x 6x6, y 2x2
