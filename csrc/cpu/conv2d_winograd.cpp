@@ -6,11 +6,11 @@
 //   y of the tile = transform of its 36 sums, of each channel k
 //
 // winograd.h has the transforms, and how numbers come to them. An input's is worth its additions if many output
-// channels share it, a filter's if many tiles do, a sum's if it has many channels. So a task is a block of tiles, running
-// on from image to image, times a block of output channels, and transforms what it needs by itself: filters once per
-// task, which costs about as much as 7 tiles do, or, where they are few, once per thread. It walks the input channels in
-// blocks, whose transforms stay in the second-level cache, and keeps the sums of all its tiles. No buffer grows with the
-// layer. The gradient of the input is the same with mirrored taps and exchanged channels.
+// channels share it, a filter's if many tiles do, a sum's if it has many channels. So a task is a block of tiles,
+// running on from image to image, times a block of output channels, and transforms what it needs by itself: filters
+// once per task, which costs about as much as 7 tiles do, or, where they are few, once per thread. It walks the input
+// channels in blocks, whose transforms stay in the second-level cache, and keeps the sums of all its tiles. No buffer
+// grows with the layer. The gradient of the input is the same with mirrored taps and exchanged channels.
 //
 // Sums are made in blocks of channels, each from a fresh zero, that are then added in order, whatever the tasks are.
 // But the transforms mix the inputs of a tile: an output's rounding depends on all 6x6, also on those that it does not
@@ -57,7 +57,7 @@ struct Tasks {
       tile_blocks = larger(1, smaller(t.all_tiles / kFewTiles, ceil_div(kGoodTasks, t.groups * blocks)));
     panels = ceil_div(all_panels, blocks);
     blocks = ceil_div(all_panels, panels);
-    tiles = round_up(ceil_div(t.all_tiles, tile_blocks), smaller(kSums / vectors, kMostRows));
+    tiles = round_up(ceil_div(t.all_tiles, tile_blocks), tile_rows(vectors));
     tile_blocks = ceil_div(t.all_tiles, tiles);
     depth = kept ? round_up(t.channels, L) : round_up(ceil_div(t.channels, ceil_div(t.channels, kBlockChannels)), L);
     total = t.groups * blocks * tile_blocks;
@@ -124,7 +124,7 @@ void multiply(const Tasks<T>& tasks, int64_t tiles, int64_t depth, const T* v, c
     const T* a = v + point * tasks.input_point();
     const T* b = u + point * tasks.filter_point();
     T* to = sums + point * tasks.sum_point();
-    for (int64_t p = 0; p < tiles; p += kRows<V>)
+    for (int64_t p = 0; p < tiles; p += tile_rows(V))
       multiply_tile<T, V>(depth, a + p * tasks.depth, tasks.depth, 1, b, to + p * tasks.width, add);
   }
 }

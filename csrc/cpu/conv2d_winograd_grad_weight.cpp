@@ -13,7 +13,7 @@ namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
 
 constexpr int64_t kBlockTiles = 48;                        // summed at a time
-constexpr int64_t kMostChannels = 128, kFewChannels = 24;  // output channels of a task
+constexpr int64_t kMostChannels = 128, kFewChannels = 32;  // output channels of a task
 constexpr int64_t kGoodTasks = 4;
 
 /// The tiles of the output's gradient, as if they were the input.
@@ -45,8 +45,9 @@ struct Tasks {
     panels = ceil_div(t.channels, width);
     blocks = ceil_div(t.rows, kMostChannels);
     if (t.groups * panels * blocks < kGoodTasks)
-      blocks = larger(1, smaller(t.rows / kFewChannels, ceil_div(kGoodTasks, t.groups * panels)));
-    rows = round_up(ceil_div(t.rows, blocks), smaller(kSums / vectors, kMostRows));
+      blocks = larger(1, smaller(larger(t.rows / kFewChannels, smaller(t.rows / (kFewChannels / 2), 2)),
+                                 ceil_div(kGoodTasks, t.groups * panels)));
+    rows = round_up(ceil_div(t.rows, blocks), tile_rows(vectors));
     blocks = ceil_div(t.rows, rows);
     stride = round_up(rows, L);
     total = t.groups * panels * blocks;
@@ -63,7 +64,7 @@ void multiply(const Tasks<T>& tasks, int64_t rows, int64_t tiles, const T* u, co
     const T* a = u + point * tasks.gradient_point();
     const T* b = v + point * tasks.input_point();
     T* to = sums + point * tasks.sum_point();
-    for (int64_t k = 0; k < rows; k += kRows<V>)
+    for (int64_t k = 0; k < rows; k += tile_rows(V))
       multiply_tile<T, V>(tiles, a + k, 1, tasks.stride, b, to + k * tasks.width, add);
   }
 }

@@ -22,7 +22,10 @@ constexpr int64_t kRunTiles = 8;      // copied at a time
 constexpr int64_t kLine = 16;         // numbers between two points: or they would share their places in the cache
 constexpr int kSums = 3 * kTileRows;  // vectors of sums in a register tile
 constexpr int kMostVectors = kTileRows == 8 ? 4 : 3;  // in a row of it
-constexpr int kMostRows = 12;
+/// Its rows. Where registers are left over, numbers of channels and tiles that are multiples of 8 or 16 fit.
+constexpr int tile_rows(int64_t vectors) {
+  return static_cast<int>(kTileRows == 8 && vectors < 3 ? 16 / vectors : kSums / vectors);
+}
 constexpr int kPatch = 6, kPoints = kPatch * kPatch;
 constexpr double kA = 0.75, kB = 1.5, kA2 = kA * kA, kB2 = kB * kB;
 
@@ -319,14 +322,11 @@ static inline void transform_tiles(const Layer& t, const T* in, int64_t tile0, i
 
 // ---- products ----
 
-template <int V>
-constexpr int kRows = kSums / V < kMostRows ? kSums / V : kMostRows;
-
 /// sums[m][V vectors] (+)= sum over c of a[m*row_step + c*step] * b[c][V vectors].
 template <class T, int V>
 static inline void multiply_tile(int64_t depth, const T* a, int64_t row_step, int64_t step, const T* b, T* sums,
                                  bool add) {
-  constexpr int M = kRows<V>, L = kLanes<T>;
+  constexpr int M = tile_rows(V), L = kLanes<T>;
   Vec<T> sum[M][V]{};
   for (int64_t c = 0; c < depth; ++c, a += step, b += V * L) {
     Vec<T> column[V];
