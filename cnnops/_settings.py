@@ -38,8 +38,22 @@ class Settings:
     def cache_limit(self, size: int) -> None:
         _C.set_cache_limit(size)
 
+    @property
+    def accurate(self) -> bool:
+        """Whether ``algorithm="auto"`` means ``"accurate"``: the fastest algorithm whose rounding error is at most 1.5
+        times that of ``"direct"``. False, unless set here or by the environment variable CNNOPS_ACCURATE=1.
+
+        It is read when a convolution runs, also in a graph that torch.compile made before.
+        """
+        return _C.accurate()
+
+    @accurate.setter
+    def accurate(self, on: bool) -> None:
+        _C.set_accurate(on)
+
     def __repr__(self) -> str:
-        return f"Settings(instruction_set={self.instruction_set!r}, cache_limit={self.cache_limit})"
+        names = "instruction_set", "accurate", "cache_limit"
+        return f"Settings({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
 
 settings = Settings()

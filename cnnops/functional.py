@@ -67,7 +67,9 @@ def conv2d(
             all four sides as ((top, bottom), (left, right)).
         groups: C and K are cut into so many groups, each convolved with its own.
         padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``; the input is not copied.
-        algorithm: ``"auto"``, or a name from ``cnnops.ops.algorithms()`` for this pass and its gradients.
+        algorithm: for this pass and its gradients: ``"auto"``, the fastest; ``"accurate"``, the fastest whose rounding
+            error is at most 1.5 times that of ``"direct"`` (``cnnops.settings.accurate`` makes ``"auto"`` mean this);
+            or a name from ``cnnops.ops.algorithms()``.
 
     Returns:
         (N, K, OH, OW) with ``OH = (H + 2*padding - dilation*(KH-1) - 1) // stride + 1``, OW likewise.

@@ -12,7 +12,7 @@ from cnnops import functional
 class Conv2d(nn.Conv2d):
     """:class:`torch.nn.Conv2d` on cnnops' kernels; see :func:`cnnops.functional.conv2d`.
 
-    One keyword more: ``algorithm``, ``"auto"`` or a name from ``cnnops.ops.algorithms()``.
+    One keyword more: ``algorithm``, ``"auto"``, ``"accurate"`` or a name from ``cnnops.ops.algorithms()``.
     """
 
     algorithm = "auto"

@@ -59,7 +59,7 @@ prelu_backward = torch.ops.cnnops.prelu_backward.default
 
 def algorithms(device: str = "cpu") -> list[str]:
     """The names of conv2d's algorithms on ``"cpu"`` or ``"cuda"``, fastest first."""
-    return [name for name, _ in _C.algorithms(device)]
+    return [name for name, *_ in _C.algorithms(device)]
 
 
 def conv2d_algorithm(

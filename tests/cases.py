@@ -224,6 +224,8 @@ CONV2D = [
         ("row-of-33", 1, 33, 4, 33, 31, (3, 3), {"padding": (1, 1)}),
         ("channels-prime", 2, 37, 7, 9, 41, (3, 3), {"padding": (1, 1)}),
         ("channels-prime-5x5", 1, 13, 9, 11, 67, (5, 5), {"padding": (2, 2)}),
+        ("channels-prime-5x5-wide", 3, 19, 7, 9, 37, (5, 5), {"padding": (3, 1)}),
+        ("groups-5x5", 1, 34, 10, 8, 40, (5, 5), {"padding": (2, 2), "groups": 2, "bias": False}),
         ("groups", 2, 12, 8, 9, 20, (3, 3), {"padding": (1, 1), "groups": 4}),
         ("groups-to-one", 2, 12, 8, 9, 4, (3, 3), {"padding": (1, 1), "groups": 4}),
         ("groups-1x1", 2, 16, 5, 6, 24, (1, 1), {"groups": 8}),

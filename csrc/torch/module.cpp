@@ -59,11 +59,11 @@ auto with_table(const c10::Device& device, const Body& body) {
   return body(cpu_kernels<S>().conv2d);
 }
 
-/// Rows (name, summary), fastest first.
-std::vector<std::pair<std::string, std::string>> algorithms(const std::string& device) {
+/// Rows (name, summary, accurate), fastest first.
+std::vector<std::tuple<std::string, std::string, bool>> algorithms(const std::string& device) {
   return with_table<float>(c10::Device(device), [](const auto& table) {
-    std::vector<std::pair<std::string, std::string>> rows;
-    for (const auto& row : table) rows.emplace_back(row.name, row.summary);
+    std::vector<std::tuple<std::string, std::string, bool>> rows;
+    for (const auto& row : table) rows.emplace_back(row.name, row.summary, row.accurate);
     return rows;
   });
 }
@@ -118,6 +118,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_sets", instruction_sets);
   m.def("instruction_set", [] { return std::string(instruction_set().name); });
   m.def("set_instruction_set", set_instruction_set);
+  m.def("accurate", [] { return accurate().load(); });
+  m.def("set_accurate", [](bool on) { accurate() = on; });
   m.def("algorithms", algorithms);
   m.def("conv2d_algorithm", conv2d_algorithm);
   m.def("conv2d_workspace", conv2d_workspace);
