@@ -184,7 +184,12 @@ def _section(group: Group, rows: list[dict], limits: dict) -> str:
     return f"## {group.name}: {group.about}\n\n{markdown(header, table, left=2)}\n"
 
 
-BLOCK = re.compile("(<!-- bench -->\n).*?(<!-- /bench -->)", re.DOTALL)
+def with_block(text: str, name: str, block: str) -> str:
+    """`text` with another block between <!-- name --> and <!-- /name -->."""
+    pattern = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    if not pattern.search(text):
+        raise ValueError(f"there is no block between <!-- {name} --> and <!-- /{name} -->")
+    return pattern.sub(lambda found: found[1] + block + found[2], text)
 
 
 def readme(text: str, data: dict) -> str:
@@ -198,9 +203,7 @@ def readme(text: str, data: dict) -> str:
         rows.append([group, *(means.get(which, "") for which in shown)])
     table = markdown(["torch's time / ours", "forward", "gradient of the input", "of the weight", "step"], rows)
     block = f"{table}\n\nGeometric means; {machine(data)}. All of it: [docs/performance.md](docs/performance.md).\n"
-    if not BLOCK.search(text):
-        raise ValueError("the README has no block between <!-- bench --> and <!-- /bench -->")
-    return BLOCK.sub(lambda found: found[1] + block + found[2], text)
+    return with_block(text, "bench", block)
 
 
 def write_docs(data: dict, root: Path) -> None:
