@@ -26,7 +26,7 @@ std::atomic<const cpu::InstructionSet*>& current() {
   return set;
 }
 
-struct Scratch {
+struct Memory {
   static constexpr std::align_val_t kAlignment{64};
   struct Delete {
     void operator()(void* p) const { ::operator delete(p, kAlignment); }
@@ -41,12 +41,13 @@ const cpu::InstructionSet& instruction_set() { return *current().load(std::memor
 
 void set_instruction_set(const std::string& name) { current().store(&find_instruction_set(name)); }
 
-void* scratch(int64_t bytes) {
-  thread_local Scratch scratch;
+void* scratch(int64_t bytes, Scratch whose) {
+  thread_local Memory both[2];
+  Memory& scratch = both[int(whose)];
   if (scratch.size < bytes) {
     scratch.memory.reset();
     scratch.size = 0;
-    scratch.memory.reset(::operator new(bytes, Scratch::kAlignment));
+    scratch.memory.reset(::operator new(bytes, Memory::kAlignment));
     scratch.size = bytes;
   }
   return scratch.memory.get();
