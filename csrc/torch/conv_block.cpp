@@ -24,8 +24,9 @@ namespace cnnops {
 namespace {
 
 constexpr const char* kName = "conv_relu_max_pool2d";
-constexpr int64_t kChunk = int64_t(1) << 20, kLargestChunk = int64_t(1) << 23;  // bytes
-constexpr int64_t kTileRows = 4;  // a band starts where winograd's tiles do, whose outputs share their rounding
+// Bytes of a chunk: as the second-level cache holds them, or where winograd transforms filters for each chunk, the third.
+constexpr int64_t kChunk = int64_t(1) << 20, kWinogradChunk = int64_t(1) << 22, kLargestChunk = int64_t(1) << 23;
+constexpr int64_t kTileRows = 4;  // of winograd, whose outputs of one tile share their rounding
 
 using TwoTensors = std::tuple<Tensor, Tensor>;
 
@@ -155,13 +156,13 @@ Prepared<Int> prepare(const Tensor& input, const Tensor& weight, const OptionalT
 struct Chunks {
   int64_t images, rows;
 
-  Chunks(const Conv2dGeometry& g, const Pool2dGeometry& p, int64_t element) {
+  Chunks(const Conv2dGeometry& g, const Pool2dGeometry& p, int64_t element, int64_t size) {
     const int64_t row = g.k * g.out[1] * element, image = row * g.out[0];
-    images = std::max<int64_t>(1, kChunk / image);
+    images = std::max<int64_t>(1, size / image);
     rows = p.out[0];
-    if (image <= kChunk) return;
+    if (image <= size) return;
     const int64_t reach = (p.kernel[0] - 1) * p.dilation[0] + 1;
-    rows = std::max<int64_t>(1, (kChunk / row - reach) / p.stride[0] + 1);
+    rows = std::max<int64_t>(1, (size / row - reach) / p.stride[0] + 1);
     if (rows > kTileRows) rows = rows / kTileRows * kTileRows;
     rows = std::min(rows, p.out[0]);
   }
@@ -174,11 +175,13 @@ struct Chunk {
   Conv2dGeometry conv;
   Pool2dGeometry pool;  // of one plane; in channels_last of one image
 
-  Chunk(const Conv2dGeometry& g, const Pool2dGeometry& p, int64_t images, int64_t row, int64_t rows)
+  /// Bands start and end where the algorithm's tiles of outputs do, of so many rows.
+  Chunk(const Conv2dGeometry& g, const Pool2dGeometry& p, int64_t images, int64_t row, int64_t rows, int64_t tile)
       : first_row(row), end_row(std::min(row + rows, p.out[0])), conv(g), pool(p) {
     const int64_t reach = (p.kernel[0] - 1) * p.dilation[0] + 1;
-    first = std::max<int64_t>(0, first_row * p.stride[0] - p.padding[0]) / kTileRows * kTileRows;
-    end = std::min(g.out[0], (end_row - 1) * p.stride[0] - p.padding[0] + reach);
+    first = std::max<int64_t>(0, first_row * p.stride[0] - p.padding[0]) / tile * tile;
+    end = (end_row - 1) * p.stride[0] - p.padding[0] + reach;
+    end = std::min(g.out[0], (end + tile - 1) / tile * tile);
     conv.n = images;
     conv.out[0] = end - first;
     conv.padding[0] = g.padding[0] - first * g.stride[0];
@@ -205,22 +208,24 @@ void run_chunks(const Prepared<int64_t>& prepared, const Block& block, const Ten
   const Conv2dGeometry& g = prepared.conv;
   const Pool2dGeometry& p = prepared.pool;
   const auto& kernels = cpu_kernels<S>();
-  const cpu::Conv2dRun<S>& conv = choose_or_throw(kernels.conv2d, g, Pass::forward, block.conv.algorithm).forward;
+  const auto& algorithm = choose_or_throw(kernels.conv2d, g, Pass::forward, block.conv.algorithm);
   if (g.n == 0) return;
+  const cpu::Conv2dRun<S>& conv = algorithm.forward;
+  const bool winograd = same_name(algorithm.name, "winograd");
+  const int64_t tile = winograd ? kTileRows : 1;
   const bool pools = block.pooling.has_value();
   const int64_t depth = g.layout == Layout::channels_last ? g.k : 1, planes = g.k / depth;  // of an image
-  const Chunks chunks(g, p, sizeof(S));
-  const int64_t most_rows = Chunk(g, p, 1, 0, p.out[0]).end;
+  const Chunks chunks(g, p, sizeof(S), winograd ? kWinogradChunk : kChunk);
   S* const y = mutable_data_of<S>(prepared.out);
   uint8_t* const positions = mutable_data_of<uint8_t>(prepared.positions);
   for (int64_t n = 0; n < g.n; n += chunks.images) {
     for (int64_t row = 0; row < p.out[0]; row += chunks.rows) {
-      const Chunk chunk(g, p, std::min(chunks.images, g.n - n), row, chunks.rows);
+      const Chunk chunk(g, p, std::min(chunks.images, g.n - n), row, chunks.rows, tile);
       const Conv2dGeometry& c = chunk.conv;
       const int64_t units = c.n * planes, unit = c.out[0] * c.out[1] * depth;
       const auto output = [&](int64_t i) { return ((n * planes + i) * p.out[0] + row) * p.out[1] * depth; };
       // Without pooling, rows that lie together are activated in place.
-      const bool in_place = !pools && (chunks.rows == most_rows || depth > 1);
+      const bool in_place = !pools && (chunks.rows == p.out[0] || depth > 1);
       S* const made = in_place ? y + output(0) : static_cast<S*>(scratch(units * unit * sizeof(S), Scratch::of_caller));
       const Conv2dOperands<S> operands{data_of<S>(x) + n * g.c * g.in[0] * g.in[1], data_of<S>(w),
                                        bias.defined() ? data_of<S>(bias) : nullptr, made};
@@ -229,9 +234,9 @@ void run_chunks(const Prepared<int64_t>& prepared, const Block& block, const Ten
       split(tasks, grain_for(work / tasks), [&](int64_t begin, int64_t end) {
         conv.run(c, operands, static_cast<Sum<S>*>(scratch(bytes)), begin, end);
       });
-      split_units(units, unit, kGrain, [&](int64_t i, int64_t begin, int64_t end) {
-        S* const from = made + i * unit;
-        block.activation.run(kernels, from, pools || in_place ? from : y + output(i), begin, end);
+      const bool dense = pools || in_place;  // or rows of planes
+      split_units(dense ? 1 : units, dense ? units * unit : unit, kGrain, [&](int64_t i, int64_t begin, int64_t end) {
+        block.activation.run(kernels, made + i * unit, dense ? made : y + output(i), begin, end);
       });
       if (!pools) continue;
       const int64_t reads = p.out[1] * depth * p.kernel[0] * p.kernel[1];
@@ -253,8 +258,8 @@ TwoTensors run(const Tensor& input, const Tensor& weight, const OptionalTensor& 
   const auto prepared = prepare<int64_t>(input, weight, bias, b);
   const Conv2dGeometry& g = prepared.conv;
   const Pool2dGeometry& p = prepared.pool;
-  const Chunks chunks(g, p, input.element_size());
-  const int64_t largest = Chunk(g, p, chunks.images, 0, chunks.rows).end * g.k * g.out[1] * input.element_size();
+  const Chunks chunks(g, p, input.element_size(), kWinogradChunk);
+  const int64_t largest = Chunk(g, p, 1, 0, chunks.rows, kTileRows).end * g.k * g.out[1] * input.element_size();
   const bool nothing_to_fuse = !b.pooling && b.activation.kind == Kind::none;
   if (!input.is_cpu() || nothing_to_fuse || largest > kLargestChunk) return chain(input, weight, bias, b);
   const Tensor x = in_layout(input, g.layout), w = in_layout(weight, g.layout);
