@@ -243,9 +243,9 @@ def _step_of(node: fx.Node, module: tnn.Module | None) -> Step | None:
     rest, more = node.args[1:], {name: value for name, value in node.kwargs.items() if name != "inplace"}
     if node.target in (functional.relu, functional.relu_, torch.relu, "relu", "relu_"):
         return Step("activation", {"activation": "relu"})
-    if node.target is functional.relu6:
+    if node.target is functional.hardtanh and (*rest[:2], *more.values()) == (0, 6):  # what relu6 calls
         return Step("activation", {"activation": "relu6"})
-    if node.target is functional.leaky_relu and len(rest) <= 1:
+    if node.target is functional.leaky_relu:
         slope = rest[0] if rest else more.get("negative_slope", 0.01)
         return Step("activation", {"activation": "leaky_relu", "negative_slope": slope}) if slope >= 0 else None
     if node.target is functional.max_pool2d and len(rest) <= 5 and not more.pop("return_indices", False):
