@@ -22,7 +22,6 @@ ACTIVATIONS = {
     "relu6": lambda y, slope: F.relu6(y),
     "leaky_relu": lambda y, slope: F.leaky_relu(y, slope),
 }
-SMALL = {"pool_kernel_size": 2}
 # kernel size, stride, padding, dilation, ceil_mode
 POOLINGS = [None, (2, None, 0, 1, False), (3, 2, 1, 1, False), (3, 2, 0, 1, True), (2, 3, 1, 1, True)]
 POOLINGS += [((2, 3), (1, 2), (1, 0), (2, 1), False)]
@@ -182,11 +181,15 @@ def test_opcheck_and_unbatched_and_empty(device):
         assert not any(t.any() for t in grads)
 
 
-@pytest.mark.parametrize("pool", [None, POOLINGS[1]], ids=str)
-def test_compile(pool):
-    leaves = operands((2, 4, 9, 8), (6, 4, 3, 3))
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=True)
-    ours, expected = (run(*leaves, (1, 1), pool) for run in (compiled, block))
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("pool", [None, {"pool_kernel_size": 3, "pool_stride": 2}], ids=str)
+def test_compile(pool, dynamic):
+    cls = cnnops.nn.ConvReLU2d if pool is None else cnnops.nn.ConvReLUMaxPool2d
+    module = cls(4, 6, 3, padding=1, activation="leaky_relu", negative_slope=0.2, **(pool or {}))
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    x = numbers(2, 4, 9, 8).float().requires_grad_()
+    leaves = [x, *module.parameters()]
+    ours, expected = (run(x) for run in (compiled, module))
     assert same_bits(ours, expected)
     for a, b in zip(*(torch.autograd.grad(y.sum(), leaves) for y in (ours, expected)), strict=True):
         assert same_bits(a, b)
