@@ -26,22 +26,27 @@ std::atomic<const cpu::InstructionSet*>& current() {
   return set;
 }
 
+struct Memory {
+  c10::DataPtr block;
+  int64_t size = 0;
+};
+
 }  // namespace
 
 const cpu::InstructionSet& instruction_set() { return *current().load(std::memory_order_relaxed); }
 
 void set_instruction_set(const std::string& name) { current().store(&find_instruction_set(name)); }
 
-void* scratch(int64_t bytes) {
-  thread_local c10::DataPtr memory;
-  thread_local int64_t size = 0;
-  if (size < bytes) {
-    memory.clear();
-    size = 0;
-    memory = warm_memory()->allocate(bytes);
-    size = bytes;
+void* scratch(int64_t bytes, Scratch whose) {
+  thread_local Memory both[2];
+  Memory& memory = both[int(whose)];
+  if (memory.size < bytes) {
+    memory.block.clear();
+    memory.size = 0;
+    memory.block = warm_memory()->allocate(bytes);
+    memory.size = bytes;
   }
-  return memory.get();
+  return memory.block.get();
 }
 
 void refuse_cuda() {
