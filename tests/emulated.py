@@ -3,6 +3,7 @@
 A kernel's mistake ends that process: so sanitizers need nothing of Python, and pytest goes on with the next call.
 """
 
+import fcntl
 import hashlib
 import os
 import shlex
@@ -53,22 +54,24 @@ def build(sanitizer=""):
     content = b"".join(path.read_bytes() for path in sorted(sources + headers)) + repr((CXX, flags)).encode()
     folder = ROOT / "build" / "cuda_on_cpu" / hashlib.sha256(content).hexdigest()[:16]
     runner = folder / "runner"
-    if runner.exists():
-        return runner
-    folder.mkdir(parents=True, exist_ok=True)
 
     def compile(source, to):
         own = ["-fno-sanitize=thread"] if source.name == "emulation.cpp" else []
         subprocess.run([*CXX, *flags, *own, "-x", "c++", "-c", source, "-o", to], cwd=ROOT, check=True)
 
-    objects = [folder / f"{source.name}.{os.getpid()}.o" for source in sources]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(compile, sources, objects))
-    fresh = folder / f"{os.getpid()}.runner"
-    subprocess.run([*CXX, *flags, *objects, "-o", fresh], cwd=ROOT, check=True)
-    for path in objects:
-        path.unlink()
-    return fresh.replace(runner)  # in one step: other processes may be building it as well
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # other processes of pytest want it as well
+        if not runner.exists():
+            objects = [folder / f"{source.name}.o" for source in sources]
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(compile, sources, objects))
+            fresh = folder / "fresh"
+            subprocess.run([*CXX, *flags, *objects, "-o", fresh], cwd=ROOT, check=True)
+            for path in objects:
+                path.unlink()
+            fresh.rename(runner)
+    return runner
 
 
 class Emulation:

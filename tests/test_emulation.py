@@ -195,7 +195,11 @@ FAULTS = {  # name: what the emulation says; with AddressSanitizer; with ThreadS
     "read_beyond": (r"thread \d+ of block 0 reads or writes 0 bytes beyond the end of input 0", "SEGV", "SEGV"),
     "write_beyond": (r"thread \d+ of block 0 reads or writes 0 bytes beyond the end of output 0", "SEGV", "SEGV"),
     "read_before": (r"thread \d+ of block 0 reads or writes \d+ bytes before input 0", "SEGV|poison", "SEGV"),
-    "shared_beyond": (r"thread \d+ of block 0 reads or writes 0 bytes beyond the end of shared memory", "SEGV", "SEGV"),
+    "shared_beyond": (
+        r"thread \d+ of block 0 reads or writes 0 bytes beyond the end of shared memory",
+        "AddressSanitizer",
+        "SEGV",
+    ),
     "unwritten": (UNWRITTEN,),
     "writes_its_input": ("wrote to input 0",),
     "two_writers": (DIFFERS, None, RACE),

@@ -23,7 +23,6 @@ __device__ inline void copy_async(T* shared, const T* global, int bytes = kBytes
   check_shared(shared, kBytes, "a cp.async to somewhere", here);
   if (bytes > 0) check_aligned(global, kBytes, here);
   if (bytes < 0 || bytes > kBytes) fail_thread("copies " + std::to_string(bytes) + " bytes, " + text(here));
-  copies_seen = true;
   copies().back().push_back({shared, global, bytes, kBytes, here});
   if (settings.copies == Copies::eager) land(copies().back());
 #elif __CUDA_ARCH__ >= 800

@@ -298,6 +298,7 @@ std::string Guarded::distance(const void* place) const {
 std::vector<std::vector<Copy>>& copies() {
   auto& all = block.current->copies;
   if (all.empty()) all.emplace_back();
+  copies_seen = true;
   return all;
 }
 

@@ -90,7 +90,7 @@ std::vector<std::vector<Copy>>& copies();
 /// Lets those of a group land, as reads and writes of this thread.
 inline void land(std::vector<Copy>& group) {
   for (const Copy& copy : group) {
-    std::memcpy(copy.to, copy.from, static_cast<std::size_t>(copy.bytes));
+    if (copy.bytes > 0) std::memcpy(copy.to, copy.from, static_cast<std::size_t>(copy.bytes));
     std::memset(static_cast<char*>(copy.to) + copy.bytes, 0, static_cast<std::size_t>(copy.size - copy.bytes));
   }
   group.clear();
