@@ -37,6 +37,7 @@ namespace emulation {
 namespace {
 
 constexpr std::size_t kPage = 4096, kStack = 256 * 1024, kOperand = 64;
+constexpr std::size_t kAbove = 64 * 1024;  // a fault closer above a stack than this, sanitizers take for its overflow
 
 /// What a thread stopped for.
 enum class Stop { barrier, collective, end };
@@ -118,7 +119,8 @@ void live() {
     __tsan_switch_to_fiber(fiber.tsan, __tsan_switch_to_fiber_no_sync);
     _longjmp(fiber.stopped, 1);
   }
-  void* stack = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* stack =
+      mmap(nullptr, kStack + kAbove, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (stack == MAP_FAILED || mprotect(stack, kPage, PROT_NONE)) fail("no memory for its threads' stacks");
   fiber.stack = static_cast<unsigned char*>(stack);
   fiber.tsan = __tsan_create_fiber(0);
