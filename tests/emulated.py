@@ -25,7 +25,7 @@ SANITIZERS = {
 SANITIZER_OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=0",
     "UBSAN_OPTIONS": "print_stacktrace=1",
-    "TSAN_OPTIONS": "halt_on_error=1:report_thread_leaks=0",
+    "TSAN_OPTIONS": "halt_on_error=1:report_thread_leaks=0:atexit_sleep_ms=0",
 }
 
 TYPES = "float32 float64 bfloat16 float16 uint8 int8 int16 int32 int64".split()  # in the order of ForNumbers
