@@ -27,6 +27,8 @@ struct Conv2dAlgorithm {
   /// nullptr when the algorithm can compute this pass of this geometry, otherwise a sentence that says why not.
   const char* (*refuses)(const Conv2dGeometry&, Pass);
   Run forward, grad_input, grad_weight;
+  /// Whether a row below is known to be faster here: then "auto" passes over this one. nullptr for never.
+  bool (*yields)(const Conv2dGeometry&, Pass) = nullptr;
 
   const Run& run(Pass pass) const {
     return pass == Pass::forward ? forward : pass == Pass::grad_input ? grad_input : grad_weight;
@@ -54,12 +56,13 @@ static inline bool same_name(const char* a, const char* b) {
   return *a == *b;
 }
 
-/// `name` is a row's name, or "auto" for the first row that accepts.
+/// `name` is a row's name, or "auto" for the first row that accepts and does not yield.
 template <class Row>
 Choice<Row> choose(const Table<Row>& table, const Conv2dGeometry& geometry, Pass pass, const char* name) {
   for (const Row& row : table) {
     const bool named = same_name(name, row.name);
     if (!named && !same_name(name, "auto")) continue;
+    if (!named && row.yields && row.yields(geometry, pass)) continue;
     const char* refusal = row.refuses(geometry, pass);
     if (!refusal || named) return {refusal ? nullptr : &row, refusal};
   }
