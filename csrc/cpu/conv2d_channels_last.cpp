@@ -1,12 +1,10 @@
 // Convolution of channels_last tensors: register tiles of a few pixels x many channels, every window read in place.
 //
 //   y[p, k]    = bias[k] + sum over (kh,kw,c) of window[p, (kh,kw,c)] * w[k, (kh,kw,c)]       p = (n, oh, ow)
-//   gw[k, r]   =           sum over p         of gy[p, k] * window[p, r]                      r = (kh, kw, c)
 //
-// One tile makes both: it holds M x V vectors of sums, and a step is one number for each of its M rows, broadcast, times
-// V vectors. Forward, the rows are pixels, the vectors output channels, and the steps go through the windows; for the
-// gradient of the weight the rows are output channels, the vectors lie along r, and the steps go through the pixels.
-// The gradient of the input is forward with other taps (../correlation.h).
+// A tile holds M x V vectors of sums, and a step is one number for each of its M rows, broadcast, times V vectors: the
+// rows are pixels, the vectors output channels, and the steps go through the windows. The gradient of the input is
+// forward with other taps (../correlation.h); that of the weight is in conv2d_channels_last_weight.cpp.
 //
 // Forward, a pixel's channels under a tap are consecutive numbers, and where channels are few a whole row of taps is:
 // such a run is read where it stands. It is copied first, for one tile at a time, if its taps lie apart, or to widen
@@ -17,120 +15,22 @@
 // anything, a tile holds pixels of one sort, and the taps that these miss are left out: with a wide dilation, or in the
 // gradient of a layer without padding, that is most of the work. (Where a window is short, or the border shows pixels,
 // what is outside is copied instead, as zeros or as what it shows.)
-// For the gradient of the weight, blocks of pixels of both operands are copied.
 //
-// A task is a panel of channels for a block of pixels (forward, grad_input), or a block of output channels x a panel of
-// the filter (grad_weight). Sums are made in blocks of steps, each from a fresh zero, that are then added in order; the
-// batch size decides how pixels are dealt to tasks, never how one sum is made. Zeros of the border that are copied are
-// multiplied: an infinite or NaN weight or gradient gives NaN there, where plain loops would skip it. Refuses the
-// contiguous layout.
-#include "channels_last.h"
+// A task is a panel of channels for a block of pixels. Sums are made in blocks of steps, each from a fresh zero, that are
+// then added in order; the batch size decides how pixels are dealt to tasks, never how one sum is made. Zeros of the
+// border that are copied are multiplied: an infinite or NaN weight or gradient gives NaN there, where plain loops would
+// skip it. Refuses the contiguous layout.
+#include "channels_last_tile.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
 
-constexpr int kSums = 3 * kTileRows;                  // vectors of sums in a tile
-constexpr int kMostVectors = kTileRows == 8 ? 4 : 3;  // in a row of it
-constexpr int kMostRows = 12;
 constexpr int kTileMultiple = 24;                       // a multiple of the number of rows of every tile
 constexpr int64_t kWeightBytes = 65536;                 // packed weights of a block
 constexpr int64_t kMostPixels = 480, kFewPixels = 192;  // of a task
-constexpr int64_t kGoodTasks = 32, kFewTasks = 4;
-constexpr int64_t kMostRuns = 64;                        // of a block
-constexpr int64_t kShortRow = 256;                       // a run is a row of taps below, otherwise a tap
-constexpr int64_t kBlockRows = 144, kBlockPixels = 128;  // grad_weight: output channels of a task, pixels of a block
-
-template <int V>
-constexpr int kRows = kSums / V < kMostRows ? kSums / V : kMostRows;
-
-/// to[m][V vectors] = sum over runs and their lengths of a[run][m][r*step] * b[run][r][V vectors], plus what `plus` has.
-template <class T, int V, int M>
-void multiply_tile(int64_t runs, const int64_t* lengths, const T* const* a, int64_t step, const T* const* b,
-                   T* const* to, const T* const* plus) {
-  constexpr int L = kLanes<T>;
-  Vec<T> sum[M][V]{};
-  for (int64_t i = 0; i < runs; ++i, a += M) {
-    const T* row[M];
-    for (int m = 0; m < M; ++m) row[m] = a[m];
-    const T* columns = b[i];
-    for (int64_t r = 0; r < lengths[i] * step; r += step, columns += V * L) {
-      Vec<T> column[V];
-      for (int v = 0; v < V; ++v) column[v] = load(columns + v * L);
-      for (int m = 0; m < M; ++m) {
-        const Vec<T> x = broadcast(row[m][r]);
-        for (int v = 0; v < V; ++v) sum[m][v] = multiply_add(x, column[v], sum[m][v]);
-      }
-    }
-  }
-#pragma GCC unroll 16  // early, or GCC keeps the sums in memory
-  for (int m = 0; m < M; ++m)
-    for (int v = 0; v < V; ++v) store(to[m] + v * L, plus ? load(plus[m] + v * L) + sum[m][v] : sum[m][v]);
-}
-
-/// How `columns` are cut into panels of about the same number of vectors.
-template <class T>
-struct Panels {
-  int64_t width, count;
-  explicit Panels(int64_t columns, int64_t most = kMostVectors) {
-    const int64_t vectors = ceil_div(columns, kLanes<T>);
-    count = ceil_div(vectors, most);
-    width = ceil_div(vectors, count) * kLanes<T>;
-    count = ceil_div(columns, width);
-  }
-};
-
-/// Calls f(std::integral_constant V) for a panel of that many vectors.
-template <class T, class F>
-void with_vectors(int64_t columns, const F& f) {
-  const int64_t vectors = ceil_div(columns, kLanes<T>);
-  if (vectors == 1) f(std::integral_constant<int, 1>());
-  if (vectors == 2) f(std::integral_constant<int, 2>());
-  if (vectors == 3) f(std::integral_constant<int, 3>());
-  if constexpr (kMostVectors == 4) {
-    if (vectors == 4) f(std::integral_constant<int, 4>());
-  }
-}
-
-/// `length` numbers of a window, all in one row of taps: from channel c of tap (th, tw) on. They are `straight` if they
-/// are consecutive numbers of the input, too: then `offset` is how far they lie from the window's first.
-struct Run {
-  int64_t th, tw, c, length, offset;
-  bool straight;
-};
-
-static Run make_run(const Windows& t, int64_t th, int64_t begin, int64_t end) {
-  const int64_t tw = begin / t.channels, c = begin % t.channels;
-  return {th, tw, c, end - begin, tap_offset(t, th, tw) + c, t.adjacent() || c + end - begin <= t.channels};
-}
-
-template <class S>
-void copy_run(const Windows& t, const Pixel<S>& p, const Run& run, Sum<S>* to) {
-  constexpr int64_t L = kLanes<Sum<S>>;
-  if (p.inside && run.straight) return copy_numbers(p.image + p.at + run.offset, run.length, to);
-  if (t.adjacent() && t.border == Border::zeros) {
-    const int64_t h = p.h + run.th * t.h.offset_step, row = t.w.in_size * t.channels;
-    const bool inside = h >= 0 && h < t.h.in_size;
-    const int64_t start = (p.w + run.tw) * t.channels + run.c;
-    for (int64_t i = 0; i < run.length; i += L) {
-      const int64_t lanes = smaller(run.length - i, L);
-      store_first(to + i, load_inside(p.image + (inside ? h : 0) * row, inside ? row : 0, start + i, lanes), lanes);
-    }
-    return;
-  }
-  int64_t left = run.length;
-  for (int64_t tw = run.tw, c = run.c; left > 0; ++tw, c = 0) {
-    const int64_t count = smaller(t.channels - c, left);
-    if (const S* from = seen(t, p, run.th, tw)) {
-      copy_numbers(from + c, count, to);
-    } else {
-      for (int64_t i = 0; i < count; ++i) to[i] = 0;
-    }
-    to += count;
-    left -= count;
-  }
-}
-
-// ---- forward and grad_input ----
+constexpr int64_t kGoodTasks = 32;
+constexpr int64_t kMostRuns = 64;   // of a block
+constexpr int64_t kShortRow = 256;  // a run is a row of taps below, otherwise a tap
 
 /// A window as runs: rows of taps, or taps, whose channels are cut into equal pieces where they are many.
 struct Runs {
@@ -396,82 +296,6 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* work
   }
 }
 
-// ---- grad_weight ----
-
-/// Tasks are numbered (group, block of output channels, panel of the filter).
-template <class T>
-struct WeightTasks {
-  int64_t rows, blocks, filter, total;
-  Panels<T> panels;
-  explicit WeightTasks(const Conv2dGeometry& g) : filter(g.c / g.groups * g.kernel[0] * g.kernel[1]), panels(filter) {
-    const int64_t k_group = g.k / g.groups;
-    blocks = ceil_div(k_group, kBlockRows);
-    rows = ceil_div(k_group, blocks);
-    blocks = ceil_div(k_group, rows);
-    for (int most = kMostVectors - 1; most > 0 && g.groups * blocks * panels.count < kFewTasks; --most)
-      panels = Panels<T>(filter, most);
-    total = g.groups * blocks * panels.count;
-  }
-};
-
-template <class T>
-constexpr int64_t kWeightWorkspace =
-    kBlockPixels * (kBlockRows + kMostVectors * kLanes<T>)+kBlockRows * kMostVectors * kLanes<T>;
-
-/// The weights [k0, k0 + rows) x [r0, r0 + columns) of a group.
-template <class S, int V>
-void grad_weight_panel(const Conv2dGeometry& g, const Windows& t, const Conv2dOperands<S>& o, int64_t k0, int64_t rows,
-                       int64_t r0, int64_t columns, Sum<S>* workspace) {
-  using T = Sum<S>;
-  constexpr int64_t M = kRows<V>, L = kLanes<T>, kPixels = kBlockPixels;
-  T *grads = workspace, *windows = grads + kPixels * kBlockRows, *sums = windows + kPixels * V * L;
-  const int64_t row = t.w.taps * t.channels, first_row = r0 / row, last_row = (r0 + columns - 1) / row;
-  const int64_t padded = round_up(rows, M);
-  for (int64_t i = 0; i < kPixels * kBlockRows; ++i) grads[i] = 0;
-  for (int64_t i = 0; i < kPixels * V * L; ++i) windows[i] = 0;
-  for (int64_t i = 0; i < padded * V * L; ++i) sums[i] = 0;
-
-  const int64_t all = g.n * t.pixels();
-  for (int64_t p0 = 0; p0 < all; p0 += kPixels) {
-    const int64_t count = smaller(kPixels, all - p0);
-    Pixel<S> pixels[kPixels];
-    find_pixels(t, o.b, p0, count, pixels);
-    for (int64_t p = 0; p < count; ++p)
-      copy_numbers(o.a + (p0 + p) * g.k + t.out_channel0 + k0, rows, grads + p * kBlockRows);
-    for (int64_t th = first_row; th <= last_row; ++th) {
-      const int64_t begin = larger(r0, th * row), end = smaller(r0 + columns, (th + 1) * row);
-      const Run run = make_run(t, th, begin - th * row, end - th * row);
-      for (int64_t p = 0; p < count; ++p) copy_run(t, pixels[p], run, windows + p * V * L + begin - r0);
-    }
-    for (int64_t k = 0; k < rows; k += M) {
-      const T *a[M], *b = windows;
-      T* to[M];
-      for (int64_t m = 0; m < M; ++m) {
-        a[m] = grads + k + m;
-        to[m] = sums + (k + m) * V * L;
-      }
-      multiply_tile<T, V, int(M)>(1, &count, a, kBlockRows, &b, to, to);
-    }
-  }
-  for (int64_t k = 0; k < rows; ++k) {
-    S* out = o.out + t.weight0 + (k0 + k) * t.weight_row + r0;
-    for (int64_t j = 0; j < columns; j += L) store_first(out + j, load(sums + k * V * L + j), smaller(L, columns - j));
-  }
-}
-
-template <class S>
-void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace, int64_t begin, int64_t end) {
-  using T = Sum<S>;
-  const WeightTasks<T> tasks(g);
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t r0 = task % tasks.panels.count * tasks.panels.width;
-    const int64_t k0 = task / tasks.panels.count % tasks.blocks * tasks.rows;
-    const Windows t = make_windows(g, Pass::grad_weight, task / tasks.panels.count / tasks.blocks, 0);
-    const int64_t rows = smaller(tasks.rows, t.rows - k0), columns = smaller(tasks.panels.width, tasks.filter - r0);
-    with_vectors<T>(columns, [&](auto v) { grad_weight_panel<S, v>(g, t, o, k0, rows, r0, columns, workspace); });
-  }
-}
-
 // ---- the row of the table ----
 
 const char* refuses(const Conv2dGeometry& g, Pass) {
@@ -494,8 +318,7 @@ Conv2dAlgorithm<Conv2dRun<S>> conv2d_channels_last() {
           refuses,
           correlation_run<S, Pass::forward>(),
           correlation_run<S, Pass::grad_input>(),
-          {[](const Conv2dGeometry& g) { return WeightTasks<Sum<S>>(g).total; },
-           [](const Conv2dGeometry&) { return kWeightWorkspace<Sum<S>>; }, grad_weight<S>}};
+          channels_last_grad_weight<S>()};
 }
 
 template Conv2dAlgorithm<Conv2dRun<float>> conv2d_channels_last();
