@@ -381,7 +381,7 @@ const char* refuses(const Conv2dGeometry& g, Pass pass) {
 
 /// The gradient of many weights is a product large enough to be worth im2col's packing.
 bool yields(const Conv2dGeometry& g, Pass pass) {
-  return pass == Pass::grad_weight && g.k / g.groups >= 32 && g.c / g.groups * g.kernel[0] * g.kernel[1] >= 27;
+  return pass == Pass::grad_weight && g.k / g.groups >= 64 && g.c / g.groups * g.kernel[0] * g.kernel[1] >= 256;
 }
 
 template <class T, Pass pass>
