@@ -29,6 +29,8 @@ struct Conv2dAlgorithm {
   const char* (*refuses)(const Conv2dGeometry&, Pass);
   Run forward, grad_input, grad_weight;
   bool accurate = true;  // rounds about as `direct` does: where it is chosen, its error is at most 1.5 times as large
+  /// Whether a row below is known to be faster here: then "auto" passes over this one. nullptr for never.
+  bool (*yields)(const Conv2dGeometry&, Pass) = nullptr;
 
   const Run& run(Pass pass) const {
     return pass == Pass::forward ? forward : pass == Pass::grad_input ? grad_input : grad_weight;
@@ -56,12 +58,14 @@ static inline bool same_name(const char* a, const char* b) {
   return *a == *b;
 }
 
-/// `name` is a row's name, "auto" for the first row that accepts, or "accurate" for the first accurate one that does.
+/// `name` is a row's name, "auto" for the first row that accepts and does not yield, or "accurate" for the first accurate
+/// one that does so.
 template <class Row>
 Choice<Row> choose(const Table<Row>& table, const Conv2dGeometry& geometry, Pass pass, const char* name) {
   for (const Row& row : table) {
     const bool named = same_name(name, row.name);
     if (!named && !same_name(name, "auto") && !(row.accurate && same_name(name, "accurate"))) continue;
+    if (!named && row.yields && row.yields(geometry, pass)) continue;
     const char* refusal = row.refuses(geometry, pass);
     if (!refusal || named) return {refusal ? nullptr : &row, refusal};
   }

@@ -183,6 +183,7 @@ CONV2D = [
         ("kernel-over-input-wide", 1, 2, 3, 4, 3, (3, 9), {"padding": (1, 4)}),
         ("padding-is-kernel", 2, 2, 5, 6, 3, (3, 2), {"padding": (3, 2)}),
         ("padding-over-kernel", 1, 2, 4, 3, 3, (2, 3), {"padding": (5, 7)}),
+        ("padding-over-kernel-deep", 1, 64, 3, 4, 8, (2, 3), {"padding": (4, 5)}),
         ("padding-over-kernel-strided", 2, 2, 4, 3, 3, (2, 3), {"padding": (7, 5), "stride": (4, 3)}),
         (
             "asymmetric",
@@ -217,6 +218,7 @@ CONV2D = [
         ("dilation-over-input", 1, 2, 4, 5, 3, (3, 3), {"dilation": (7, 8), "padding": (7, 8)}),
         ("row-over-vector", 1, 2, 3, 200, 3, (3, 3), {"padding": (1, 1)}),
         ("row-over-vector-strided", 1, 2, 4, 203, 17, (3, 3), {"stride": (1, 2), "padding": (1, 1)}),
+        ("row-over-block", 1, 2, 3, 403, 5, (2, 3), {"padding": (0, 1)}),
         ("tall", 1, 2, 200, 3, 3, (3, 3), {"padding": (1, 1)}),
         ("row-of-15", 1, 3, 6, 15, 15, (3, 3), {"padding": (1, 1)}),
         ("row-of-17", 1, 17, 6, 17, 17, (3, 3), {"padding": (1, 1)}),

@@ -179,6 +179,16 @@ const char* refuses(const Conv2dGeometry& g, Pass pass) {
   return nullptr;
 }
 
+/// An output of the gradient of the input that lies at the border of an unpadded layer has few products to save: with
+/// most of them there, as in a 5x5 layer of 6x6 pixels, those who leave such products out are faster.
+bool yields(const Conv2dGeometry& g, Pass pass) {
+  if (pass != Pass::grad_input) return false;
+  const int64_t tile = kPatch + 1 - g.kernel[0];
+  const int64_t tiles = ((g.in[0] + tile - 1) / tile) * ((g.in[1] + tile - 1) / tile);
+  const int64_t products = g.kernel[0] * g.kernel[1] * g.out[0] * g.out[1];
+  return 3 * products < 2 * kPoints * tiles;
+}
+
 template <class S, Pass pass>
 Conv2dRun<S> run() {
   if constexpr (std::is_same_v<S, float>) {
@@ -211,7 +221,8 @@ Conv2dAlgorithm<Conv2dRun<S>> conv2d_winograd() {
           run<S, Pass::forward>(),
           run<S, Pass::grad_input>(),
           grad_weight_run<S>(),
-          false};
+          false,
+          yields};
 }
 
 template Conv2dAlgorithm<Conv2dRun<float>> conv2d_winograd();

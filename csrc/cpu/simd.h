@@ -319,6 +319,15 @@ static inline Vec<Sum<S>> load_inside(const S* row, int64_t size, int64_t start,
 #endif
 }
 
+/// to[i] = from[i] for i < count, widened.
+template <class S>
+static inline void copy_numbers(const S* from, int64_t count, Sum<S>* to) {
+  constexpr int64_t L = kLanes<Sum<S>>;
+  int64_t i = 0;
+  for (; i + L <= count; i += L) store(to + i, load(from + i));
+  if (i < count) store_first(to + i, load_first(from + i, count - i), count - i);
+}
+
 /// a*b + c, rounded once where the processor can.
 static inline Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
 #if defined(__AVX512F__)
@@ -353,6 +362,29 @@ static inline T sum_lanes(Vec<T> v) {
     for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
   }
   return lanes[0];
+}
+
+template <class T, int... lane>
+static inline void zip(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, lane...>) {
+  constexpr int L = kLanes<T>;
+  const Vec<T> low = __builtin_shufflevector(a, b, (lane % 2 * L + lane / 2)...);
+  b = __builtin_shufflevector(a, b, (lane % 2 * L + L / 2 + lane / 2)...);
+  a = low;
+}
+
+/// Rows become columns: zipping the upper half of the rows with the lower one does it in log2(rows) rounds.
+template <class T>
+static inline void transpose(Vec<T> (&rows)[kLanes<T>]) {
+  constexpr int L = kLanes<T>;
+  for (int round = 1; round < L; round *= 2) {
+    Vec<T> zipped[L];
+    for (int i = 0; i < L / 2; ++i) {
+      zipped[2 * i] = rows[i];
+      zipped[2 * i + 1] = rows[i + L / 2];
+      zip<T>(zipped[2 * i], zipped[2 * i + 1], std::make_integer_sequence<int, L>());
+    }
+    for (int i = 0; i < L; ++i) rows[i] = zipped[i];
+  }
 }
 
 }  // namespace cnnops::cpu::CNNOPS_ISA
