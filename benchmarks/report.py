@@ -129,7 +129,7 @@ def machine(data: dict) -> str:
     return "; ".join([*said, m["date"], *["a quick look, not a measurement"] * data["quick"]])
 
 
-def page(data: dict) -> str:
+def page(data: dict, whole_models: str = "") -> str:
     limits, rows = data["ceilings"], data["results"]
     arithmetic = ", ".join(f"{dtype} {speed:.0f}" for dtype, speed in limits["flops"].items())
     copies = ", ".join(f"{int(size) / 2**20:.0f} MB {speed:.0f}" for size, speed in limits["copy"].items())
@@ -157,6 +157,7 @@ through autograd.
 
 ![Ratios by group](performance.png)
 
+{whole_models}
 {chr(10).join(section for section in sections if section)}"""
 
 
@@ -206,8 +207,8 @@ def readme(text: str, data: dict) -> str:
     return with_block(text, "bench", block)
 
 
-def write_docs(data: dict, root: Path) -> None:
-    (root / "docs" / "performance.md").write_text(page(data))
+def write_docs(data: dict, root: Path, whole_models: str = "") -> None:
+    (root / "docs" / "performance.md").write_text(page(data, whole_models))
     picture(data, root / "docs" / "performance.png")
     (root / "README.md").write_text(readme((root / "README.md").read_text(), data))
 
