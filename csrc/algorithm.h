@@ -29,7 +29,7 @@ struct Conv2dAlgorithm {
   const char* (*refuses)(const Conv2dGeometry&, Pass);
   Run forward, grad_input, grad_weight;
   bool accurate = true;  // rounds about as `direct` does: where it is chosen, its error is at most 1.5 times as large
-  /// Whether a row below is known to be faster here: then "auto" passes over this one. nullptr for never.
+  /// Of a geometry that it accepts, whether a row below is faster: then "auto" passes over this one. nullptr for never.
   bool (*yields)(const Conv2dGeometry&, Pass) = nullptr;
 
   const Run& run(Pass pass) const {
@@ -59,15 +59,17 @@ static inline bool same_name(const char* a, const char* b) {
 }
 
 /// `name` is a row's name, "auto" for the first row that accepts and does not yield, or "accurate" for the first accurate
-/// one that does so.
+/// one that accepts.
 template <class Row>
 Choice<Row> choose(const Table<Row>& table, const Conv2dGeometry& geometry, Pass pass, const char* name) {
+  const bool fastest = same_name(name, "auto"), accurate = same_name(name, "accurate");
   for (const Row& row : table) {
     const bool named = same_name(name, row.name);
-    if (!named && !same_name(name, "auto") && !(row.accurate && same_name(name, "accurate"))) continue;
-    if (!named && row.yields && row.yields(geometry, pass)) continue;
+    if (!named && !fastest && !(accurate && row.accurate)) continue;
     const char* refusal = row.refuses(geometry, pass);
-    if (!refusal || named) return {refusal ? nullptr : &row, refusal};
+    if (named) return {refusal ? nullptr : &row, refusal};
+    if (refusal || (fastest && row.yields && row.yields(geometry, pass))) continue;
+    return {&row, nullptr};
   }
   return {nullptr, nullptr};
 }

@@ -37,7 +37,7 @@ def test_accurate_is_never_winograd(device, which):
             t = conv2d_operands(case).to(device, torch.float32).formatted(layout)
             auto, accurate = chosen(t, case, which), chosen(t, case, which, "accurate")
             assert accurate in ACCURATE
-            assert accurate == auto or auto not in ACCURATE
+            assert accurate == auto or auto in ("winograd", "im2col")  # to im2col others yield
             left_out.add(auto)
     assert left_out - ACCURATE == ({"winograd"} if device == "cpu" else set())
 

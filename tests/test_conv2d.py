@@ -1,7 +1,7 @@
 """conv2d and its two gradients: every case by every algorithm, against torch and against float64."""
 
 from dataclasses import replace
-from math import prod
+from math import ceil, prod
 
 import pytest
 import torch
@@ -112,15 +112,25 @@ def test_the_last_row_is_the_reference(device):
 @every_pass
 @every_case
 def test_auto_takes_the_first_row_that_accepts_whatever_the_batch(case, which):
-    """Or the second, in the one place where the first leaves it to another: `yields` in conv2d_direct.cpp."""
+    """Or the next one, where it `yields` to those below."""
     choices = set()
     for n in (0, 1, 3, 64):
         t = conv2d_operands(replace(case, n=n)).to(torch.float32)
         choices.add(cnnops.ops.conv2d_algorithm(t.x, t.w, **case.arguments, which=which))
     t = conv2d_operands(case).to(torch.float32)
     names = [name for name in cnnops.ops.algorithms() if accepts(which, t, case, name)]
-    many_weights = which == "grad_weight" and case.k // case.groups >= 64 and prod(t.w.shape[1:]) >= 256
-    assert choices == {names[names[0] == "direct" and many_weights]}
+    assert choices == {next(name for name in names if not yields(name, which, case))}
+
+
+def yields(name, which, case):
+    """The two rows that do: contiguous direct, to im2col; winograd, to who leaves out products with the border."""
+    if name == "direct":
+        filters, size = case.weight_shape[0] // case.groups, prod(case.weight_shape[1:])
+        return which == "grad_weight" and filters >= 64 and size >= 256
+    if name == "winograd":
+        tiles = prod(ceil(size / (7 - case.kernel[0])) for size in case.input_shape[2:])
+        return which == "grad_input" and 3 * prod(case.kernel) * prod(case.output_shape[2:]) < 72 * tiles
+    return False
 
 
 @every_algorithm

@@ -21,7 +21,7 @@ constexpr int kTileVectors = 3;
 template <class T>
 constexpr int kTileColumns = kTileVectors * kLanes<T>;
 
-constexpr int64_t kBlockRows = 128, kBlockColumns = 384, kBlockDepth = 256;
+constexpr int64_t kBlockRows = 128, kBlockColumns = 384, kBlockDepth = 128;
 static_assert(kBlockColumns % kTileColumns<float> == 0 && kBlockColumns % kTileColumns<double> == 0);
 
 /// Workspace of one task, in elements.
