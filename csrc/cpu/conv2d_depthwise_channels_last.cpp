@@ -11,116 +11,19 @@
 // the classes of a strided grad_input (../correlation.h), load a pixel once for every tap.
 //
 // A task is two rows of outputs (of each class) of a block of channels. In grad_weight it is a row of a filter's taps
-// for a vector of channels; neighbouring tasks are computed together. Sums are made over the 8 pixels of a tile, over
-// the tiles of some rows, and over all rows and images, in this order, lane by lane.
+// for a vector of channels; neighbouring tasks are computed together. There a thread sees a few lines of every pixel,
+// which processors do not read ahead by themselves, so it asks for the tiles below. Sums are made over the 8 pixels of a
+// tile, over the tiles of some rows, and over all rows and images, in this order, lane by lane.
 //
 // Zeros of the border are multiplied: an infinite or NaN weight or gradient gives NaN there, where plain loops would
 // skip it. Refuses the contiguous layout, filters per group other than one, and filters of more than 512 weights.
-#include "channels_last.h"
 #include "conv2d_depthwise.h"
+#include "conv2d_depthwise_tiles.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
 
-constexpr int kTileH = 2, kTileW = 4, kTile = kTileH * kTileW;
-constexpr int64_t kBlockVectors = 12;  // channels of a block
-constexpr int64_t kMostTaps = 512;
 constexpr int64_t kSumPixels = 128;  // grad_weight: about as many are summed before they are added to the total
-
-template <class T>
-constexpr int64_t kBlock = kBlockVectors * kLanes<T>;
-
-/// Blocks of about the same size.
-template <class T>
-struct Blocks {
-  int64_t channels, size, count;
-  explicit Blocks(int64_t channels) : channels(channels) {
-    const int64_t vectors = ceil_div(channels, kLanes<T>);
-    size = ceil_div(vectors, ceil_div(vectors, kBlockVectors)) * kLanes<T>;
-    count = ceil_div(channels, size);
-  }
-};
-
-// ---- which pixels a tile sees ----
-
-/// Along one axis, the inputs under a tile of outputs, counted from what the first output sees first. Dense: all inputs
-/// from the first to the last, in order; otherwise those of the first output, of the second, ...
-struct Footprint {
-  int64_t count, at[kTileW * kMostTaps];
-  Footprint(const Axis& a, int64_t outputs, bool dense) {
-    count = dense ? (outputs - 1) * a.in_step + a.taps : outputs * a.taps;
-    for (int64_t i = 0; i < count; ++i) at[i] = dense ? i : i / a.taps * a.in_step + i % a.taps * a.offset_step;
-  }
-};
-
-/// The tiles of a class of outputs, and where the pixels under the current one stand.
-template <class S>
-struct Tiles {
-  Windows t;
-  bool dense;
-  Footprint h, w;
-  const S* in;                       // images, from the first channel of the block on
-  const S* zeros;                    // for pixels that are not there
-  int64_t table_j;                   // the tile for which the table was made, if it may be shifted
-  const S* seen[kTile * kMostTaps];  // [h.count][w.count]
-  int64_t places[kTile];             // of the outputs among all pixels, -1 for none
-  int64_t in_shift, place_shift;     // from the table to the current tile
-  bool whole;                        // all outputs of the tile exist
-
-  Tiles(const Windows& t, bool dense) : t(t), dense(dense), h(t.h, kTileH, dense), w(t.w, kTileW, dense) {}
-
-  static int64_t inside(int64_t i, int64_t size, Border border) {
-    const int64_t at = pixel_at(i, size, border);
-    return at < size ? at : -1;
-  }
-
-  /// Outputs beyond the last see zeros, where the table is not dense.
-  void make_table(int64_t n, int64_t i0, int64_t j0) {
-    const int64_t pixels = t.h.in_size * t.w.in_size;
-    const int64_t h0 = i0 * t.h.in_step + t.h.offset0, w0 = j0 * t.w.in_step + t.w.offset0;
-    int64_t columns[kTileW * kMostTaps];
-    for (int64_t b = 0; b < w.count; ++b)
-      columns[b] = !dense && j0 + b / t.w.taps >= t.w.count ? -1 : inside(w0 + w.at[b], t.w.in_size, t.border);
-    const S** to = seen;
-    for (int64_t a = 0; a < h.count; ++a) {
-      const int64_t row = !dense && i0 + a / t.h.taps >= t.h.count ? -1 : inside(h0 + h.at[a], t.h.in_size, t.border);
-      const S* from = in + (n * pixels + row * t.w.in_size) * t.in_channels;
-      for (int64_t b = 0; b < w.count; ++b)
-        *to++ = row < 0 || columns[b] < 0 ? zeros : from + columns[b] * t.in_channels;
-    }
-    for (int64_t r = 0; r < kTileH; ++r)
-      for (int64_t q = 0; q < kTileW; ++q)
-        places[r * kTileW + q] =
-            i0 + r < t.h.count && j0 + q < t.w.count
-                ? (n * t.out_height + t.h.first + (i0 + r) * t.h.step) * t.out_width + t.w.first + (j0 + q) * t.w.step
-                : -1;
-  }
-
-  /// f() for every tile of rows i0 and i0 + 1.
-  template <class F>
-  void each(int64_t n, int64_t i0, const F& f) {
-    const int64_t h0 = i0 * t.h.in_step + t.h.offset0, last_h = (kTileH - 1) * t.h.in_step,
-                  last_w = (kTileW - 1) * t.w.in_step;
-    const bool rows_inside =
-        i0 + kTileH <= t.h.count && h0 >= 0 && h0 + last_h + (t.h.taps - 1) * t.h.offset_step < t.h.in_size;
-    table_j = -1;
-    for (int64_t j0 = 0; j0 < t.w.count; j0 += kTileW) {
-      const int64_t w0 = j0 * t.w.in_step + t.w.offset0;
-      const bool all_inside = rows_inside && j0 + kTileW <= t.w.count && w0 >= 0 &&
-                              w0 + last_w + (t.w.taps - 1) * t.w.offset_step < t.w.in_size;
-      whole = i0 + kTileH <= t.h.count && j0 + kTileW <= t.w.count;
-      if (!all_inside || table_j < 0) {
-        make_table(n, i0, j0);
-        table_j = all_inside ? j0 : -1;
-        in_shift = place_shift = 0;
-      } else {
-        in_shift = (j0 - table_j) * t.w.in_step * t.in_channels;
-        place_shift = (j0 - table_j) * t.w.step;
-      }
-      f();
-    }
-  }
-};
 
 // ---- forward and grad_input ----
 
@@ -133,16 +36,23 @@ struct Filters {
   S* out[kTile];
 };
 
-template <class S, bool whole>
-Vec<Sum<S>> load_some(const S* p, int64_t lanes) {
-  return whole ? load(p) : load_first(p, lanes);
+/// Masks cost whole vectors dearly: a masked store may wait for its line.
+template <class S>
+static inline Vec<Sum<S>> load_some(const S* p, int64_t lanes) {
+  return lanes == kLanes<Sum<S>> ? load(p) : load_first(p, lanes);
 }
 
 template <class S>
-void put(const Filters<S>& f, const Vec<Sum<S>>* sum, int64_t c, int64_t lanes) {
-  const Vec<Sum<S>> bias = f.bias ? load_first(f.bias + c, lanes) : Vec<Sum<S>>{};
+static inline void put(const Filters<S>& f, const Vec<Sum<S>>* sum, int64_t c, int64_t lanes) {
+  const Vec<Sum<S>> bias = f.bias ? load_some(f.bias + c, lanes) : Vec<Sum<S>>{};
 #pragma GCC unroll 8
-  for (int o = 0; o < kTile; ++o) store_first(f.out[o] + c, sum[o] + bias, lanes);
+  for (int o = 0; o < kTile; ++o) {
+    if (lanes == kLanes<Sum<S>>) {
+      store(f.out[o] + c, sum[o] + bias);
+    } else {
+      store_first(f.out[o] + c, sum[o] + bias, lanes);
+    }
+  }
 }
 
 /// A filter of K x K taps, the table being dense; all vectors of channels that are whole.
@@ -274,6 +184,16 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* work
 
 // ---- grad_weight ----
 
+/// Starts loading what the tiles two rows down will see first, of one vector of channels.
+template <class S, int rows, int columns, int stride>
+static inline void prefetch_below(const Tiles<S>& tiles, const S* const* seen, int64_t c) {
+  const int64_t below = tiles.in_shift + c + tiles.below;
+#pragma GCC unroll 16
+  for (int i = larger(rows - kTileH * stride, 0); i < rows; ++i)
+#pragma GCC unroll 16
+    for (int j = columns - kTileW * stride; j < columns; ++j) __builtin_prefetch(seen[i * columns + j] + below, 0, 2);
+}
+
 /// sums[th - th0][tw][block] += sum over a tile of what TH rows of taps see * gy, for the whole vectors of [c, end).
 template <class S, int TH, int K, int stride>
 int64_t dense_sums(const Tiles<S>& tiles, const S* const* gy, int64_t th0, int64_t c, int64_t end, int64_t block,
@@ -281,7 +201,7 @@ int64_t dense_sums(const Tiles<S>& tiles, const S* const* gy, int64_t th0, int64
   using T = Sum<S>;
   constexpr int rows = (kTileH - 1) * stride + TH, columns = (kTileW - 1) * stride + K;
   const S* const* seen = tiles.seen + th0 * columns;
-  const int64_t shift = tiles.in_shift;
+  const int64_t shift = tiles.in_shift, gy_below = kTileH * tiles.t.out_width * tiles.t.out_channels;
   for (; c + kLanes<T> <= end; c += kLanes<T>) {
     Vec<T> sum[TH * K]{}, grad[kTile];
 #pragma GCC unroll 8
@@ -297,6 +217,9 @@ int64_t dense_sums(const Tiles<S>& tiles, const S* const* gy, int64_t th0, int64
           if (th >= 0 && th < TH && tw >= 0 && tw < K) sum[th * K + tw] = multiply_add(x, grad[o], sum[th * K + tw]);
         }
       }
+    prefetch_below<S, rows, columns, stride>(tiles, seen, c);
+#pragma GCC unroll 8
+    for (int o = 0; o < kTile; ++o) __builtin_prefetch(gy[o] + gy_below + c, 0, 2);
 #pragma GCC unroll 16
     for (int tap = 0; tap < TH * K; ++tap) store(sums + tap * block + c, load(sums + tap * block + c) + sum[tap]);
   }
@@ -362,13 +285,11 @@ struct Segment {
   int64_t v0, v1, th0, th1;
 };
 
-/// Tasks are numbered (vector of channels, row of taps), or the other way round if there are few channels: then threads
-/// part the taps and each reads whole pixels, run after run, which is what processors read ahead.
+/// Tasks are numbered (vector of channels, row of taps).
 struct WeightTasks {
-  int64_t vectors, rows;
+  int64_t rows;
   int64_t th(int64_t task, int64_t v) const {  // the first row of taps of vector v that is not before the task
-    const int64_t th = vectors <= kBlockVectors ? (task + vectors - 1 - v) / vectors : task - v * rows;
-    return smaller(larger(th, 0), rows);
+    return smaller(larger(task - v * rows, 0), rows);
   }
   /// The next segment of the tasks [begin, end) from vector v0 on, of at most kBlockVectors; empty if v0 == v1.
   Segment segment(int64_t begin, int64_t end, int64_t v0, int64_t limit) const {
@@ -393,7 +314,8 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* wo
   using T = Sum<S>;
   constexpr int64_t L = kLanes<T>;
   const Windows t = make_windows(g, Pass::grad_weight, 0, 0);
-  const WeightTasks tasks{ceil_div(g.c, L), t.h.taps};
+  const WeightTasks tasks{t.h.taps};
+  const int64_t vectors = ceil_div(g.c, L);
   const int64_t filter = t.h.taps * t.w.taps;
   Tiles<S> tiles(t, unrolled(t) > 0);
   S* zeros = reinterpret_cast<S*>(workspace);
@@ -401,10 +323,10 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* wo
   tiles.zeros = zeros;
   T *const sums = workspace + kBlock<T>, *const totals = sums + kBlock<T> * filter;
 
-  for (int64_t v0 = 0; v0 < tasks.vectors; v0 += kBlockVectors) {
+  for (int64_t v0 = 0; v0 < vectors; v0 += kBlockVectors) {
     Segment segments[kBlockVectors];
     int64_t count = 0, used = 0;
-    const int64_t last = smaller(v0 + kBlockVectors, tasks.vectors);
+    const int64_t last = smaller(v0 + kBlockVectors, vectors);
     for (Segment s = tasks.segment(begin, end, v0, last); s.v0 < s.v1; s = tasks.segment(begin, end, s.v1, last)) {
       segments[count++] = s;
       used += (s.v1 - s.v0) * L * (s.th1 - s.th0) * t.w.taps;

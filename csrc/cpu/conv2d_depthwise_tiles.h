@@ -1,0 +1,112 @@
+// What depthwise convolution of channels_last tensors works in: blocks of channels, and tiles of 2x4 outputs with a table
+// of the pixels under them.
+#pragma once
+
+#include "channels_last.h"
+
+namespace cnnops::cpu::CNNOPS_ISA {
+
+constexpr int kTileH = 2, kTileW = 4, kTile = kTileH * kTileW;
+constexpr int64_t kMostTaps = 512;
+constexpr int64_t kBlockVectors = 12;  // channels of a block
+
+template <class T>
+constexpr int64_t kBlock = kBlockVectors * kLanes<T>;
+
+/// Blocks of about the same size.
+template <class T>
+struct Blocks {
+  int64_t channels, size, count;
+  explicit Blocks(int64_t channels) : channels(channels) {
+    const int64_t vectors = ceil_div(channels, kLanes<T>);
+    size = ceil_div(vectors, ceil_div(vectors, kBlockVectors)) * kLanes<T>;
+    count = ceil_div(channels, size);
+  }
+};
+
+/// Along one axis, the inputs under a tile of outputs, counted from what the first output sees first. Dense: all inputs
+/// from the first to the last, in order; otherwise those of the first output, of the second, ...
+struct Footprint {
+  int64_t count, at[kTileW * kMostTaps];
+  Footprint(const Axis& a, int64_t outputs, bool dense) {
+    count = dense ? (outputs - 1) * a.in_step + a.taps : outputs * a.taps;
+    for (int64_t i = 0; i < count; ++i) at[i] = dense ? i : i / a.taps * a.in_step + i % a.taps * a.offset_step;
+  }
+};
+
+/// The tiles of a class of outputs, and where the pixels under the current one stand.
+template <class S>
+struct Tiles {
+  Windows t;
+  bool dense;
+  Footprint h, w;
+  const S* in;                       // images, from the first channel of the block on
+  const S* zeros;                    // for pixels that are not there
+  int64_t table_j;                   // the tile for which the table was made, if it may be shifted
+  const S* seen[kTile * kMostTaps];  // [h.count][w.count]
+  int64_t places[kTile];             // of the outputs among all pixels, -1 for none
+  int64_t in_shift, place_shift;     // from the table to the current tile
+  int64_t below;                     // from a pixel to the one under the tile below
+  bool whole;                        // all outputs of the tile exist
+
+  Tiles(const Windows& t, bool dense)
+      : t(t),
+        dense(dense),
+        h(t.h, kTileH, dense),
+        w(t.w, kTileW, dense),
+        below(kTileH * t.h.in_step * t.w.in_size * t.in_channels) {}
+
+  static int64_t inside(int64_t i, int64_t size, Border border) {
+    const int64_t at = pixel_at(i, size, border);
+    return at < size ? at : -1;
+  }
+
+  /// Outputs beyond the last see zeros, where the table is not dense.
+  void make_table(int64_t n, int64_t i0, int64_t j0) {
+    const int64_t pixels = t.h.in_size * t.w.in_size;
+    const int64_t h0 = i0 * t.h.in_step + t.h.offset0, w0 = j0 * t.w.in_step + t.w.offset0;
+    int64_t columns[kTileW * kMostTaps];
+    for (int64_t b = 0; b < w.count; ++b)
+      columns[b] = !dense && j0 + b / t.w.taps >= t.w.count ? -1 : inside(w0 + w.at[b], t.w.in_size, t.border);
+    const S** to = seen;
+    for (int64_t a = 0; a < h.count; ++a) {
+      const int64_t row = !dense && i0 + a / t.h.taps >= t.h.count ? -1 : inside(h0 + h.at[a], t.h.in_size, t.border);
+      const S* from = in + (n * pixels + row * t.w.in_size) * t.in_channels;
+      for (int64_t b = 0; b < w.count; ++b)
+        *to++ = row < 0 || columns[b] < 0 ? zeros : from + columns[b] * t.in_channels;
+    }
+    for (int64_t r = 0; r < kTileH; ++r)
+      for (int64_t q = 0; q < kTileW; ++q)
+        places[r * kTileW + q] =
+            i0 + r < t.h.count && j0 + q < t.w.count
+                ? (n * t.out_height + t.h.first + (i0 + r) * t.h.step) * t.out_width + t.w.first + (j0 + q) * t.w.step
+                : -1;
+  }
+
+  /// f() for every tile of rows i0 and i0 + 1.
+  template <class F>
+  void each(int64_t n, int64_t i0, const F& f) {
+    const int64_t h0 = i0 * t.h.in_step + t.h.offset0, last_h = (kTileH - 1) * t.h.in_step,
+                  last_w = (kTileW - 1) * t.w.in_step;
+    const bool rows_inside =
+        i0 + kTileH <= t.h.count && h0 >= 0 && h0 + last_h + (t.h.taps - 1) * t.h.offset_step < t.h.in_size;
+    table_j = -1;
+    for (int64_t j0 = 0; j0 < t.w.count; j0 += kTileW) {
+      const int64_t w0 = j0 * t.w.in_step + t.w.offset0;
+      const bool all_inside = rows_inside && j0 + kTileW <= t.w.count && w0 >= 0 &&
+                              w0 + last_w + (t.w.taps - 1) * t.w.offset_step < t.w.in_size;
+      whole = i0 + kTileH <= t.h.count && j0 + kTileW <= t.w.count;
+      if (!all_inside || table_j < 0) {
+        make_table(n, i0, j0);
+        table_j = all_inside ? j0 : -1;
+        in_shift = place_shift = 0;
+      } else {
+        in_shift = (j0 - table_j) * t.w.in_step * t.in_channels;
+        place_shift = (j0 - table_j) * t.w.step;
+      }
+      f();
+    }
+  }
+};
+
+}  // namespace cnnops::cpu::CNNOPS_ISA
