@@ -5,10 +5,11 @@
 //   leaky_relu  y = x > 0 ? x : slope*x       gx = kept > 0 ? gy : slope*gy   (`kept`: y, or x for a negative slope)
 //   prelu       y = x > 0 ? x : w[c]*x        gx = x > 0 ? gy : w[c]*gy       gw[c] = sum of gy*x where x <= 0
 //
-// Memory is the limit, so a vector at a time is all it takes. A sum runs over each image's plane in eight interleaved
+// Memory is the limit, so a vector at a time is all it takes. A sum runs over each image's plane in sixteen interleaved
 // parts kept in double, adds the parts, then the images in their order: that order is the same however many threads
 // there are, as each channel is one task. Memory is read once, in its own order: a few channels of one image, then the
-// same of the next. Prelu and the sums see a channels_last tensor as one whose images are single pixels, inner = 1.
+// same of the next. Prelu and the sums see a channels_last tensor as one whose images are single pixels, inner = 1; a
+// sum then runs over blocks of 64 pixels, the even and the odd ones apart.
 #include "kernels.h"
 #include "simd.h"
 
@@ -32,22 +33,28 @@ void map_cached(int64_t count, S* to, const Op& op, const From*... from) {
   if (i < count) store_first(to + i, op(load_first(from + i, count - i)...), count - i);
 }
 
-/// The same; what is much larger than the cache is written past it, which spares reading what is overwritten.
+/// The same; what is part of something much larger than the cache is written past it, which spares reading what is
+/// overwritten.
 template <class S, class Op, class... From>
-void map(int64_t count, S* to, const Op& op, const From*... from) {
+void map_part(int64_t whole, int64_t count, S* to, const Op& op, const From*... from) {
   if constexpr (std::is_same_v<S, Sum<S>>) {
     constexpr int64_t L = kLanes<S>;
     const int64_t beyond = reinterpret_cast<uintptr_t>(to) / sizeof(S) % L;
     const int64_t head = beyond > 0 ? L - beyond : 0;
-    if (((from != to) && ...) && count > head && past_cache(to + head, count - head)) {
+    if (((from != to) && ...) && count > head && past_cache(to + head, whole)) {
       map_cached(head, to, op, from...);
       int64_t i = head;
       for (; i + L <= count; i += L) store_past_cache(to + i, op(load(from + i)...));
-      stores_done();
       return map_cached(count - i, to + i, op, (from + i)...);
     }
   }
   map_cached(count, to, op, from...);
+}
+
+template <class S, class Op, class... From>
+void map(int64_t count, S* to, const Op& op, const From*... from) {
+  map_part(count, count, to, op, from...);
+  stores_done();
 }
 
 template <class S>
@@ -111,12 +118,23 @@ void for_channels(int64_t channels, int64_t inner, int64_t begin, int64_t end, c
   }
 }
 
-/// Calls run(c, from, to) for stretches whose first element is of channel c and the next of the next, where inner is 1.
-template <class Run>
-void for_pixels(int64_t channels, int64_t begin, int64_t end, const Run& run) {
+/// Calls run(slopes, from, to) for stretches whose elements have one slope each, as inner is 1. A few slopes are repeated,
+/// so that stretches are long.
+template <class S, class Run>
+void for_pixels(const S* w, int64_t channels, int64_t begin, int64_t end, const Run& run) {
+  constexpr int64_t kLong = 1024;
+  S repeated[kLong];
+  int64_t known = channels;
+  if (2 * channels <= kLong && 2 * channels <= end - begin) {
+    const int64_t most = smaller(kLong / channels, ceil_div(end - begin, channels) + 1) * channels;
+    for (int64_t i = 0; i < channels; ++i) repeated[i] = w[i];
+    for (int64_t i = channels; i < most; ++i) repeated[i] = repeated[i - channels];
+    w = repeated;
+    known = most;
+  }
   for (int64_t from = begin; from < end;) {
-    const int64_t c = from % channels, to = smaller(from + channels - c, end);
-    run(c, from, to);
+    const int64_t c = from % channels, to = smaller(from + known - c, end);
+    run(w + c, from, to);
     from = to;
   }
 }
@@ -126,12 +144,16 @@ void prelu(const S* x, const S* w, int64_t channels, int64_t inner, S* y, int64_
   using V = Vec<Sum<S>>;
   const auto op = [](V x, V w) { return x > 0 ? x : x * w; };
   if (inner == 1 && channels > 1) {
-    for_pixels(channels, begin, end,
-               [=](int64_t c, int64_t from, int64_t to) { map(to - from, y + from, op, x + from, w + c); });
+    for_pixels(w, channels, begin, end, [=](const S* w, int64_t from, int64_t to) {
+      map_part(end - begin, to - from, y + from, op, x + from, w);
+    });
   } else {
-    for_channels(channels, inner, begin, end,
-                 [=](int64_t c, int64_t from, int64_t to) { leaky_relu(x, value(w[c]), y, from, to); });
+    for_channels(channels, inner, begin, end, [=](int64_t c, int64_t from, int64_t to) {
+      const V slope = broadcast(value(w[c]));
+      map_part(end - begin, to - from, y + from, [=](V x) { return op(x, slope); }, x + from);
+    });
   }
+  stores_done();
 }
 
 template <class S>
@@ -140,12 +162,16 @@ void prelu_backward(const S* gy, const S* x, const S* w, int64_t channels, int64
   using V = Vec<Sum<S>>;
   const auto op = [](V gy, V x, V w) { return x > 0 ? gy : gy * w; };
   if (inner == 1 && channels > 1) {
-    for_pixels(channels, begin, end,
-               [=](int64_t c, int64_t from, int64_t to) { map(to - from, gx + from, op, gy + from, x + from, w + c); });
+    for_pixels(w, channels, begin, end, [=](const S* w, int64_t from, int64_t to) {
+      map_part(end - begin, to - from, gx + from, op, gy + from, x + from, w);
+    });
   } else {
-    for_channels(channels, inner, begin, end,
-                 [=](int64_t c, int64_t from, int64_t to) { leaky_relu_backward(gy, x, value(w[c]), gx, from, to); });
+    for_channels(channels, inner, begin, end, [=](int64_t c, int64_t from, int64_t to) {
+      const V slope = broadcast(value(w[c]));
+      map_part(end - begin, to - from, gx + from, [=](V gy, V x) { return op(gy, x, slope); }, gy + from, x + from);
+    });
   }
+  stores_done();
 }
 
 /// Eight numbers, whatever the processor's vectors hold: so a sum's order is the same on all, and random signs cost no
@@ -168,11 +194,32 @@ void load_eight(const S* p, int64_t count, Eight& v) {
   }
 }
 
+/// Adds up the terms of `pixels` pixels, `channels` numbers each, in `groups` vectors of channels: those of even pixels and
+/// those of odd ones, so that additions need not wait for each other, and at last both. `room` numbers may be read.
+template <int groups, class S, class Add, class... From>
+void sum_pixels(int64_t pixels, int64_t channels, int64_t room, Eight* totals, const Add& add, const From*... from) {
+  Eight even[groups] = {}, odd[groups] = {};
+  const auto add_at = [&](Eight& sum, int64_t i) {
+    Eight numbers[sizeof...(From)];
+    Eight* next = numbers;
+    (load_eight(from + i, room - i, *next++), ...);
+    add(sum, numbers);
+  };
+  int64_t n = 0;
+  for (; n + 2 <= pixels; n += 2) {
+    for (int j = 0; j < groups; ++j) add_at(even[j], n * channels + j * 8);
+    for (int j = 0; j < groups; ++j) add_at(odd[j], (n + 1) * channels + j * 8);
+  }
+  if (n < pixels)
+    for (int j = 0; j < groups; ++j) add_at(even[j], n * channels + j * 8);
+  for (int j = 0; j < groups; ++j) totals[j] += even[j] + odd[j];
+}
+
 /// sums[c] = sum over n and i of the terms of the numbers at (n, c, i); add(sum, numbers) adds eight.
 template <class S, class Add, class... From>
 void sum_channels(int64_t n_count, int64_t channels, int64_t inner, S* sums, int64_t begin, int64_t end, const Add& add,
                   const From*... from) {
-  constexpr int64_t kChannels = 64;  // at a time
+  constexpr int64_t kChannels = 64, kPixels = 64;  // at a time
   const auto add_at = [&](Eight& sum, int64_t i, int64_t count) {
     Eight numbers[sizeof...(From)];
     Eight* next = numbers;
@@ -182,16 +229,27 @@ void sum_channels(int64_t n_count, int64_t channels, int64_t inner, S* sums, int
   for (int64_t c = begin; c < end; c += kChannels) {
     const int64_t count = smaller(kChannels, end - c);
     Eight total[kChannels / 8] = {};
-    for (int64_t n = 0; n < n_count; ++n) {
+    for (int64_t n = 0; n < n_count; n += inner == 1 ? kPixels : 1) {
       const int64_t first = (n * channels + c) * inner;
       if (inner == 1) {
-        for (int64_t j = 0; j < count; j += 8) add_at(total[j / 8], first + j, count - j);
+        const int64_t pixels = smaller(kPixels, n_count - n), room = n_count * channels - first;
+        int64_t j = 0;
+        for (; j + 32 <= count; j += 32)
+          sum_pixels<4, S>(pixels, channels, room - j, total + j / 8, add, (from + first + j)...);
+        for (; j < count; j += 8)
+          sum_pixels<1, S>(pixels, channels, room - j, total + j / 8, add, (from + first + j)...);
         continue;
       }
       for (int64_t j = 0; j < count; ++j) {
         const int64_t plane = first + j * inner;
-        Eight part{};
-        for (int64_t i = 0; i < inner; i += 8) add_at(part, plane + i, inner - i);
+        Eight part{}, other{};
+        int64_t i = 0;
+        for (; i + 16 <= inner; i += 16) {
+          add_at(part, plane + i, 8);
+          add_at(other, plane + i + 8, 8);
+        }
+        for (; i < inner; i += 8) add_at(part, plane + i, inner - i);
+        part += other;
         total[j / 8][j % 8] +=
             ((part[0] + part[4]) + (part[2] + part[6])) + ((part[1] + part[5]) + (part[3] + part[7]));
       }

@@ -70,7 +70,8 @@ Vec<T> divisors_of(const Pool2dGeometry& g, const Divisor& d, Range full, int64_
 /// v, which belongs to the outputs from (oh, ow) on, divided.
 template <class T>
 Vec<T> divided(const Pool2dGeometry& g, const Divisor& d, Range full, int64_t oh, int64_t ow, Vec<T> v) {
-  if (ow >= full.begin && ow + kLanes<T> <= full.end) return Division<T>(divisor_of<T>(g, d, oh, g.kernel[1]))(v);
+  if (larger(ow, 0) >= full.begin && smaller(ow + kLanes<T>, g.out[1]) <= full.end)
+    return Division<T>(divisor_of<T>(g, d, oh, g.kernel[1]))(v);
   return v / divisors_of<T>(g, d, full, oh, ow);
 }
 
@@ -115,6 +116,7 @@ void average_pixels(const Pool2dGeometry& g, Divisor d, const S* x, S* y, int64_
     const Division<T> divide(divisor_at<T>(g, d, at.oh, at.ow));
     for_stretches<T>(g.c, past, [&](auto channels) {
       constexpr int count = channels.size;
+      if (past) prefetch_taps(at, x, channels);
       Vec<T> sums[count] = {};
       for (int64_t kh = at.rows.begin; kh < at.rows.end; ++kh) {
         for (int64_t kw = at.columns.begin; kw < at.columns.end; ++kw) {
@@ -222,26 +224,52 @@ Vec<Sum<S>> columns_at(const Pool2dGeometry& g, const Divisor& d, Range full, Ra
 
 constexpr int64_t kPixels = 256;  // of a row at a time
 
-/// Pixels [begin, end) of a row in contiguous layout, for strides 1 and 2: vectors hold pixels `stride` apart.
+/// Some rows in contiguous layout, for strides 1 and 2: vectors hold pixels `stride` apart. What the columns give is found
+/// for all rows first, as numbers just written are slow to read at other places.
 template <class S>
-void average_backward_by_vectors(const Pool2dGeometry& g, const Divisor& d, Range full, Range rows, const S* gy, S* gx,
+void average_backward_by_vectors(const Pool2dGeometry& g, const Divisor& d, Range full, const S* gy, S* gx,
                                  int64_t begin, int64_t end) {
   using T = Sum<S>;
   constexpr int64_t L = kLanes<T>;
-  constexpr auto sequence = std::make_integer_sequence<int, int(L)>();
-  T columns[kPixels + kMostTaps + 3 * L];
-  const int64_t s = g.stride[1], shift = s - 1;
-  const int64_t first = (begin + g.padding[1] - g.kernel[1] + 1) >> shift;
-  const int64_t last = ((larger(end, begin + s * L) + g.padding[1] + 1) >> shift) + 1;
-  for (int64_t ow = first; ow < last; ow += L) store(columns + (ow - first), columns_at(g, d, full, rows, gy, ow));
-  for (int64_t i = begin; i < end; i += s * L) {
-    const int64_t iw = larger(begin, smaller(i, end - s * L)), count = smaller(end - iw, s * L);
-    Vec<T> sums[2] = {};
-    for (int64_t kw = 0; kw < g.kernel[1]; ++kw) {
-      const int64_t reach = iw + g.padding[1] - kw, odd = s == 2 ? reach & 1 : 0;
-      sums[odd] += load(columns + (((reach + odd) >> shift) - first));
+  T columns[kRowsTogether][kPixels + kMostTaps + 3 * L];
+  const T* of_row[kRowsTogether];
+  const int64_t s = g.stride[1], shift = s - 1, width = g.in[1];
+  for (int64_t task = begin; task < end;) {
+    const int64_t image = task / g.in[0], next = smaller(smaller(end, task + kRowsTogether), (image + 1) * g.in[0]);
+    for (int64_t from = 0; from < width; from += kPixels) {
+      const int64_t to = smaller(from + kPixels, width), last_block = larger(from, to - s * L);
+      const int64_t first = (from + g.padding[1] - g.kernel[1] + s) >> shift;
+      const int64_t last = ((last_block + g.padding[1] + shift) >> shift) + L;
+      Range rows{0, 0};
+      for (int64_t row = 0; row < next - task; ++row) {
+        const Range before = rows;
+        rows = outputs_over(g, 0, task + row - image * g.in[0]);
+        of_row[row] = columns[row];
+        if (row > 0 && rows.begin == before.begin && rows.end == before.end) {
+          of_row[row] = of_row[row - 1];
+          continue;
+        }
+        const S* plane = gy + image * g.out[0] * g.out[1];
+        for (int64_t ow = first; ow < last; ow += L) {
+          const bool exist = ow < g.out[1] && ow + L > 0;
+          store(columns[row] + (ow - first), exist ? columns_at(g, d, full, rows, plane, ow) : Vec<T>{});
+        }
+      }
+      for (int64_t row = task; row < next; ++row) {
+        const T* column = of_row[row - task] - first;
+        for (int64_t i = from; i < to; i += s * L) {
+          const int64_t iw = larger(from, smaller(i, to - s * L));
+          Vec<T> sums[2] = {};
+          const int64_t reach = iw + g.padding[1], odd = reach & shift;
+          for (int64_t kw = odd; kw < g.kernel[1]; kw += s) sums[0] += load(column + ((reach - kw) >> shift));
+          for (int64_t kw = shift - odd; s == 2 && kw < g.kernel[1]; kw += s)
+            sums[1] += load(column + ((reach + 1 - kw) >> shift));
+          const int64_t count = width > kPixels ? smaller(to - iw, s * L) : pixels_to_put<T>(g, iw, end - row);
+          put_by_turns(gx + row * width + iw, sums, s, count, std::make_integer_sequence<int, int(L)>());
+        }
+      }
     }
-    put_by_turns<S>(gx + iw, sums, s, count, sequence);
+    task = next;
   }
 }
 
@@ -270,7 +298,7 @@ void average_backward_by_outputs(const Pool2dGeometry& g, const Divisor& d, Rang
 template <class S>
 void average_backward_of_rows(const Pool2dGeometry& g, Divisor d, const S* gy, S* gx, int64_t begin, int64_t end) {
   const Range full = full_windows(g, d);
-  const auto run = goes_by_rows(g) ? average_backward_by_vectors<S> : average_backward_by_outputs<S>;
+  if (goes_by_rows(g)) return average_backward_by_vectors(g, d, full, gy, gx, begin, end);
   Range rows{0, 0};
   for (int64_t task = begin; task < end; ++task) {
     const int64_t ih = task % g.in[0];
@@ -283,7 +311,7 @@ void average_backward_of_rows(const Pool2dGeometry& g, Divisor d, const S* gy, S
       continue;
     }
     for (int64_t iw = 0; iw < g.in[1]; iw += kPixels)
-      run(g, d, full, rows, plane, row, iw, smaller(iw + kPixels, g.in[1]));
+      average_backward_by_outputs(g, d, full, rows, plane, row, iw, smaller(iw + kPixels, g.in[1]));
   }
 }
 

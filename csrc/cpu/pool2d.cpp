@@ -9,43 +9,11 @@
 #include <limits>
 
 #include "pool2d_pixels.h"
+#include "pool2d_positions.h"
 #include "pool2d_rows.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
-
-/// Positions while computing: words as wide as T, so that they fit the masks that comparisons of T give.
-template <class T>
-using Word = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
-template <class T, class Position>
-using PackedWords __attribute__((vector_size(kLanes<T> * sizeof(Position)))) = Position;
-
-template <class T, class Position>
-void store_positions(Position* to, Vec<Word<T>> words, int64_t count) {
-  if constexpr (sizeof(T) == 4) {
-    count == kLanes<T> ? store(to, words) : store_first(to, words, count);
-  } else {
-    const PackedWords<T, Position> packed = __builtin_convertvector(words, PackedWords<T, Position>);
-    __builtin_memcpy(to, &packed, count * sizeof(Position));
-  }
-}
-
-/// Like load_inside, for a vector of T's lanes.
-template <class T, class Position>
-Vec<Word<T>> load_positions(const Position* row, int64_t size, int64_t start) {
-  if constexpr (sizeof(T) == 4) {
-    return load_inside(row, size, start, kLanes<T>);
-  } else {
-    PackedWords<T, Position> packed{};
-    const int64_t begin = larger(-start, 0), end = smaller(size - start, kLanes<T>);
-    if (end - begin == kLanes<T>) {
-      __builtin_memcpy(&packed, row + start, sizeof packed);
-    } else {
-      for (int64_t j = begin; j < end; ++j) packed[j] = row[start + j];
-    }
-    return __builtin_convertvector(packed, Vec<Word<T>>);
-  }
-}
 
 template <class S>
 constexpr Sum<S> lowest() {
@@ -54,12 +22,6 @@ constexpr Sum<S> lowest() {
   } else {
     return std::numeric_limits<S>::lowest();
   }
-}
-
-/// Of two numbers the one seen later, where it wins.
-template <class V>
-auto wins(V seen, V best) {
-  return (seen > best) | (seen != seen);
 }
 
 template <class S, class Position>
@@ -72,20 +34,17 @@ void max_of_pixels(const Pool2dGeometry& g, const S* x, S* y, Position* position
     const Word<T> first = sees ? at.rows.begin * g.kernel[1] + at.columns.begin : 0;
     for_stretches<T>(g.c, past, [&](auto channels) {
       constexpr int count = channels.size;
+      if (past) prefetch_taps(at, x, channels);
       Vec<T> best[count];
       Vec<Word<T>> won[count];
       for (int i = 0; i < count; ++i) best[i] = broadcast(lowest<S>()), won[i] = Vec<Word<T>>{} + first;
+      Vec<Word<T>> place = Vec<Word<T>>{} + first;
       for (int64_t kh = at.rows.begin; kh < at.rows.end; ++kh) {
-        for (int64_t kw = at.columns.begin; kw < at.columns.end; ++kw) {
+        for (int64_t kw = at.columns.begin; kw < at.columns.end; ++kw, place += 1) {
           const S* tap = x + (at.from + kh * at.row + kw * at.column);
-          const Vec<Word<T>> place = Vec<Word<T>>{} + Word<T>(kh * g.kernel[1] + kw);
-          for (int i = 0; i < count; ++i) {
-            const Vec<T> seen = channels.load(tap, i);
-            const auto better = wins(seen, best[i]);
-            best[i] = better ? seen : best[i];
-            won[i] = better ? place : won[i];
-          }
+          for (int i = 0; i < count; ++i) take_larger<T>(channels.load(tap, i), place, best[i], won[i]);
         }
+        place += Word<T>(g.kernel[1] - (at.columns.end - at.columns.begin));
       }
       for (int i = 0; i < count; ++i) {
         channels.store(y + at.to, i, best[i]);
@@ -112,9 +71,7 @@ struct MaxRule {
     return {broadcast(outside), __builtin_convertvector(first, Vec<Word<T>>) + Word<T>(rows.begin * g.kernel[1])};
   }
   void see(State& at, Vec<T> seen, int64_t kh, int64_t kw) const {
-    const auto better = wins(seen, at.best);
-    at.best = better ? seen : at.best;
-    at.won = better ? Vec<Word<T>>{} + Word<T>(kh * g.kernel[1] + kw) : at.won;
+    take_larger<T>(seen, Vec<Word<T>>{} + Word<T>(kh * g.kernel[1] + kw), at.best, at.won);
   }
   void end(const State& at, int64_t, int64_t, int64_t to, int64_t count) const {
     count == kLanes<T> ? store(y + to, at.best) : store_first(y + to, at.best, count);
@@ -169,27 +126,104 @@ void max_pool2d_gather(const Pool2dGeometry& g, const S* x, const Position* posi
   }
 }
 
+// ---- backward: a pixel's terms are added up in the order of the taps ----
+
+/// What lanes [begin, end) of a vector get from the outputs `out`, out + 1, ... if these found their maxima at tap `place`.
 template <class S, class Position>
-struct MaxTerms {
+Vec<Sum<S>> terms_of(const S* gy, const Position* positions, int64_t out, int64_t place, int64_t begin, int64_t end) {
   using T = Sum<S>;
-  const Pool2dGeometry& g;
-  const S* gy;
-  const Position* positions;
+  const auto won = load_positions<T>(positions + out, begin, end);
+  const Vec<T> terms = end - begin == kLanes<T> ? load(gy + out) : load_between(gy + out, begin, end, T(0));
+  return won == Word<T>(place) ? terms : Vec<T>{};
+}
 
-  auto through(int64_t, int64_t, int64_t kh, int64_t kw) const {
-    const Word<T> place = kh * g.kernel[1] + kw;
-    return [=, gy = gy, positions = positions](int64_t first, int64_t size, int64_t start) {
-      const auto won_at = load_positions<T>(positions + first, size, start);
-      return won_at == place ? load_inside(gy + first, size, start, kLanes<T>) : Vec<T>{};
-    };
+/// In contiguous layout, for strides 1 and 2: each vector holds pixels `stride` apart, whose outputs are neighbours. The
+/// last vectors of a row begin early enough to be whole, or run over into the next row, which is written later.
+template <class S, class Position>
+void max_backward_of_rows(const Pool2dGeometry& g, const S* gy, const Position* positions, S* gx, int64_t begin,
+                          int64_t end) {
+  using T = Sum<S>;
+  constexpr int64_t L = kLanes<T>;
+  struct Tap {
+    int64_t kw, start;
+    Lanes lanes;
+  };
+  Tap taps[2][kMostTaps];  // those that the pixels of sums[0] are seen through, and of sums[1]
+  const int64_t s = g.stride[1], width = g.in[1];
+  for (int64_t task = begin; task < end;) {
+    const int64_t image = task / g.in[0], next = smaller(smaller(end, task + kRowsTogether), (image + 1) * g.in[0]);
+    for (int64_t i = 0; i < width; i += s * L) {
+      const int64_t iw = larger(0, smaller(i, width - s * L));
+      int count[2] = {};
+      for (int64_t kw = 0; kw < g.kernel[1]; ++kw) {
+        const int64_t reach = iw + g.padding[1] - kw * g.dilation[1], odd = s == 2 ? reach & 1 : 0;
+        const int64_t start = s == 2 ? (reach + odd) >> 1 : reach;
+        const Lanes lanes = lanes_inside<T>(start, g.out[1]);
+        if (lanes.begin < lanes.end) taps[odd][count[odd]++] = {kw, start, lanes};
+      }
+      for (int64_t row = task; row < next; ++row) {
+        const int64_t ih = row - image * g.in[0];
+        Vec<T> sums[2] = {};
+        for_outputs_over(g, 0, ih, outputs_over(g, 0, ih), [&](int64_t oh, int64_t kh) {
+          const int64_t out = (image * g.out[0] + oh) * g.out[1], place = kh * g.kernel[1];
+          const auto add = [&](Vec<T>& sum, const Tap& tap) {
+            sum += terms_of(gy, positions, out + tap.start, place + tap.kw, tap.lanes.begin, tap.lanes.end);
+          };
+          for (int k = 0; k < count[0]; ++k) add(sums[0], taps[0][k]);
+          for (int k = 0; k < count[1]; ++k) add(sums[1], taps[1][k]);
+        });
+        put_by_turns(gx + row * width + iw, sums, s, pixels_to_put<T>(g, iw, end - row),
+                     std::make_integer_sequence<int, int(L)>());
+      }
+    }
+    task = next;
   }
+}
 
-  void of_output(int64_t, int64_t ow, int64_t kh, int64_t out, Range pixels, T* sums) const {
-    const int64_t kw = positions[out] - kh * g.kernel[1];
-    const int64_t iw = window_at(g, 1, ow).start + kw * g.dilation[1];
-    if (kw >= 0 && kw < g.kernel[1] && iw >= pixels.begin && iw < pixels.end) sums[iw - pixels.begin] += value(gy[out]);
+constexpr int64_t kPiece = 256;
+
+/// Row ih of a plane, otherwise: from each output to the pixel where it found its maximum.
+template <class S, class Position>
+void max_backward_by_outputs(const Pool2dGeometry& g, const S* gy, const Position* positions, int64_t ih,
+                             int64_t first_output, S* gx) {
+  const Range rows = outputs_over(g, 0, ih);
+  for (int64_t begin = 0; begin < g.in[1]; begin += kPiece) {
+    const int64_t end = smaller(begin + kPiece, g.in[1]);
+    const int64_t first = outputs_over(g, 1, begin).begin, last = outputs_over(g, 1, end - 1).end - 1;
+    Sum<S> sums[kPiece] = {};
+    for_outputs_over(g, 0, ih, rows, [&](int64_t oh, int64_t kh) {
+      for (int64_t ow = last; ow >= first; --ow) {
+        const int64_t out = first_output + oh * g.out[1] + ow, kw = positions[out] - kh * g.kernel[1];
+        const int64_t iw = window_at(g, 1, ow).start + kw * g.dilation[1];
+        if (kw >= 0 && kw < g.kernel[1] && iw >= begin && iw < end) sums[iw - begin] += value(gy[out]);
+      }
+    });
+    for (int64_t iw = begin; iw < end; ++iw) gx[iw] = rounded<S>(sums[iw - begin]);
   }
-};
+}
+
+/// Row ih of an image in channels_last.
+template <class S, class Position>
+void max_backward_by_pixels(const Pool2dGeometry& g, const S* gy, const Position* positions, int64_t ih,
+                            int64_t first_output, S* gx) {
+  using T = Sum<S>;
+  constexpr int64_t L = kLanes<T>;
+  const Range rows = outputs_over(g, 0, ih);
+  for (int64_t iw = 0; iw < g.in[1]; ++iw) {
+    const Range columns = outputs_over(g, 1, iw);
+    for (int64_t c = 0; c < g.c; c += L) {
+      const int64_t channels = smaller(g.c - c, L);
+      Vec<T> sum{};
+      for_outputs_over(g, 0, ih, rows, [&](int64_t oh, int64_t kh) {
+        for_outputs_over(g, 1, iw, columns, [&](int64_t ow, int64_t kw) {
+          const int64_t out = (first_output + oh * g.out[1] + ow) * g.c + c;
+          sum += terms_of(gy, positions, out, kh * g.kernel[1] + kw, 0, channels);
+        });
+      });
+      store_first(gx + iw * g.c + c, sum, channels);
+    }
+  }
+}
 
 /// Backward in channels_last, for dilation 1. Pixels whose distance is the stride are seen through the same taps: so these
 /// are found once a row for each of `stride` phases, and pixels far from the border take them as they are.
@@ -227,7 +261,7 @@ void max_backward_of_pixels(const Pool2dGeometry& g, const S* gy, const Position
         for (int s = 0; s < seeing; ++s) {
           const int64_t out = from + q * g.c + see[s].offset;
           for (int i = 0; i < size; ++i) {
-            const auto won = load_positions<T>(positions + out + channels.c + i * L, channels.lanes, 0);
+            const auto won = load_positions<T>(positions + out + channels.c + i * L, 0, channels.lanes);
             sums[i] += won == places[s] ? channels.load(gy + out, i) : Vec<T>{};
           }
         }
@@ -271,10 +305,17 @@ void max_backward_of_pixels(const Pool2dGeometry& g, const S* gy, const Position
 template <class S, class Position>
 void max_pool2d_backward(const Pool2dGeometry& g, const S* gy, const Position* positions, S* gx, int64_t begin,
                          int64_t end) {
+  const int64_t depth = depth_of(g);
   const bool plain = !g.adaptive && g.dilation[0] == 1 && g.dilation[1] == 1;
   const int64_t most = plain ? ceil_div(g.kernel[0], g.stride[0]) * ceil_div(g.kernel[1], g.stride[1]) : kMostSeers + 1;
-  if (depth_of(g) > 1 && most <= kMostSeers) return max_backward_of_pixels(g, gy, positions, gx, begin, end);
-  backward(g, MaxTerms<S, Position>{g, gy, positions}, gx, begin, end);
+  if (depth > 1 && most <= kMostSeers) return max_backward_of_pixels(g, gy, positions, gx, begin, end);
+  if (depth == 1 && !g.adaptive && g.stride[1] <= 2 && g.kernel[1] <= kMostTaps)
+    return max_backward_of_rows(g, gy, positions, gx, begin, end);
+  const auto run = depth > 1 ? max_backward_by_pixels<S, Position> : max_backward_by_outputs<S, Position>;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t image = task / g.in[0];
+    run(g, gy, positions, task % g.in[0], image * g.out[0] * g.out[1], gx + task * g.in[1] * depth);
+  }
 }
 
 template <class S>

@@ -22,6 +22,10 @@ struct Stretch {
       return load_first(p, lanes);
     }
   }
+  template <class S>
+  void prefetch(const S* p) const {
+    for (int i = 0; i < count; ++i) __builtin_prefetch(p + c + i * kLanes<Sum<S>>);
+  }
   template <class S, class V>
   void store(S* p, int i, V v) const {
     p += c + i * kLanes<Sum<S>>;
@@ -55,8 +59,18 @@ static bool pixels_past_cache(const Pool2dGeometry& g, const int64_t (&size)[2],
 /// An output of one channel: its windows' taps in memory. Tap (kh, kw) is x[from + kh*row + kw*column + c].
 struct Pixel {
   int64_t oh, ow, to, from, row, column;
+  int64_t step, fresh;  // the next output's taps lie step further on; those from kw = fresh on are new
   Window rows, columns;
 };
+
+/// Fetches what an output a little further right sees that those before it do not.
+template <class S, class Channels>
+static inline void prefetch_taps(const Pixel& at, const S* x, const Channels& channels) {
+  constexpr int64_t kAhead = 4;
+  for (int64_t kh = at.rows.begin; kh < at.rows.end; ++kh)
+    for (int64_t kw = larger(at.columns.begin, at.fresh); kw < at.columns.end; ++kw)
+      channels.prefetch(x + (at.from + kAhead * at.step + kh * at.row + kw * at.column));
+}
 
 /// Calls visit(pixel) for all outputs of some rows.
 template <class Visit>
@@ -64,6 +78,8 @@ static void for_pixels(const Pool2dGeometry& g, int64_t begin, int64_t end, cons
   Pixel at;
   at.row = g.dilation[0] * g.in[1] * g.c;
   at.column = g.dilation[1] * g.c;
+  at.step = g.stride[1] * g.c;
+  at.fresh = larger(0, g.kernel[1] - g.stride[1]);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t image = task / g.out[0] * g.in[0];
     at.oh = task % g.out[0];

@@ -104,4 +104,35 @@ static void forward_rows(const Pool2dGeometry& g, const Rule& rule, const S* x, 
   g.stride[1] == 1 ? forward_rows_of<S, 1>(g, rule, x, begin, end) : forward_rows_of<S, 2>(g, rule, x, begin, end);
 }
 
+// ---- backward ----
+
+/// The numbers of v and w by turns, from the first half of both or from the second.
+template <class T, int... lane>
+static Vec<T> by_turns(Vec<T> v, Vec<T> w, bool second_half, std::integer_sequence<int, lane...>) {
+  constexpr int L = kLanes<T>;
+  return second_half ? __builtin_shufflevector(v, w, (lane % 2 * L + L / 2 + lane / 2)...)
+                     : __builtin_shufflevector(v, w, (lane % 2 * L + lane / 2)...);
+}
+
+/// Writes `count` pixels: sums[0], or with a stride of 2 the lanes of sums[0] and sums[1] by turns.
+template <class S, int... lane>
+static void put_by_turns(S* to, const Vec<Sum<S>>* sums, int64_t stride, int64_t count,
+                         std::integer_sequence<int, lane...> lanes) {
+  using T = Sum<S>;
+  constexpr int64_t L = kLanes<T>;
+  const Vec<T> low = stride == 2 ? by_turns<T>(sums[0], sums[1], false, lanes) : sums[0];
+  count >= L ? store(to, low) : store_first(to, low, count);
+  if (count <= L) return;
+  const Vec<T> high = by_turns<T>(sums[0], sums[1], true, lanes);
+  count == 2 * L ? store(to + L, high) : store_first(to + L, high, count - L);
+}
+
+/// How many pixels may be written at pixel iw of a row with `left` rows of the task's range from it on. A row shorter than
+/// what is computed at once runs over into the next, which is written later: cheaper than writing part of a vector.
+template <class T>
+static inline int64_t pixels_to_put(const Pool2dGeometry& g, int64_t iw, int64_t left) {
+  const int64_t most = g.stride[1] * kLanes<T>, count = g.in[1] - iw;
+  return count >= most ? most : smaller(round_up(count, kLanes<T>), left * g.in[1]);
+}
+
 }  // namespace cnnops::cpu::CNNOPS_ISA
