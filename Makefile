@@ -2,6 +2,7 @@
 #
 #   make mnist    train a CNN of our operators on handwritten digits, beside its torch.nn twin
 #   make test     the whole test suite
+#   make sanitize the CUDA kernels, emulated on the CPU, under sanitizers: see tests/cuda_on_cpu/README.md
 #   make models   converts every classifier of torchvision, compares it with torch's, and writes docs/models.md
 #   make bench    how fast, beside torch; ARGS="--help" lists the options
 #   make check    formatting and lints, as CI runs them
@@ -15,7 +16,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
-.PHONY: mnist filters test models bench build check format clean
+.PHONY: mnist filters test sanitize models bench build check format clean
 
 mnist: build
 	$(RUN) examples/mnist.py $(ARGS)
@@ -25,6 +26,11 @@ filters: build
 
 test: build
 	$(RUN) -m pytest -n 2 $(ARGS)
+
+sanitize: build
+	for sanitizer in address thread; do \
+		CNNOPS_EMULATE_SANITIZE=$$sanitizer $(RUN) -m pytest -n 2 tests/test_cuda_*.py tests/test_emulation.py $(ARGS) || exit 1; \
+	done
 
 models: build
 	$(RUN) tests/torchvision_models.py $(ARGS)

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import measure, peers, report
+from benchmarks import measure, models, peers, report
 from benchmarks.workloads import GROUPS, PASSES, WORKLOADS, Workload
 
 ROOT = Path(__file__).parent.parent
@@ -77,7 +77,9 @@ def save(data: dict, folder: Path) -> None:
 def main(arguments: list[str]) -> None:
     options = parser().parse_args(arguments)
     if options.write_docs:
-        report.write_docs(json.loads(options.write_docs.read_text()), ROOT)
+        beside = options.write_docs.parent / "models.json"  # of python -m benchmarks.models
+        section = models.page(json.loads(beside.read_text())) if beside.exists() else ""
+        report.write_docs(json.loads(options.write_docs.read_text()), ROOT, section)
         return
     loads = selected(options)
     if not loads:

@@ -82,24 +82,28 @@ def _onnx(load: Workload, leaves: list[Tensor]) -> bytes | None:
 
 
 def _onnxruntime(load, leaves):
+    model = _onnx(load, leaves)
+    return run_onnxruntime(model, leaves[0]) if model else None
+
+
+def run_onnxruntime(model: bytes, x: Tensor) -> Callable:
     import onnxruntime
 
-    model = _onnx(load, leaves)
-    if model is None:
-        return None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    x = leaves[0].numpy()
-    return lambda: torch.from_numpy(session.run(None, {"x": x})[0])
+    feed = {session.get_inputs()[0].name: x.numpy()}
+    return lambda: torch.from_numpy(session.run(None, feed)[0])
 
 
 def _openvino(load, leaves):
+    model = _onnx(load, leaves)
+    return run_openvino(model, leaves[0]) if model else None
+
+
+def run_openvino(model: bytes, x: Tensor) -> Callable:
     import openvino
 
-    model = _onnx(load, leaves)
-    if model is None:
-        return None
     settings = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "INFERENCE_PRECISION_HINT": "f32",
@@ -107,8 +111,8 @@ def _openvino(load, leaves):
     }
     core = openvino.Core()
     request = core.compile_model(core.read_model(model), "CPU", settings).create_infer_request()
-    x = leaves[0].numpy()
-    return lambda: torch.from_numpy(request.infer([x], share_inputs=True, share_outputs=True)[0])
+    image = x.numpy()
+    return lambda: torch.from_numpy(request.infer([image], share_inputs=True, share_outputs=True)[0])
 
 
 def _ncnn(load, leaves):

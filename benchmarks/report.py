@@ -129,7 +129,7 @@ def machine(data: dict) -> str:
     return "; ".join([*said, m["date"], *["a quick look, not a measurement"] * data["quick"]])
 
 
-def page(data: dict) -> str:
+def page(data: dict, whole_models: str = "") -> str:
     limits, rows = data["ceilings"], data["results"]
     arithmetic = ", ".join(f"{dtype} {speed:.0f}" for dtype, speed in limits["flops"].items())
     copies = ", ".join(f"{int(size) / 2**20:.0f} MB {speed:.0f}" for size, speed in limits["copy"].items())
@@ -157,6 +157,7 @@ through autograd.
 
 ![Ratios by group](performance.png)
 
+{whole_models}
 {chr(10).join(section for section in sections if section)}"""
 
 
@@ -184,7 +185,12 @@ def _section(group: Group, rows: list[dict], limits: dict) -> str:
     return f"## {group.name}: {group.about}\n\n{markdown(header, table, left=2)}\n"
 
 
-BLOCK = re.compile("(<!-- bench -->\n).*?(<!-- /bench -->)", re.DOTALL)
+def with_block(text: str, name: str, block: str) -> str:
+    """`text` with another block between <!-- name --> and <!-- /name -->."""
+    pattern = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    if not pattern.search(text):
+        raise ValueError(f"there is no block between <!-- {name} --> and <!-- /{name} -->")
+    return pattern.sub(lambda found: found[1] + block + found[2], text)
 
 
 def readme(text: str, data: dict) -> str:
@@ -198,13 +204,11 @@ def readme(text: str, data: dict) -> str:
         rows.append([group, *(means.get(which, "") for which in shown)])
     table = markdown(["torch's time / ours", "forward", "gradient of the input", "of the weight", "step"], rows)
     block = f"{table}\n\nGeometric means; {machine(data)}. All of it: [docs/performance.md](docs/performance.md).\n"
-    if not BLOCK.search(text):
-        raise ValueError("the README has no block between <!-- bench --> and <!-- /bench -->")
-    return BLOCK.sub(lambda found: found[1] + block + found[2], text)
+    return with_block(text, "bench", block)
 
 
-def write_docs(data: dict, root: Path) -> None:
-    (root / "docs" / "performance.md").write_text(page(data))
+def write_docs(data: dict, root: Path, whole_models: str = "") -> None:
+    (root / "docs" / "performance.md").write_text(page(data, whole_models))
     picture(data, root / "docs" / "performance.png")
     (root / "README.md").write_text(readme((root / "README.md").read_text(), data))
 

@@ -24,6 +24,17 @@ if TORCH_VERSION != torch.__version__:
 from cnnops import _vmap, functional, nn, ops  # noqa: E402, F401
 from cnnops._settings import settings  # noqa: E402
 from cnnops.convert import convert, left_alone, restore  # noqa: E402
+from cnnops.memory import empty_cache, memory_stats  # noqa: E402
 
 __version__ = "0.1.0"
-__all__ = ["convert", "functional", "left_alone", "nn", "ops", "restore", "settings"]
+__all__ = [
+    "convert",
+    "empty_cache",
+    "functional",
+    "left_alone",
+    "memory_stats",
+    "nn",
+    "ops",
+    "restore",
+    "settings",
+]

@@ -38,11 +38,13 @@ def facts() -> dict[str, str]:
 
 
 def algorithm_table(device: str) -> Table:
-    table = Table(title=f"conv2d on {device}: auto takes the first that accepts", title_justify="left")
+    chosen = "auto, as accurate," if cnnops.settings.accurate else "auto"
+    table = Table(title=f"conv2d on {device}: {chosen} takes the first that accepts", title_justify="left")
     table.add_column("algorithm")
+    table.add_column("accurate")
     table.add_column("how, and what for")
-    for name, summary in _C.algorithms(device):
-        table.add_row(name, summary)
+    for name, summary, accurate in _C.algorithms(device):
+        table.add_row(name, "yes" if accurate else "no", summary)
     return table
 
 

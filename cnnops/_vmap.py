@@ -7,7 +7,7 @@ every element has weights of its own. Rules call operators again, so they nest, 
 Source: Horace He and Richard Zou, functorch: JAX-like composable function transforms for PyTorch, 2021.
 """
 
-from torch import Tensor
+from torch import Tensor, uint8
 from torch.library import register_vmap
 
 from cnnops import ops
@@ -95,6 +95,32 @@ def _conv2d_grad_weight(size, dims, gy, x, kernel_size, stride, padding, dilatio
 @_rule(ops.channel_sum)
 def _channel_sum(size, dims, x):
     return _unfold(ops.channel_sum(_fold(x, dims[0], size, 1)), size, 0), 0
+
+
+@_rule(ops.conv_relu_max_pool2d)
+def _conv_relu_max_pool2d(size, dims, x, w, b, *rest):
+    if x.dim() - (dims[0] is not None) == 3:  # an image without a batch is a batch of one
+        x, dims = _front(x, dims[0], size).unsqueeze(1), (0, *dims[1:])
+        results, axes = _conv_relu_max_pool2d(size, dims, x, w, b, *rest)
+        return tuple(t if axis is None else t.squeeze(1) for t, axis in zip(results, axes, strict=True)), axes
+    *convolution, activation, slope, kernel_size, stride, padding, dilation, ceil_mode, algorithm = rest
+    pooled = len(kernel_size) > 0
+    if dims[1] is None and dims[2] is None:
+        y, positions = ops.conv_relu_max_pool2d(_fold(x, dims[0], size, 0), w, b, *rest)
+    else:  # an element's own weights: as a chain, whose convolution knows what to do
+        y, axis = _conv2d(size, dims, x, w, b, *convolution, algorithm)
+        y = _fold(y, axis, size, 0)
+        y = {
+            "none": lambda: y,
+            "relu": lambda: ops.relu(y),
+            "relu6": lambda: ops.hardtanh(y, 0.0, 6.0),
+            "leaky_relu": lambda: ops.leaky_relu(y, slope),
+        }[activation]()
+        if pooled:
+            y, positions = ops.max_pool2d(y, kernel_size, stride, padding, dilation, ceil_mode)
+        else:
+            positions = y.new_empty(0, dtype=uint8)
+    return (_unfold(y, size, 0), _unfold(positions, size, 0) if pooled else positions), (0, 0 if pooled else None)
 
 
 # --- pooling: planes are independent ---

@@ -11,6 +11,7 @@ optimizers made before stay what they are.
 What we have is found by name; nothing is listed here.
 """
 
+import copy
 import functools
 import logging
 import re
@@ -24,7 +25,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from cnnops import functional, nn
+from cnnops import _fuse, functional, nn
 
 logger = logging.getLogger("cnnops")
 
@@ -112,7 +113,7 @@ def _calls_functions(cls: type) -> bool:
 
 
 def _to_ours(cls: type) -> type:
-    if cls in THEIRS or "_rerouted_from" in vars(cls):
+    if cls.__module__ == nn.__name__ or "_rerouted_from" in vars(cls):
         return cls
     return OURS.get(cls) or (_rerouted(cls) if _calls_functions(cls) else cls)
 
@@ -179,6 +180,8 @@ def _why_left_alone(module: tnn.Module) -> str | None:
     cls, name, obstacle = _to_theirs(_class(module)), _original_name(module), _obstacle(module)
     if isinstance(module, torch.fx.GraphModule):
         return obstacle if any(node.target in FUNCTIONS for node in module.graph.nodes) else None
+    if cls.__module__ == nn.__name__:  # a block, which torch has not
+        return None
     replaced = [c for c in cls.__mro__ if c in OURS]
     is_torchs = cls.__module__.startswith("torch.")
     if obstacle:
@@ -189,12 +192,22 @@ def _why_left_alone(module: tnn.Module) -> str | None:
     return f"cnnops.nn has no {name}" if is_torchs and cls not in OURS and re.search(FAMILIES, name) else None
 
 
-def convert(model: tnn.Module) -> tnn.Module:
+def convert(model: tnn.Module, *, fuse: bool = False, inference: bool = False) -> tnn.Module:
     """Changes a torch.nn model, in place, into one that computes with our kernels, and returns it.
 
     Modules of a class that cnnops.nn has get that class; in the forward of other modules than torch.nn's, calls of
     functions that cnnops.functional has become ours, too. Parameters, buffers, hooks, names, parametrizations and the
     training mode stay, and so do optimizers made before. To keep the original, ``convert(copy.deepcopy(model))``.
+
+    ``fuse=True`` makes one operator of each convolution and what follows it: an activation (ReLU, ReLU6, LeakyReLU),
+    max pooling, or both. The convolution becomes a :class:`cnnops.nn.ConvReLU2d` or ``ConvReLUMaxPool2d``, the other
+    modules step aside; parameters and the keys of the state_dict stay, and results are the same bits. Chains are found
+    by torch.fx; in a model that it cannot trace, in nn.Sequential only. What is in between can no longer be looked at:
+    so modules with hooks, and those whose outputs somebody else takes, are left as they are.
+
+    ``inference=True`` does that and folds each BatchNorm2d, with the statistics that it has at this moment, into the
+    convolution before it. The model stays as it was, and the result is a new one, a torch.fx.GraphModule, in eval mode;
+    its rounding differs from the original's.
 
     :func:`left_alone` tells which modules remain with torch, and why; the logger ``cnnops`` does so in a line, at level
     INFO. These calls of functions remain with torch:
@@ -204,18 +217,27 @@ def convert(model: tnn.Module) -> tnn.Module:
       ``F.relu(x, inplace=True)`` and ``x.relu_()``;
     - in what ``torch.utils.checkpoint`` runs again in the backward pass, unless that is a module: ``self.block`` and
       neither a method nor a lambda. (Max pooling keeps other tensors than torch's; checkpoint raises an error there.)
+
+    Raises:
+        RuntimeError: ``inference=True`` for a model that torch.fx cannot trace.
     """
+    if inference:
+        return _fuse.for_inference(convert(copy.deepcopy(model)))
     modules = [module for module in model.modules() if not _obstacle(module)]
     for module in modules:
         _set_class(module, _to_ours(_class(module)))
     count = sum(_class(module) in THEIRS for module in modules)
     rest = "; ".join(f"{row.name or 'the model'} ({row.class_name}): {row.reason}" for row in left_alone(model))
     logger.info("converted %d modules; left alone: %s", count, rest or "none")
+    if fuse:
+        _fuse.fuse(model)
     return model
 
 
 def restore(model: tnn.Module) -> tnn.Module:
-    """Undoes :func:`convert`, in place, and returns the model. Modules made from cnnops.nn become torch.nn's, too."""
+    """Undoes :func:`convert`, in place, and returns the model. Modules made from cnnops.nn become torch.nn's, too, but
+    for blocks, which torch.nn has not; those that ``fuse=True`` made are taken apart."""
+    _fuse.unfuse(model)
     for module in model.modules():
         _set_class(module, _to_theirs(_class(module)))
     return model

@@ -6,37 +6,15 @@ layout. Every function is differentiable to any order, forward and backward, and
 bits whatever the batch size, the position in the batch, the thread count or the run.
 """
 
-import functools
-
 from torch import Tensor, arange, sign
 from torch.compiler import is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function
 
 from cnnops import _C, ops
+from cnnops._arguments import four_sides, overridable, pair
+from cnnops._blocks import conv_relu2d, conv_relu_max_pool2d  # noqa: F401
 
 # Where torch.compile looks on, functions call the operators by torch.ops; otherwise by _C, which costs less.
-
-
-def _overridable(function):
-    """Lets __torch_function__ see the call, as torch's own functions do. (_C's entries do that by themselves.)"""
-
-    @functools.wraps(function)
-    def wrapper(*args, **kwargs):
-        everything = (*args, *kwargs.values())
-        if has_torch_function(everything):
-            return handle_torch_function(wrapper, everything, *args, **kwargs)
-        return function(*args, **kwargs)
-
-    return wrapper
-
-
-def _pair(value):
-    """``3 -> (3, 3)``; ``(3,) -> (3, 3)``; ``(3, 5) -> (3, 5)``, as torch takes sizes."""
-    if isinstance(value, int):
-        return value, value
-    if len(value) not in (1, 2):
-        raise RuntimeError(f"expected one integer or two, (h, w), but got {value}")
-    return value[0], value[-1]
 
 
 def conv2d(
@@ -67,7 +45,9 @@ def conv2d(
             all four sides as ((top, bottom), (left, right)).
         groups: C and K are cut into so many groups, each convolved with its own.
         padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``; the input is not copied.
-        algorithm: ``"auto"``, or a name from ``cnnops.ops.algorithms()`` for this pass and its gradients.
+        algorithm: for this pass and its gradients: ``"auto"``, the fastest; ``"accurate"``, the fastest whose rounding
+            error is at most 1.5 times that of ``"direct"`` (``cnnops.settings.accurate`` makes ``"auto"`` mean this);
+            or a name from ``cnnops.ops.algorithms()``.
 
     Returns:
         (N, K, OH, OW) with ``OH = (H + 2*padding - dilation*(KH-1) - 1) // stride + 1``, OW likewise.
@@ -83,27 +63,11 @@ def conv2d(
             arguments = (input, weight, bias, stride, padding, dilation, groups)
             return handle_torch_function(conv2d, (input, weight), *arguments, **settings)
         if weight.dim() == 4:  # otherwise the operator says so
-            padding = _four_sides(padding, weight.shape[2:], stride, dilation)
+            padding = four_sides(padding, weight.shape[2:], stride, dilation)
         else:
             padding = 0
     call = ops.conv2d if is_dynamo_compiling() else _C.conv2d
     return call(input, weight, bias, stride, padding, dilation, groups, padding_mode=padding_mode, algorithm=algorithm)
-
-
-def _four_sides(padding, kernel_size, stride, dilation):
-    """(top, left, bottom, right) from a name or from ((top, bottom), (left, right))."""
-    if padding == "valid":
-        return 0
-    if padding != "same":
-        if isinstance(padding, str):
-            raise RuntimeError(f"conv2d: padding must be 'same', 'valid' or numbers, but got {padding!r}")
-        (top, bottom), (left, right) = padding
-        return top, left, bottom, right
-    if _pair(stride) != (1, 1):
-        raise RuntimeError(f"conv2d: padding='same' is not supported for strided convolutions, but stride={stride}")
-    total = [d * (k - 1) for d, k in zip(_pair(dilation), kernel_size, strict=True)]
-    before = [t // 2 for t in total]  # an odd one more goes below and to the right, as in torch
-    return *before, total[0] - before[0], total[1] - before[1]
 
 
 def conv_transpose2d(
@@ -136,7 +100,7 @@ def conv_transpose2d(
         RuntimeError, NotImplementedError, ValueError: as :func:`conv2d`.
     """  # noqa: E501
     if is_dynamo_compiling():
-        arguments = (stride, padding, _pair(output_padding), groups, dilation)
+        arguments = (stride, padding, pair(output_padding), groups, dilation)
         return ops.conv_transpose2d(input, weight, bias, *arguments, algorithm=algorithm)
     arguments = (stride, padding, output_padding, groups, dilation)
     return _C.conv_transpose2d(input, weight, bias, *arguments, algorithm=algorithm)
@@ -172,17 +136,17 @@ def max_pool2d(
     return _C.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode)
 
 
-@_overridable
+@overridable
 def _max_pool2d_with_indices(input: Tensor, kernel_size, stride, padding, dilation, ceil_mode):
     values, positions = ops.max_pool2d(
         input, kernel_size, () if stride is None else stride, padding, dilation, ceil_mode
     )
     starts = []
     for out, s, p in zip(
-        values.shape[-2:], _pair(kernel_size if stride in (None, ()) else stride), _pair(padding), strict=True
+        values.shape[-2:], pair(kernel_size if stride in (None, ()) else stride), pair(padding), strict=True
     ):
         starts.append(arange(out, device=input.device) * s - p)
-    return values, _plane_indices(input, positions, _pair(kernel_size)[1], _pair(dilation), *starts)
+    return values, _plane_indices(input, positions, pair(kernel_size)[1], pair(dilation), *starts)
 
 
 def _plane_indices(input: Tensor, positions: Tensor, width: int, dilation, tops, lefts) -> Tensor:
@@ -193,7 +157,7 @@ def _plane_indices(input: Tensor, positions: Tensor, width: int, dilation, tops,
     return ih * input.shape[-1] + iw
 
 
-@_overridable
+@overridable
 def max_unpool2d(input: Tensor, indices: Tensor, kernel_size, stride=None, padding=0, output_size=None) -> Tensor:
     """Puts numbers back where max pooling found them, as :func:`torch.nn.functional.max_unpool2d`; zeros elsewhere.
 
@@ -214,8 +178,8 @@ def max_unpool2d(input: Tensor, indices: Tensor, kernel_size, stride=None, paddi
     if input.dim() == 3:
         arguments = (kernel_size, stride, padding, output_size if output_size is None else tuple(output_size)[-2:])
         return max_unpool2d(input.unsqueeze(0), indices.unsqueeze(0), *arguments).squeeze(0)
-    kernel_size, padding = _pair(kernel_size), _pair(padding)
-    stride = kernel_size if stride is None else _pair(stride)
+    kernel_size, padding = pair(kernel_size), pair(padding)
+    stride = kernel_size if stride is None else pair(stride)
     default = [
         (i - 1) * s + k - 2 * p for i, s, k, p in zip(input.shape[-2:], stride, kernel_size, padding, strict=True)
     ]
@@ -290,11 +254,11 @@ def adaptive_avg_pool2d(input: Tensor, output_size) -> Tensor:
             return handle_torch_function(adaptive_avg_pool2d, (input,), input, output_size)
         output_size = _adaptive_size(input, output_size)
     if is_dynamo_compiling():
-        return ops.adaptive_avg_pool2d(input, _pair(output_size))
+        return ops.adaptive_avg_pool2d(input, pair(output_size))
     return _C.adaptive_avg_pool2d(input, output_size)
 
 
-@_overridable
+@overridable
 def adaptive_max_pool2d(input: Tensor, output_size, return_indices: bool = False):
     """The largest value of each of OH x OW windows, as :func:`torch.nn.functional.adaptive_max_pool2d`.
 
@@ -302,7 +266,7 @@ def adaptive_max_pool2d(input: Tensor, output_size, return_indices: bool = False
     """
     if not isinstance(output_size, int) and None in output_size:
         output_size = _adaptive_size(input, output_size)
-    values, positions = ops.adaptive_max_pool2d(input, _pair(output_size))
+    values, positions = ops.adaptive_max_pool2d(input, pair(output_size))
     if not return_indices:
         return values
     starts = [
@@ -333,7 +297,7 @@ def lp_pool2d(input: Tensor, norm_type, kernel_size, stride=None, ceil_mode: boo
     if norm_type == -float("inf"):
         return -max_pool2d(-input.abs(), kernel_size, stride, ceil_mode=ceil_mode)
     mean = avg_pool2d(input.pow(norm_type), kernel_size, stride, ceil_mode=ceil_mode)
-    kh, kw = _pair(kernel_size)
+    kh, kw = pair(kernel_size)
     return (sign(mean) * relu(mean.abs())).mul(kh * kw).pow(1.0 / norm_type)
 
 

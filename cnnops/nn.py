@@ -12,7 +12,7 @@ from cnnops import functional
 class Conv2d(nn.Conv2d):
     """:class:`torch.nn.Conv2d` on cnnops' kernels; see :func:`cnnops.functional.conv2d`.
 
-    One keyword more: ``algorithm``, ``"auto"`` or a name from ``cnnops.ops.algorithms()``.
+    One keyword more: ``algorithm``, ``"auto"``, ``"accurate"`` or a name from ``cnnops.ops.algorithms()``.
     """
 
     algorithm = "auto"
@@ -57,6 +57,76 @@ class Conv2d(nn.Conv2d):
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (f", algorithm={self.algorithm}" if self.algorithm != "auto" else "")
+
+
+class ConvReLU2d(Conv2d):
+    """A :class:`Conv2d` and an activation as one operator; see :func:`cnnops.functional.conv_relu2d`.
+
+    Parameters and state_dict are the convolution's. Two keywords more than its own: ``activation``, ``"relu"``,
+    ``"relu6"``, ``"leaky_relu"`` or ``"none"``; and ``negative_slope``, of leaky_relu.
+    """
+
+    def __init__(self, *args, activation: str = "relu", negative_slope: float = 0.01, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.activation, self.negative_slope = activation, negative_slope
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.conv_relu2d(input, self.weight, self.bias, **self._settings())
+
+    def _settings(self) -> dict:
+        padding = self.padding
+        if isinstance(padding, str):
+            left, right, top, bottom = self._reversed_padding_repeated_twice
+            padding = top, left, bottom, right
+        return {
+            "stride": self.stride,
+            "padding": padding,
+            "dilation": self.dilation,
+            "groups": self.groups,
+            "activation": self.activation,
+            "negative_slope": self.negative_slope,
+            "padding_mode": self.padding_mode,
+            "algorithm": self.algorithm,
+        }
+
+    def extra_repr(self) -> str:
+        slope = f", negative_slope={self.negative_slope}" if self.activation == "leaky_relu" else ""
+        return super().extra_repr() + f", activation={self.activation}{slope}"
+
+
+class ConvReLUMaxPool2d(ConvReLU2d):
+    """A :class:`ConvReLU2d` and a :class:`MaxPool2d` as one operator; see
+    :func:`cnnops.functional.conv_relu_max_pool2d`.
+
+    More keywords, those of MaxPool2d: ``pool_kernel_size`` (needed), ``pool_stride``, ``pool_padding``,
+    ``pool_dilation``, ``ceil_mode``.
+    """
+
+    def __init__(
+        self,
+        *args,
+        pool_kernel_size,
+        pool_stride=None,
+        pool_padding=0,
+        pool_dilation=1,
+        ceil_mode: bool = False,
+        **kwargs,
+    ):
+        super().__init__(*args, **kwargs)
+        self.pool_kernel_size = pool_kernel_size
+        self.pool_stride = pool_kernel_size if pool_stride is None else pool_stride
+        self.pool_padding, self.pool_dilation, self.ceil_mode = pool_padding, pool_dilation, ceil_mode
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.conv_relu_max_pool2d(input, self.weight, self.bias, **self._settings())
+
+    def _settings(self) -> dict:
+        names = "pool_kernel_size", "pool_stride", "pool_padding", "pool_dilation", "ceil_mode"
+        return super()._settings() | {name: getattr(self, name) for name in names}
+
+    def extra_repr(self) -> str:
+        pool = f"pool_kernel_size={self.pool_kernel_size}, pool_stride={self.pool_stride}"
+        return f"{super().extra_repr()}, {pool}, pool_padding={self.pool_padding}"
 
 
 class LazyConv2d(nn.LazyConv2d):

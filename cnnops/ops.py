@@ -11,6 +11,8 @@ conv2d_grad_input             the gradient of conv2d's input
 conv2d_grad_weight            the gradient of conv2d's weight
 conv_transpose2d              conv2d_grad_input with torch's sizes and a bias
 channel_sum                   ``(N, C, ...) -> (C)``: the gradient of a bias
+conv_relu_max_pool2d          convolution, activation and, if windows are given, max pooling at once; positions as
+                              from max_pool2d
 max_pool2d                    the largest values, and where in its window each was found
 max_pool2d_backward           its gradient
 max_pool2d_gather             its derivative along a direction: the values at the places found
@@ -33,6 +35,7 @@ conv2d_grad_input = torch.ops.cnnops.conv2d_grad_input.default
 conv2d_grad_weight = torch.ops.cnnops.conv2d_grad_weight.default
 conv_transpose2d = torch.ops.cnnops.conv_transpose2d.default
 channel_sum = torch.ops.cnnops.channel_sum.default
+conv_relu_max_pool2d = torch.ops.cnnops.conv_relu_max_pool2d.default
 max_pool2d = torch.ops.cnnops.max_pool2d.default
 max_pool2d_backward = torch.ops.cnnops.max_pool2d_backward.default
 max_pool2d_gather = torch.ops.cnnops.max_pool2d_gather.default
@@ -59,7 +62,7 @@ prelu_backward = torch.ops.cnnops.prelu_backward.default
 
 def algorithms(device: str = "cpu") -> list[str]:
     """The names of conv2d's algorithms on ``"cpu"`` or ``"cuda"``, fastest first."""
-    return [name for name, _ in _C.algorithms(device)]
+    return [name for name, *_ in _C.algorithms(device)]
 
 
 def conv2d_algorithm(
@@ -81,3 +84,23 @@ def conv2d_algorithm(
     """
     stride, padding, dilation = ([v] if isinstance(v, int) else v for v in (stride, padding, dilation))
     return _C.conv2d_algorithm(input, weight, stride, padding, dilation, groups, padding_mode, algorithm, which)
+
+
+def conv2d_workspace(
+    input,
+    weight,
+    stride=1,
+    padding=0,
+    dilation=1,
+    groups=1,
+    *,
+    padding_mode="zeros",
+    algorithm="auto",
+    which="forward",
+) -> int:
+    """The scratch memory of the same algorithm, in bytes: each thread's on the CPU, all of a call's on a GPU.
+
+    It grows neither with the batch nor with the image. Arguments and errors are :func:`conv2d_algorithm`'s.
+    """
+    stride, padding, dilation = ([v] if isinstance(v, int) else v for v in (stride, padding, dilation))
+    return _C.conv2d_workspace(input, weight, stride, padding, dilation, groups, padding_mode, algorithm, which)

@@ -3,7 +3,8 @@
 // An algorithm is a row: its name, a function that says which geometries it refuses and why, the scratch memory it
 // wants, and how to run it (what `Run` holds differs between CPU and CUDA). Rows stand fastest first; the last is the
 // reference, which accepts everything. The choice looks at the geometry without its batch size, and never at the number
-// of threads: otherwise an element's bits could change with its neighbours in the batch.
+// of threads: otherwise an element's bits could change with its neighbours in the batch. Who would rather wait than round
+// more chooses among the accurate rows only.
 #pragma once
 
 #include "geometry.h"
@@ -27,6 +28,9 @@ struct Conv2dAlgorithm {
   /// nullptr when the algorithm can compute this pass of this geometry, otherwise a sentence that says why not.
   const char* (*refuses)(const Conv2dGeometry&, Pass);
   Run forward, grad_input, grad_weight;
+  bool accurate = true;  // rounds about as `direct` does: where it is chosen, its error is at most 1.5 times as large
+  /// Whether a row below is known to be faster here: then "auto" passes over this one. nullptr for never.
+  bool (*yields)(const Conv2dGeometry&, Pass) = nullptr;
 
   const Run& run(Pass pass) const {
     return pass == Pass::forward ? forward : pass == Pass::grad_input ? grad_input : grad_weight;
@@ -54,12 +58,14 @@ static inline bool same_name(const char* a, const char* b) {
   return *a == *b;
 }
 
-/// `name` is a row's name, or "auto" for the first row that accepts.
+/// `name` is a row's name, "auto" for the first row that accepts and does not yield, or "accurate" for the first accurate
+/// one that does so.
 template <class Row>
 Choice<Row> choose(const Table<Row>& table, const Conv2dGeometry& geometry, Pass pass, const char* name) {
   for (const Row& row : table) {
     const bool named = same_name(name, row.name);
-    if (!named && !same_name(name, "auto")) continue;
+    if (!named && !same_name(name, "auto") && !(row.accurate && same_name(name, "accurate"))) continue;
+    if (!named && row.yields && row.yields(geometry, pass)) continue;
     const char* refusal = row.refuses(geometry, pass);
     if (!refusal || named) return {refusal ? nullptr : &row, refusal};
   }

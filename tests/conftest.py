@@ -36,3 +36,13 @@ def instruction_set(request):
     cnnops.settings.instruction_set = request.param
     yield request.param
     cnnops.settings.instruction_set = before
+
+
+@pytest.fixture(scope="session")
+def kernels():
+    """The CUDA kernels, emulated: see cuda_on_cpu/README.md."""
+    from cuda_helpers import Kernels
+
+    kernels = Kernels()
+    yield kernels
+    kernels.close()

@@ -70,6 +70,14 @@ def test_every_length(function, device):
         assert_equal(call(F, x[:length]), expected[:length])
 
 
+def test_tensors_beyond_the_cache():
+    """What is much larger than the cache is written past it, also where a thread begins in the midst of a vector."""
+    x = numbers(10_000_007).float().requires_grad_()
+    y, wanted = F.relu(x), TF.relu(x)
+    assert_equal(y.detach(), wanted.detach())
+    assert_equal(grad(y, x, x.detach())[0], grad(wanted, x, x.detach())[0])
+
+
 @every_device
 @every_function
 def test_any_strides(function, device):

@@ -47,6 +47,10 @@ def samples(device="cpu"):
         "conv2d_grad_input": [(gy, w, draw(4), (7, 8), *CONV, "auto"), (gy[:0], w, None, (7, 8), *CONV, "auto")],
         "conv2d_grad_weight": [(gy, x, (3, 3), *CONV, "auto"), (gy, channels_last, (3, 3), *CONV, "auto")],
         "conv_transpose2d": [(gy, w, draw(4), 2, 1, (1, 0), 2), (gy, w, None, (1, 2), 0, (0, 0), 2, (2, 1))],
+        "conv_relu_max_pool2d": [
+            (x, w, b, *CONV, "relu6", 0.1, *WINDOW, "auto"),
+            (channels_last, w, None, *CONV, "leaky_relu", 0.1, (), (), 0, 1, False, "reference"),
+        ],
         "channel_sum": [(x,), (channels_last,), (draw(3, 2),), (draw(0, 2, 3),)],
         "max_pool2d": [(x, *WINDOW), (channels_last, *WINDOW), (x[:0], *WINDOW), (x, *WIDE_WINDOW)],
         "max_pool2d_backward": [(draw(*y.shape), positions, (7, 8), *WINDOW)],

@@ -92,6 +92,21 @@ def test_positions(case, device):
     assert_equal(rows * case.w + columns, indices)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("kernel", [2, 3])
+def test_tensors_beyond_the_cache(kernel, memory_format):
+    """What is much larger than the cache is written past it, to the same bits."""
+    x = numbers(1, 64, 300, 300, whole=True).float().to(memory_format=memory_format).requires_grad_()
+    whole = {"divisor_override": 4}
+    for *functions, more in (F.max_pool2d, TF.max_pool2d, {}), (F.avg_pool2d, TF.avg_pool2d, whole):
+        results = []
+        for function in functions:
+            y = function(x, kernel, kernel - 1, 1, **more)
+            results.append((y.detach(), *grad(y, x, torch.ones_like(y))))
+        for got, wanted in zip(*results, strict=True):
+            assert_equal(got, wanted)
+
+
 @every_device
 @cases(MAX_POOL2D)
 def test_gather_is_the_transpose_of_backward(case, device):

@@ -4,25 +4,26 @@ Not on the batch's size nor its place in it, not on the number of threads, the m
 batch (gradients of weights and biases) depend on the batch, of course, but on nothing else of these.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from cases import AVG_POOL2D, CONV2D, MAX_POOL2D, Conv2dCase
+from circumstances import CONVOLUTIONS, OTHERS, Subject, Trial, changes, restridings
 from helpers import (
     DTYPES,
     PASSES,
     Conv2dOperands,
     accepts,
-    awkward,
     conv2d_operands,
     name_of,
     numbers,
-    off_by,
     run_pass,
     same_bits,
     torch_pass,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import cnnops
 
@@ -44,6 +45,7 @@ CONV2D_NAMES = [
     "row-of-33",
     "channels-prime",
     "depthwise-multiplier",
+    "depthwise-many",
 ]
 POOL2D_NAMES = ["resnet-stem", "asymmetric-ceil", "overlapping-padded", "row-over-vector-3x3", "window-of-289"]
 
@@ -54,45 +56,10 @@ def named(table, names):
     return chosen
 
 
-@dataclass
-class Subject:
-    """Something to call: a function of `batched` and `shared` tensors. If it `reduces`, it sums over the batch."""
-
-    function: object
-    batched: list
-    shared: list
-    reduces: bool = False
-
-    def __call__(self, select=lambda t: t, alter=lambda t: t):
-        results = self.function(*(alter(select(t)) for t in self.batched), *map(alter, self.shared))
-        return [results] if isinstance(results, torch.Tensor) else list(results)
-
-
-def assert_same(expected, got, circumstances):
-    for a, b in zip(expected, got, strict=True):
-        assert same_bits(a, b), f"other bits with {circumstances}"
-
-
-def assert_law_holds(subject: Subject):
-    expected = subject()
-    for threads in 2, 3, 4, 1:
-        torch.set_num_threads(threads)
-        assert_same(expected, subject(), f"{threads} threads")
-        assert_same(expected, subject(alter=lambda t: off_by(t, 1)), f"{threads} threads and other addresses")
-    torch.set_num_threads(1)
-    for elements in 3, 8, 13:
-        assert_same(expected, subject(alter=lambda t, e=elements: off_by(t, e)), f"memory off by {elements} elements")
-    if subject.reduces:
-        return
-    for start, stop in *((i, i + 1) for i in range(BATCH)), (0, 4), (3, BATCH), (1, 3):
-        part = [t[start:stop] for t in expected]
-        torch.set_num_threads(1 + start % 2)
-        got = subject(select=lambda t, start=start, stop=stop: t[start:stop])
-        assert_same(part, got, f"only {start}:{stop} of the batch, {torch.get_num_threads()} threads")
-    turned = subject(select=lambda t: t.flip(0))
-    assert_same(expected, [t.flip(0) for t in turned], "the batch turned around")
-    thrice = subject(select=lambda t: torch.cat([t] * 3))
-    assert_same([torch.cat([t] * 3) for t in expected], thrice, "three times the batch")
+def assert_law_holds(subject: Subject, changes=changes):
+    for kind, details, expected, got in changes(subject):
+        for a, b in zip(expected, got, strict=True):
+            assert same_bits(a, b), f"other bits with other {kind}: {details}"
 
 
 def conv2d_subject(which, case: Conv2dCase, t: Conv2dOperands, run) -> Subject:
@@ -217,19 +184,57 @@ def test_activations(shape, dtype, instruction_set):
         assert_law_holds(subject)
 
 
-@pytest.mark.parametrize("which", PASSES)
-@pytest.mark.parametrize("algorithm", cnnops.ops.algorithms())
-@pytest.mark.parametrize("case", named(CONV2D, ["two-layer-1", "asymmetric"]), ids=str)
-def test_strides_do_not_change_bits(case, algorithm, which):
-    """A view and its contiguous copy hold the same numbers. (channels_last may be summed in another order.)"""
-    t = conv2d_operands(case).to(torch.float32)
-    if not accepts(which, t, case, algorithm):
-        return
-    subject = conv2d_subject(which, case, t, lambda *args: run_pass(*args, algorithm))
-    expected = subject()
-    for kind in dict(awkward(t.x)):
-        if kind != "channels_last":
-            assert_same(expected, subject(alter=lambda v, kind=kind: dict(awkward(v)).get(kind, v)), kind)
+# --- hypothesis ---
+
+
+@st.composite
+def trials(draw, generators):
+    def pick(options):
+        return draw(st.sampled_from(options))
+
+    trial: Trial = generators[pick(list(generators))](pick)
+    trial.dtype = pick([torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16])
+    trial.memory_format = pick([torch.contiguous_format, torch.channels_last])
+    if trial.operator in CONVOLUTIONS:
+        algorithm = pick(["auto", *cnnops.ops.algorithms()])
+        trial.ours["algorithm"] = "auto" if algorithm == "reference" and trial.steps > 1e6 else algorithm
+    if trial.operator == "conv2d":
+        mode = pick(["zeros", "reflect", "replicate", "circular"])
+        fits = all(p < i for p, i in zip(trial.arguments["padding"], trial.input_shape[2:], strict=True))
+        trial.ours["padding_mode"] = mode if fits else "zeros"
+    return trial, pick(trial.passes), pick(list(cnnops.settings.instruction_sets))
+
+
+def assert_law_holds_in(trial: Trial, which, instruction_set):
+    before = cnnops.settings.instruction_set
+    cnnops.settings.instruction_set = instruction_set
+    try:
+        try:
+            subject = trial.subject(which, cnnops.functional)
+            subject()
+        except RuntimeError as refusal:
+            assert "refuses" in str(refusal), refusal
+            trial.ours["algorithm"] = "auto"
+            subject = trial.subject(which, cnnops.functional)
+        assert_law_holds(subject)
+        assert_law_holds(subject, restridings)
+    finally:
+        cnnops.settings.instruction_set = before
+
+
+@settings(max_examples=2 * settings.default.max_examples)
+@given(trials(CONVOLUTIONS))
+def test_random_convolutions(trial):
+    """Any geometry, algorithm, pass, layout, dtype, border and instruction set."""
+    assert_law_holds_in(*trial)
+
+
+@given(trials(OTHERS))
+def test_random_others(trial):
+    assert_law_holds_in(*trial)
+
+
+# --- through autograd ---
 
 
 @every_dtype
@@ -248,7 +253,7 @@ def test_a_training_step(dtype):
         y = net(x)
         results.append([y, *torch.autograd.grad(y, list(net.parameters()), torch.ones_like(y))])
     for result in results[1:]:
-        assert_same(results[0], result, "another number of threads")
+        assert all(same_bits(a, b) for a, b in zip(results[0], result, strict=True))
 
 
 # --- that these tests can fail ---
@@ -286,6 +291,13 @@ def test_the_harness_finds(culprit):
     """An operator that breaks the law in one of these ways is caught."""
     with pytest.raises(AssertionError, match="other bits"):
         assert_law_holds(Subject(CULPRITS[culprit], [numbers(BATCH, 2, 3, 4).float()], []))
+
+
+def test_the_harness_finds_strides():
+    with pytest.raises(AssertionError, match="other strides: transposed"):
+        assert_law_holds(
+            Subject(lambda x: x * (1 + x.stride(-1) * 2**-23), [numbers(2, 2, 3, 4).float()], []), restridings
+        )
 
 
 def test_torch_itself_does_not_keep_this_law():

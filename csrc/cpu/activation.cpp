@@ -17,11 +17,37 @@ namespace {
 
 /// to[i] = op(from[i]...) for i < count.
 template <class S, class Op, class... From>
-void map(int64_t count, S* to, const Op& op, const From*... from) {
+void map_cached(int64_t count, S* to, const Op& op, const From*... from) {
   constexpr int64_t L = kLanes<Sum<S>>;
   int64_t i = 0;
+  for (; i + 4 * L <= count; i += 4 * L) {
+    const Vec<Sum<S>> a = op(load(from + i)...), b = op(load(from + i + L)...);
+    const Vec<Sum<S>> c = op(load(from + i + 2 * L)...), d = op(load(from + i + 3 * L)...);
+    store(to + i, a);
+    store(to + i + L, b);
+    store(to + i + 2 * L, c);
+    store(to + i + 3 * L, d);
+  }
   for (; i + L <= count; i += L) store(to + i, op(load(from + i)...));
   if (i < count) store_first(to + i, op(load_first(from + i, count - i)...), count - i);
+}
+
+/// The same; what is much larger than the cache is written past it, which spares reading what is overwritten.
+template <class S, class Op, class... From>
+void map(int64_t count, S* to, const Op& op, const From*... from) {
+  if constexpr (std::is_same_v<S, Sum<S>>) {
+    constexpr int64_t L = kLanes<S>;
+    const int64_t beyond = reinterpret_cast<uintptr_t>(to) / sizeof(S) % L;
+    const int64_t head = beyond > 0 ? L - beyond : 0;
+    if (((from != to) && ...) && count > head && past_cache(to + head, count - head)) {
+      map_cached(head, to, op, from...);
+      int64_t i = head;
+      for (; i + L <= count; i += L) store_past_cache(to + i, op(load(from + i)...));
+      stores_done();
+      return map_cached(count - i, to + i, op, (from + i)...);
+    }
+  }
+  map_cached(count, to, op, from...);
 }
 
 template <class S>
@@ -122,44 +148,68 @@ void prelu_backward(const S* gy, const S* x, const S* w, int64_t channels, int64
   }
 }
 
-/// sums[c] = sum over n and i of term(index of element (n, c, i)).
-template <class S, class Term>
-void sum_channels(int64_t n_count, int64_t channels, int64_t inner, S* sums, int64_t begin, int64_t end,
-                  const Term& term) {
+/// Eight numbers, whatever the processor's vectors hold: so a sum's order is the same on all, and random signs cost no
+/// mispredicted branches. Always passed by reference.
+typedef double Eight __attribute__((vector_size(64)));
+
+/// The first `count` numbers from memory, zeros after them.
+template <class S>
+void load_eight(const S* p, int64_t count, Eight& v) {
+  v = Eight{};
+  if (std::is_floating_point_v<S> && count >= 8) {
+    typedef std::conditional_t<std::is_floating_point_v<S>, S, float> Real;
+    typedef Real Stored __attribute__((vector_size(8 * sizeof(Real))));
+    Stored stored;
+    __builtin_memcpy(&stored, p, sizeof stored);
+    v = __builtin_convertvector(stored, Eight);
+  } else {
+    for (int k = 0; k < 8; ++k)
+      if (k < count) v[k] = value(p[k]);
+  }
+}
+
+/// sums[c] = sum over n and i of the terms of the numbers at (n, c, i); add(sum, numbers) adds eight.
+template <class S, class Add, class... From>
+void sum_channels(int64_t n_count, int64_t channels, int64_t inner, S* sums, int64_t begin, int64_t end, const Add& add,
+                  const From*... from) {
   constexpr int64_t kChannels = 64;  // at a time
+  const auto add_at = [&](Eight& sum, int64_t i, int64_t count) {
+    Eight numbers[sizeof...(From)];
+    Eight* next = numbers;
+    (load_eight(from + i, count, *next++), ...);
+    add(sum, numbers);
+  };
   for (int64_t c = begin; c < end; c += kChannels) {
     const int64_t count = smaller(kChannels, end - c);
-    double total[kChannels] = {};
+    Eight total[kChannels / 8] = {};
     for (int64_t n = 0; n < n_count; ++n) {
       const int64_t first = (n * channels + c) * inner;
       if (inner == 1) {
-        for (int64_t j = 0; j < count; ++j) total[j] += term(first + j);
+        for (int64_t j = 0; j < count; j += 8) add_at(total[j / 8], first + j, count - j);
         continue;
       }
       for (int64_t j = 0; j < count; ++j) {
         const int64_t plane = first + j * inner;
-        double part[8] = {};
-        int64_t i = 0;
-        for (; i + 8 <= inner; i += 8)
-          for (int k = 0; k < 8; ++k) part[k] += term(plane + i + k);
-        for (int k = 0; i < inner; ++i, ++k) part[k] += term(plane + i);
-        total[j] += ((part[0] + part[4]) + (part[2] + part[6])) + ((part[1] + part[5]) + (part[3] + part[7]));
+        Eight part{};
+        for (int64_t i = 0; i < inner; i += 8) add_at(part, plane + i, inner - i);
+        total[j / 8][j % 8] +=
+            ((part[0] + part[4]) + (part[2] + part[6])) + ((part[1] + part[5]) + (part[3] + part[7]));
       }
     }
-    for (int64_t j = 0; j < count; ++j) sums[c + j] = rounded<S>(Sum<S>(total[j]));
+    for (int64_t j = 0; j < count; ++j) sums[c + j] = rounded<S>(Sum<S>(total[j / 8][j % 8]));
   }
 }
 
 template <class S>
 void channel_sum(const S* x, int64_t n, int64_t channels, int64_t inner, S* sums, int64_t begin, int64_t end) {
-  sum_channels(n, channels, inner, sums, begin, end, [=](int64_t i) { return double(value(x[i])); });
+  sum_channels(n, channels, inner, sums, begin, end, [](Eight& sum, const Eight* x) { sum += x[0]; }, x);
 }
 
 template <class S>
 void prelu_grad_weight(const S* gy, const S* x, int64_t n, int64_t channels, int64_t inner, S* sums, int64_t begin,
                        int64_t end) {
-  sum_channels(n, channels, inner, sums, begin, end,
-               [=](int64_t i) { return value(x[i]) > 0 ? 0.0 : double(value(gy[i])) * double(value(x[i])); });
+  const auto add = [](Eight& sum, const Eight* of) { sum += of[1] > 0 ? Eight{} : of[0] * of[1]; };
+  sum_channels(n, channels, inner, sums, begin, end, add, gy, x);
 }
 
 }  // namespace

@@ -6,6 +6,8 @@
 // vector: it is taken in the lanes of one. (A window as wide as the image counts as one long row: so global pooling
 // reads a plane in one go.) Backward, a pixel gets gy / divisor of each output that sees it.
 #include "pool2d.h"
+#include "pool2d_pixels.h"
+#include "pool2d_rows.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
@@ -42,9 +44,96 @@ Sum<S> sum_of_rows(const S* x, int64_t rows, int64_t step, int64_t count) {
   return sum_lanes<Sum<S>>(sum);
 }
 
+/// Divides by a whole number: by multiplication where that gives the same bits.
+template <class T>
+struct Division {
+  T divisor, exact;
+  explicit Division(T by) : divisor(by), exact(0) {
+    if constexpr (kReal<T>) {
+      const int64_t whole = by;
+      if (whole > 0 && (whole & (whole - 1)) == 0) exact = 1 / by;
+    }
+  }
+  Vec<T> operator()(Vec<T> v) const { return exact != 0 ? v * exact : v / divisor; }
+};
+
+/// Divisors of the outputs from (oh, ow) on. `full`: those whose windows count as many columns as windows have.
+template <class T>
+Vec<T> divisors_of(const Pool2dGeometry& g, const Divisor& d, Range full, int64_t oh, int64_t ow) {
+  Vec<T> divisors = broadcast(divisor_of<T>(g, d, oh, g.kernel[1]));
+  const int64_t begin = larger(0, ow), end = smaller(g.out[1], ow + kLanes<T>);
+  for (int64_t o = begin; o < smaller(end, full.begin); ++o) divisors[o - ow] = divisor_at<T>(g, d, oh, o);
+  for (int64_t o = larger(begin, full.end); o < end; ++o) divisors[o - ow] = divisor_at<T>(g, d, oh, o);
+  return divisors;
+}
+
+/// v, which belongs to the outputs from (oh, ow) on, divided.
+template <class T>
+Vec<T> divided(const Pool2dGeometry& g, const Divisor& d, Range full, int64_t oh, int64_t ow, Vec<T> v) {
+  if (ow >= full.begin && ow + kLanes<T> <= full.end) return Division<T>(divisor_of<T>(g, d, oh, g.kernel[1]))(v);
+  return v / divisors_of<T>(g, d, full, oh, ow);
+}
+
+Range full_windows(const Pool2dGeometry& g, const Divisor& d) {
+  if (g.adaptive) return {0, 0};
+  if (d.divisor_override) return {0, g.out[1]};
+  if (!d.count_include_pad) return whole_windows(g);
+  const int64_t room = g.in[1] + 2 * g.padding[1] - g.kernel[1];
+  return {0, room >= 0 ? smaller(g.out[1], room / g.stride[1] + 1) : 0};
+}
+
+/// Adaptive windows that are all of one size are ordinary ones.
+Pool2dGeometry simplest(Pool2dGeometry g) {
+  if (!g.adaptive || g.in[0] % g.out[0] != 0 || g.in[1] % g.out[1] != 0) return g;
+  g.adaptive = false;
+  for (int dim = 0; dim < 2; ++dim) g.kernel[dim] = g.stride[dim] = g.in[dim] / g.out[dim];
+  return g;
+}
+
 template <class S>
-void avg_pool2d(const Pool2dGeometry& g, Divisor d, const S* x, S* y, int64_t begin, int64_t end) {
+struct AverageRule {
   using T = Sum<S>;
+  static constexpr T outside = 0;
+  const Pool2dGeometry& g;
+  Divisor d;
+  S* y;
+  Range full;
+
+  Vec<T> begin(const Window&, Vec<T>) const { return Vec<T>{}; }
+  void see(Vec<T>& sum, Vec<T> seen, int64_t, int64_t) const { sum += seen; }
+  void end(Vec<T> sum, int64_t oh, int64_t ow, int64_t to, int64_t count) const {
+    const Vec<T> average = divided<T>(g, d, full, oh, ow, sum);
+    count == kLanes<T> ? store(y + to, average) : store_first(y + to, average, count);
+  }
+};
+
+template <class S>
+void average_pixels(const Pool2dGeometry& g, Divisor d, const S* x, S* y, int64_t begin, int64_t end) {
+  using T = Sum<S>;
+  const bool past = pixels_past_cache(g, g.out, y);
+  for_pixels(g, begin, end, [&](const Pixel& at) {
+    const Division<T> divide(divisor_at<T>(g, d, at.oh, at.ow));
+    for_stretches<T>(g.c, past, [&](auto channels) {
+      constexpr int count = channels.size;
+      Vec<T> sums[count] = {};
+      for (int64_t kh = at.rows.begin; kh < at.rows.end; ++kh) {
+        for (int64_t kw = at.columns.begin; kw < at.columns.end; ++kw) {
+          const S* tap = x + (at.from + kh * at.row + kw * at.column);
+          for (int i = 0; i < count; ++i) sums[i] += channels.load(tap, i);
+        }
+      }
+      for (int i = 0; i < count; ++i) channels.store(y + at.to, i, divide(sums[i]));
+    });
+  });
+  if (past) stores_done();
+}
+
+template <class S>
+void avg_pool2d(const Pool2dGeometry& given, Divisor d, const S* x, S* y, int64_t begin, int64_t end) {
+  using T = Sum<S>;
+  const Pool2dGeometry g = simplest(given);
+  if (depth_of(g) > 1) return average_pixels(g, d, x, y, begin, end);
+  if (goes_by_rows(g)) return forward_rows(g, AverageRule<S>{g, d, y, full_windows(g, d)}, x, begin, end);
   for_groups<T>(g, begin, end, [&](auto sum, const Group& at) {
     using V = decltype(sum);
     const int64_t width = at.columns.end - at.columns.begin, rows = at.rows.end - at.rows.begin;
@@ -62,34 +151,141 @@ void avg_pool2d(const Pool2dGeometry& g, Divisor d, const S* x, S* y, int64_t be
   });
 }
 
+// ---- backward: what the outputs of a column give to row ih is divided and added up first, then that of the columns, each in
+// the order of the taps ----
+
+/// In channels_last. What a column gives is kept in `ring` for all pixels that it reaches.
+constexpr int64_t kRing = 8;
+
 template <class S>
-struct AverageTerms {
+void average_backward_of_pixels(const Pool2dGeometry& g, Divisor d, const S* gy, S* gx, int64_t begin, int64_t end) {
   using T = Sum<S>;
-  const Pool2dGeometry& g;
-  Divisor d;
-  const S* gy;
-  Range full;  // outputs whose windows count as many columns as windows have
-
-  auto through(int64_t oh, int64_t ow, int64_t, int64_t) const {
-    const bool pixel = depth_of(g) > 1;
-    Vec<T> divisors = broadcast(pixel ? divisor_at<T>(g, d, oh, ow) : divisor_of<T>(g, d, oh, g.kernel[1]));
-    if (!pixel) {
-      const int64_t begin = larger(ow, 0), end = smaller(g.out[1], ow + kLanes<T>);
-      for (int64_t o = begin; o < smaller(end, full.begin); ++o) divisors[o - ow] = divisor_at<T>(g, d, oh, o);
-      for (int64_t o = larger(begin, full.end); o < end; ++o) divisors[o - ow] = divisor_at<T>(g, d, oh, o);
+  const bool past = pixels_past_cache(g, g.in, gx);
+  const bool in_ring = (g.adaptive ? g.out[1] / g.in[1] + 2 : ceil_div(g.kernel[1], g.stride[1])) <= kRing;
+  Range rows{0, 0};
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t ih = task % g.in[0], image = task / g.in[0] * g.out[0];
+    S* row = gx + task * g.in[1] * g.c;
+    const Range before = rows;
+    rows = outputs_over(g, 0, ih);
+    if (!past && task > begin && ih > 0 && rows.begin == before.begin && rows.end == before.end) {
+      __builtin_memcpy(row, row - g.in[1] * g.c, g.in[1] * g.c * sizeof(S));
+      continue;
     }
-    return [=, gy = gy](int64_t first, int64_t size, int64_t start) {
-      return load_inside(gy + first, size, start, kLanes<T>) / divisors;
-    };
+    for_stretches<T>(g.c, past, [&](auto channels) {
+      constexpr int size = channels.size;
+      Vec<T> ring[kRing][size], sums[size];
+      const auto find_column = [&](int64_t ow, Vec<T>* column) {
+        for (int i = 0; i < size; ++i) column[i] = Vec<T>{};
+        for (int64_t oh = rows.end - 1; oh >= rows.begin; --oh) {
+          const Division<T> divide(divisor_at<T>(g, d, oh, ow));
+          const S* from = gy + ((image + oh) * g.out[1] + ow) * g.c;
+          for (int i = 0; i < size; ++i) column[i] += divide(channels.load(from, i));
+        }
+      };
+      int64_t first = 0, last = 0;  // the outputs that see the pixel
+      Window next = window_at(g, 1, 0);
+      int64_t starts = next.start, ends = next.start + next.end;  // of `last` and `first`
+      for (int64_t iw = 0; iw < g.in[1];) {
+        for (; last < g.out[1] && starts <= iw; starts = window_at(g, 1, ++last).start)
+          if (in_ring) find_column(last, ring[last % kRing]);
+        while (first < last && ends <= iw) {
+          next = window_at(g, 1, ++first);
+          ends = next.start + next.end;
+        }
+        for (int i = 0; i < size; ++i) sums[i] = Vec<T>{};
+        for (int64_t ow = last - 1; ow >= first; --ow) {
+          if (!in_ring) find_column(ow, ring[0]);
+          const Vec<T>* column = ring[in_ring ? ow % kRing : 0];
+          for (int i = 0; i < size; ++i) sums[i] += column[i];
+        }
+        int64_t until = g.in[1];
+        if (last < g.out[1]) until = smaller(until, starts);
+        if (first < last) until = smaller(until, ends);
+        for (; iw < until; ++iw)
+          for (int i = 0; i < size; ++i) channels.store(row + iw * g.c, i, sums[i]);
+      }
+    });
   }
+  if (past) stores_done();
+}
 
-  void of_output(int64_t oh, int64_t ow, int64_t, int64_t out, Range pixels, T* sums) const {
-    const T term = value(gy[out]) / divisor_at<T>(g, d, oh, ow);
-    const Window w = window_at(g, 1, ow);
-    const int64_t end = smaller(w.start + w.end, pixels.end);
-    for (int64_t iw = larger(w.start + w.begin, pixels.begin); iw < end; ++iw) sums[iw - pixels.begin] += term;
+/// What columns [ow, ow + lanes) give, zero for those that do not exist.
+template <class S>
+Vec<Sum<S>> columns_at(const Pool2dGeometry& g, const Divisor& d, Range full, Range rows, const S* gy, int64_t ow) {
+  using T = Sum<S>;
+  Vec<T> columns{};
+  for (int64_t oh = rows.end - 1; oh >= rows.begin; --oh)
+    columns += divided<T>(g, d, full, oh, ow, load_inside(gy + oh * g.out[1], g.out[1], ow, kLanes<T>));
+  return columns;
+}
+
+constexpr int64_t kPixels = 256;  // of a row at a time
+
+/// Pixels [begin, end) of a row in contiguous layout, for strides 1 and 2: vectors hold pixels `stride` apart.
+template <class S>
+void average_backward_by_vectors(const Pool2dGeometry& g, const Divisor& d, Range full, Range rows, const S* gy, S* gx,
+                                 int64_t begin, int64_t end) {
+  using T = Sum<S>;
+  constexpr int64_t L = kLanes<T>;
+  constexpr auto sequence = std::make_integer_sequence<int, int(L)>();
+  T columns[kPixels + kMostTaps + 3 * L];
+  const int64_t s = g.stride[1], shift = s - 1;
+  const int64_t first = (begin + g.padding[1] - g.kernel[1] + 1) >> shift;
+  const int64_t last = ((larger(end, begin + s * L) + g.padding[1] + 1) >> shift) + 1;
+  for (int64_t ow = first; ow < last; ow += L) store(columns + (ow - first), columns_at(g, d, full, rows, gy, ow));
+  for (int64_t i = begin; i < end; i += s * L) {
+    const int64_t iw = larger(begin, smaller(i, end - s * L)), count = smaller(end - iw, s * L);
+    Vec<T> sums[2] = {};
+    for (int64_t kw = 0; kw < g.kernel[1]; ++kw) {
+      const int64_t reach = iw + g.padding[1] - kw, odd = s == 2 ? reach & 1 : 0;
+      sums[odd] += load(columns + (((reach + odd) >> shift) - first));
+    }
+    put_by_turns<S>(gx + iw, sums, s, count, sequence);
   }
-};
+}
+
+/// The same for any strides, and for adaptive windows.
+template <class S>
+void average_backward_by_outputs(const Pool2dGeometry& g, const Divisor& d, Range full, Range rows, const S* gy, S* gx,
+                                 int64_t begin, int64_t end) {
+  using T = Sum<S>;
+  constexpr int64_t L = kLanes<T>;
+  T sums[kPixels] = {}, columns[L];
+  const int64_t first = outputs_over(g, 1, begin).begin;
+  for (int64_t ow = outputs_over(g, 1, end - 1).end - L; ow > first - L; ow -= L) {
+    store(columns, columns_at(g, d, full, rows, gy, ow));
+    for (int64_t j = L - 1; j >= 0 && ow + j >= first; --j) {
+      const Window w = window_at(g, 1, ow + j);
+      const int64_t to = smaller(w.start + w.end, end);
+      for (int64_t iw = larger(w.start + w.begin, begin); iw < to; ++iw) sums[iw - begin] += columns[j];
+    }
+  }
+  for (int64_t i = 0; i < end - begin; i += L) {
+    const int64_t count = smaller(end - begin - i, L);
+    count == L ? store(gx + begin + i, load(sums + i)) : store_first(gx + begin + i, load(sums + i), count);
+  }
+}
+
+template <class S>
+void average_backward_of_rows(const Pool2dGeometry& g, Divisor d, const S* gy, S* gx, int64_t begin, int64_t end) {
+  const Range full = full_windows(g, d);
+  const auto run = goes_by_rows(g) ? average_backward_by_vectors<S> : average_backward_by_outputs<S>;
+  Range rows{0, 0};
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t ih = task % g.in[0];
+    const S* plane = gy + task / g.in[0] * g.out[0] * g.out[1];
+    S* row = gx + task * g.in[1];
+    const Range before = rows;
+    rows = outputs_over(g, 0, ih);
+    if (task > begin && ih > 0 && rows.begin == before.begin && rows.end == before.end) {
+      __builtin_memcpy(row, row - g.in[1], g.in[1] * sizeof(S));
+      continue;
+    }
+    for (int64_t iw = 0; iw < g.in[1]; iw += kPixels)
+      run(g, d, full, rows, plane, row, iw, smaller(iw + kPixels, g.in[1]));
+  }
+}
 
 /// One output that sees the whole image: all pixels get the same.
 template <class S>
@@ -104,14 +300,13 @@ void spread(const Pool2dGeometry& g, Sum<S> divisor, const S* gy, S* gx, int64_t
 }
 
 template <class S>
-void avg_pool2d_backward(const Pool2dGeometry& g, Divisor d, const S* gy, S* gx, int64_t begin, int64_t end) {
+void avg_pool2d_backward(const Pool2dGeometry& given, Divisor d, const S* gy, S* gx, int64_t begin, int64_t end) {
+  const Pool2dGeometry g = simplest(given);
   const Window height = window_at(g, 0, 0), width = window_at(g, 1, 0);
   if (g.out[0] * g.out[1] == 1 && height.end - height.begin == g.in[0] && width.end - width.begin == g.in[1])
     return spread(g, divisor_at<Sum<S>>(g, d, 0, 0), gy, gx, begin, end);
-  const int64_t room = g.in[1] + 2 * g.padding[1] - g.kernel[1];
-  const Range in_padding = {0, room >= 0 ? room / g.stride[1] + 1 : 0};
-  const Range full = d.divisor_override ? Range{0, g.out[1]} : d.count_include_pad ? in_padding : whole_windows(g);
-  backward(g, AverageTerms<S>{g, d, gy, full}, gx, begin, end);
+  if (depth_of(g) > 1) return average_backward_of_pixels(g, d, gy, gx, begin, end);
+  average_backward_of_rows(g, d, gy, gx, begin, end);
 }
 
 }  // namespace

@@ -4,7 +4,7 @@
 // by side to a lane of 16 floats: twice the arithmetic of a float multiply-add. It treats subnormal numbers as zeros and
 // rounds each addition to the nearest float.
 //
-// A tile holds kTilePixels x V vectors of sums. A step reads for each of its rows the two numbers at one address,
+// A tile holds kDotRows x V vectors of sums. A step reads for each of its rows the two numbers at one address,
 // broadcasts them, and multiplies them with V vectors of pairs, packed in the order of the steps. The rows read numbers
 // where they lie, in runs; if a run's length is odd, its last number makes a pair with zero.
 #pragma once
@@ -33,13 +33,12 @@ typedef Vec<uint16_t> Words;
 #define CNNOPS_TARGET __attribute__((target("avx512bf16")))
 
 /// One step of a tile: a pair for each row, or one number and a zero.
-template <int V, class Read>
-CNNOPS_TARGET static inline __attribute__((always_inline)) void dot_step(const BFloat16* const (&row)[kDotRows],
-                                                                         int64_t r, const BFloat16* b,
-                                                                         __m512 (&sum)[kDotRows][V]) {
+template <int M, int V, class Read>
+CNNOPS_TARGET static inline __attribute__((always_inline)) void dot_step(const BFloat16* const (&row)[M], int64_t r,
+                                                                         const BFloat16* b, __m512 (&sum)[M][V]) {
   __m512bh column[V];
   for (int v = 0; v < V; ++v) column[v] = (__m512bh)_mm512_loadu_si512(b + v * 2 * kDotLanes);
-  for (int m = 0; m < kDotRows; ++m) {
+  for (int m = 0; m < M; ++m) {
     Read numbers;
     __builtin_memcpy(&numbers, row[m] + r, sizeof numbers);
     const __m512bh x = (__m512bh)_mm512_set1_epi32(int(numbers));
@@ -48,34 +47,49 @@ CNNOPS_TARGET static inline __attribute__((always_inline)) void dot_step(const B
 }
 
 /// sums[m][V vectors] (+)= sum over the steps of the pair that row m reads * b[V vectors], b going on forwards.
-template <int V>
+template <int M, int V>
 CNNOPS_TARGET static void dot_tile(const Steps& steps, const BFloat16* const* rows, const BFloat16* b, float* sums,
                                    bool add) {
-  __m512 sum[kDotRows][V];
+  __m512 sum[M][V];
 #pragma GCC unroll 16
-  for (int m = 0; m < kDotRows; ++m)
+  for (int m = 0; m < M; ++m)
     for (int v = 0; v < V; ++v) sum[m][v] = _mm512_setzero_ps();
   for (int64_t i = 0; i < steps.outer; ++i)
     for (int64_t j = 0; j < steps.inner; ++j) {
-      const BFloat16* row[kDotRows];
-      for (int m = 0; m < kDotRows; ++m) row[m] = rows[m] + i * steps.outer_step + j * steps.inner_step;
+      const BFloat16* row[M];
+      for (int m = 0; m < M; ++m) row[m] = rows[m] + i * steps.outer_step + j * steps.inner_step;
       int64_t r = 0;
-      for (; r + 2 <= steps.length; r += 2, b += V * 2 * kDotLanes) dot_step<V, uint32_t>(row, r, b, sum);
+      for (; r + 2 <= steps.length; r += 2, b += V * 2 * kDotLanes) dot_step<M, V, uint32_t>(row, r, b, sum);
       if (r == steps.length) continue;
-      dot_step<V, uint16_t>(row, r, b, sum);
+      dot_step<M, V, uint16_t>(row, r, b, sum);
       b += V * 2 * kDotLanes;
     }
 #pragma GCC unroll 16
-  for (int m = 0; m < kDotRows; ++m)
+  for (int m = 0; m < M; ++m)
     for (int v = 0; v < V; ++v) {
       float* to = sums + (m * V + v) * kDotLanes;
       _mm512_storeu_ps(to, add ? _mm512_add_ps(_mm512_loadu_ps(to), sum[m][v]) : sum[m][v]);
     }
 }
 
+/// A vector of sums, rounded.
+CNNOPS_TARGET static inline void store_rounded(BFloat16* p, Vec<float> v, int64_t count) {
+  _mm256_mask_storeu_epi16(p, __mmask16((1u << count) - 1), (__m256i)_mm512_cvtneps_pbh((__m512)v));
+}
+
 #undef CNNOPS_TARGET
 
-/// `count` of up to 16 numbers from number `begin` on of a vector at p, widened; zeros elsewhere.
+/// Calls tile(std::integral_constant M) for the last `left` rows, or the next of them.
+template <class Tile>
+static inline void with_rows(int64_t left, const Tile& tile) {
+  if (left > kDotRows / 2) {
+    tile(std::integral_constant<int, kDotRows>());
+  } else {
+    tile(std::integral_constant<int, kDotRows / 2>());
+  }
+}
+
+/// Numbers [begin, end) of the 16 at p, widened; zeros elsewhere.
 static inline Vec<uint32_t> load_words(const BFloat16* p, int64_t begin, int64_t end) {
   const uint32_t lanes = (1u << end) - (1u << begin);
   return (Vec<uint32_t>)_mm512_maskz_cvtepu16_epi32(__mmask16(-1), _mm256_maskz_loadu_epi16(__mmask16(lanes), p));

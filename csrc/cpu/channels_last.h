@@ -112,36 +112,4 @@ static inline const S* seen(const Windows& t, const Pixel<S>& p, int64_t th, int
   return h < 0 || w < 0 ? nullptr : p.image + (h * t.w.in_size + w) * t.in_channels;
 }
 
-/// to[i] = from[i] for i < count, widened.
-template <class S>
-static inline void copy_numbers(const S* from, int64_t count, Sum<S>* to) {
-  constexpr int64_t L = kLanes<Sum<S>>;
-  int64_t i = 0;
-  for (; i + L <= count; i += L) store(to + i, load(from + i));
-  if (i < count) store_first(to + i, load_first(from + i, count - i), count - i);
-}
-
-template <class T, int... lane>
-static inline void zip(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, lane...>) {
-  constexpr int L = kLanes<T>;
-  const Vec<T> low = __builtin_shufflevector(a, b, (lane % 2 * L + lane / 2)...);
-  b = __builtin_shufflevector(a, b, (lane % 2 * L + L / 2 + lane / 2)...);
-  a = low;
-}
-
-/// Rows become columns: zipping the upper half of the rows with the lower one does it in log2(rows) rounds.
-template <class T>
-static inline void transpose(Vec<T> (&rows)[kLanes<T>]) {
-  constexpr int L = kLanes<T>;
-  for (int round = 1; round < L; round *= 2) {
-    Vec<T> zipped[L];
-    for (int i = 0; i < L / 2; ++i) {
-      zipped[2 * i] = rows[i];
-      zipped[2 * i + 1] = rows[i + L / 2];
-      zip<T>(zipped[2 * i], zipped[2 * i + 1], std::make_integer_sequence<int, L>());
-    }
-    for (int i = 0; i < L; ++i) rows[i] = zipped[i];
-  }
-}
-
 }  // namespace cnnops::cpu::CNNOPS_ISA

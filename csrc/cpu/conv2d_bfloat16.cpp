@@ -295,10 +295,10 @@ void copy_strip(const Layer& t, const Axis& h, const Axis& w, const Strip& s, co
     }
 }
 
-/// sums[pixel][V vectors] to `count` pixels at out, `step` apart and next to each other, one channel's pixels together.
+/// out[k*line + p*step] = sums[p][V vectors], rounded, plus what the channel's bias adds.
 template <int V>
-void store_planes(const Layer& t, const float* sums, int64_t count, int64_t step, int64_t lanes, const BFloat16* bias,
-                  BFloat16* out) {
+void store_transposed(const float* sums, int64_t count, int64_t lanes, const BFloat16* bias, int64_t step, int64_t line,
+                      BFloat16* out) {
   for (int64_t k = 0; k < lanes; k += kDotLanes)
     for (int64_t p = 0; p < count; p += kDotLanes) {
       const int64_t pixels = smaller(kDotLanes, count - p);
@@ -308,12 +308,12 @@ void store_planes(const Layer& t, const float* sums, int64_t count, int64_t step
       transpose<float>(square);
       for (int64_t i = 0; i < smaller(kDotLanes, lanes - k); ++i) {
         const Vec<float> y = square[i] + broadcast(bias ? value(bias[k + i]) : 0.0f);
-        BFloat16* to = out + (k + i) * t.out.channel + p * step;
+        BFloat16* to = out + (k + i) * line + p * step;
         if (step == 1) {
-          store_first(to, y, pixels);
+          store_rounded(to, y, pixels);
         } else {
           BFloat16 together[kDotLanes];
-          store(together, y);
+          store_rounded(together, y, kDotLanes);
           for (int64_t j = 0; j < pixels; ++j) to[j * step] = together[j];
         }
       }
@@ -329,7 +329,7 @@ void strip_panel(const Layer& t, const Axis& h, const Axis& w, const Strip& s, c
   for (int64_t p = 0; p < count; p += kDotRows) {
     const BFloat16* rows[kDotRows];
     for (int64_t m = 0; m < kDotRows; ++m) rows[m] = base + offsets[smaller(p + m, count - 1)];
-    dot_tile<V>(steps, rows, weights, sums + p * V * kDotLanes, false);
+    with_rows(count - p, [&](auto m) { dot_tile<m, V>(steps, rows, weights, sums + p * V * kDotLanes, false); });
   }
   for (int64_t n = 0; n < s.images; ++n)
     for (int64_t i = 0; i < s.rows; ++i, sums += s.columns * V * kDotLanes) {
@@ -337,7 +337,7 @@ void strip_panel(const Layer& t, const Axis& h, const Axis& w, const Strip& s, c
                       (w.first + s.j * w.step) * t.out.column;
       if (t.out.column == 1) {  // rows that follow each other are one
         const bool whole = w.step == 1 && h.step == 1 && s.columns == t.out.row;
-        store_planes<V>(t, sums, whole ? plane : s.columns, w.step, lanes, bias, row);
+        store_transposed<V>(sums, whole ? plane : s.columns, lanes, bias, w.step, t.out.channel, row);
         if (!whole) continue;
         sums += plane * V * kDotLanes;
         break;
@@ -346,7 +346,7 @@ void strip_panel(const Layer& t, const Axis& h, const Axis& w, const Strip& s, c
         for (int64_t k = 0; k < lanes; k += kDotLanes) {
           const int64_t some = smaller(kDotLanes, lanes - k);
           const Vec<float> add = bias ? load_first(bias + k, some) : Vec<float>{};
-          store_first(row + j * w.step * t.out.column + k, load(sums + j * V * kDotLanes + k) + add, some);
+          store_rounded(row + j * w.step * t.out.column + k, load(sums + j * V * kDotLanes + k) + add, some);
         }
     }
 }
@@ -405,8 +405,8 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<BFloat16>& o, float
 
 // ---- grad_weight ----
 
-constexpr int64_t kSumRows = 144;  // weights of one output channel in a task
-constexpr int64_t kSumPanels = 4;  // panels of output channels in a task
+constexpr int64_t kSumRows = 160;  // weights of one output channel in a task
+constexpr int64_t kSumPanels = 8;  // panels of output channels in a task
 constexpr int64_t kFewTasks = 8;
 constexpr int64_t kSumPixels = 512;         // of a strip
 constexpr int64_t kPlaneNumbers = 1 << 18;  // at most, in a strip of x
@@ -532,6 +532,16 @@ void pack_gradient(const WeightPlan& t, const Strip& s, const Steps& steps, cons
     }
 }
 
+/// sums[row][V vectors] to the filters of a panel of output channels, from channel c0 of each on.
+template <int V>
+void store_filters(const WeightPlan& t, const float* sums, int64_t channels, int64_t c0, int64_t lanes, BFloat16* out) {
+  const int64_t runs = t.planes ? 1 : t.taps, length = channels * t.taps / runs;
+  for (int64_t run = 0; run < runs; ++run, sums += length * V * kDotLanes) {
+    BFloat16* to = out + (t.planes ? c0 * t.taps : run * t.c_group + c0);
+    store_transposed<V>(sums, length, lanes, nullptr, 1, t.c_group * t.taps, to);
+  }
+}
+
 void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<BFloat16>& o, float* workspace, int64_t begin,
                  int64_t end) {
   const WeightPlan plan(g);
@@ -557,22 +567,22 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<BFloat16>& o, flo
             const BFloat16* row[kDotRows];
             for (int64_t m = 0; m < kDotRows; ++m) {
               const int64_t at = smaller(r + m, rows - 1);
-              row[m] = x + at / plan.taps * s.images * plan.image(s) + plan.shift(at % plan.taps, s.columns);
+              const int64_t c = plan.planes ? at / plan.taps : at % channels;
+              const int64_t tap = plan.planes ? at % plan.taps : at / channels;
+              row[m] = x + c * s.images * plan.image(s) + plan.shift(tap, s.columns);
             }
-            dot_tile<v>(steps, row, gy, sums + k / kPanel * panel + r * v * kDotLanes, true);
+            with_rows(rows - r, [&](auto m) {
+              dot_tile<m, v>(steps, row, gy, sums + k / kPanel * panel + r * v * kDotLanes, true);
+            });
           }
         });
     }
 
-    const int64_t filter = plan.c_group * plan.taps;
-    for (int64_t k = 0; k < ks; ++k) {
-      const int64_t width = ks - k / kPanel * kPanel > kDotLanes ? kPanel : kDotLanes;
-      const float* from = sums + k / kPanel * panel + k % kPanel;
-      BFloat16* out = o.out + (channel + k) * filter;
-      for (int64_t c = 0; c < channels; ++c)
-        for (int64_t tap = 0; tap < plan.taps; ++tap, from += width)
-          out[plan.planes ? (c0 + c) * plan.taps + tap : tap * plan.c_group + c0 + c] = rounded<BFloat16>(*from);
-    }
+    for (int64_t k = 0; k < ks; k += kPanel)
+      with_panel(ks - k, [&](auto v) {
+        store_filters<v>(plan, sums + k / kPanel * panel, channels, c0, smaller(kPanel, ks - k),
+                         o.out + (channel + k) * plan.c_group * plan.taps);
+      });
   }
 }
 
@@ -615,6 +625,9 @@ Conv2dAlgorithm<Conv2dRun<S>> conv2d_dot_products() {
     row.refuses = refuses;
     row.forward = run<Pass::forward>();
     row.grad_input = run<Pass::grad_input>();
+    row.yields = [](const Conv2dGeometry& g, Pass pass) {  // to `fold`: too few channels for vectors of them
+      return pass == Pass::grad_input && g.c / g.groups <= 4 && g.kernel[0] * g.kernel[1] > 1;
+    };
     row.grad_weight = {[](const Conv2dGeometry& g) { return WeightPlan(g).tasks(g.groups); },
                        [](const Conv2dGeometry& g) { return WeightPlan(g).workspace(); }, grad_weight};
   }

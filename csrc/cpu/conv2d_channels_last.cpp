@@ -1,132 +1,36 @@
 // Convolution of channels_last tensors: register tiles of a few pixels x many channels, every window read in place.
 //
 //   y[p, k]    = bias[k] + sum over (kh,kw,c) of window[p, (kh,kw,c)] * w[k, (kh,kw,c)]       p = (n, oh, ow)
-//   gw[k, r]   =           sum over p         of gy[p, k] * window[p, r]                      r = (kh, kw, c)
 //
-// One tile makes both: it holds M x V vectors of sums, and a step is one number for each of its M rows, broadcast, times
-// V vectors. Forward, the rows are pixels, the vectors output channels, and the steps go through the windows; for the
-// gradient of the weight the rows are output channels, the vectors lie along r, and the steps go through the pixels.
-// The gradient of the input is forward with other taps (../correlation.h).
+// A tile holds M x V vectors of sums, and a step is one number for each of its M rows, broadcast, times V vectors: the
+// rows are pixels, the vectors output channels, and the steps go through the windows. The gradient of the input is
+// forward with other taps (../correlation.h); that of the weight is in conv2d_channels_last_weight.cpp.
 //
 // Forward, a pixel's channels under a tap are consecutive numbers, and where channels are few a whole row of taps is:
-// such a run is read where it stands. It is copied first, for one tile at a time, if it crosses the border, if its taps
-// lie apart, or to widen 16-bit numbers. Only the weights are rearranged, for a panel of at most four vectors of output
-// channels: a block of 64 KiB of them serves all pixels of the task before the next one is packed.
-// For the gradient of the weight, blocks of pixels of both operands are copied.
+// such a run is read where it stands. It is copied first, for one tile at a time, if its taps lie apart, or to widen
+// 16-bit numbers. Only the weights are rearranged, for a panel of at most four vectors of output channels: a block of
+// 64 KiB of them serves all pixels of the task before the next one is packed.
 //
-// A task is a panel of channels for a block of pixels (forward, grad_input), or a block of output channels x a panel of
-// the filter (grad_weight). Sums are made in blocks of steps, each from a fresh zero, that are then added in order; the
-// batch size decides how pixels are dealt to tasks, never how one sum is made. Zeros of the border are multiplied: an
-// infinite or NaN weight or gradient gives NaN there, where plain loops would skip it. Refuses the contiguous layout.
-#include "channels_last.h"
+// Pixels near a border of zeros see less than a window. A task sorts its pixels by the taps through which they see
+// anything, a tile holds pixels of one sort, and the taps that these miss are left out: with a wide dilation, or in the
+// gradient of a layer without padding, that is most of the work. (Where a window is short, or the border shows pixels,
+// what is outside is copied instead, as zeros or as what it shows.)
+//
+// A task is a panel of channels for a block of pixels. Sums are made in blocks of steps, each from a fresh zero, that are
+// then added in order; the batch size decides how pixels are dealt to tasks, never how one sum is made. Zeros of the
+// border that are copied are multiplied: an infinite or NaN weight or gradient gives NaN there, where plain loops would
+// skip it. Refuses the contiguous layout.
+#include "channels_last_tile.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
 
-constexpr int kSums = 3 * kTileRows;                  // vectors of sums in a tile
-constexpr int kMostVectors = kTileRows == 8 ? 4 : 3;  // in a row of it
-constexpr int kMostRows = 12;
 constexpr int kTileMultiple = 24;                       // a multiple of the number of rows of every tile
 constexpr int64_t kWeightBytes = 65536;                 // packed weights of a block
 constexpr int64_t kMostPixels = 480, kFewPixels = 192;  // of a task
-constexpr int64_t kGoodTasks = 32, kFewTasks = 4;
-constexpr int64_t kMostRuns = 64;                        // of a block
-constexpr int64_t kShortRow = 256;                       // a run is a row of taps below, otherwise a tap
-constexpr int64_t kBlockRows = 144, kBlockPixels = 128;  // grad_weight: output channels of a task, pixels of a block
-
-template <int V>
-constexpr int kRows = kSums / V < kMostRows ? kSums / V : kMostRows;
-
-/// sums[m][V vectors] (+)= sum over runs and their lengths of a[run][m][r*step] * b[V vectors], b going on forwards.
-template <class T, int V>
-void multiply_tile(int64_t runs, const int64_t* lengths, const T* const* a, int64_t step, const T* b, T* sums,
-                   bool add) {
-  constexpr int M = kRows<V>, L = kLanes<T>;
-  Vec<T> sum[M][V]{};
-  for (int64_t i = 0; i < runs; ++i, a += M) {
-    const T* row[M];
-    for (int m = 0; m < M; ++m) row[m] = a[m];
-    for (int64_t r = 0; r < lengths[i] * step; r += step, b += V * L) {
-      Vec<T> column[V];
-      for (int v = 0; v < V; ++v) column[v] = load(b + v * L);
-      for (int m = 0; m < M; ++m) {
-        const Vec<T> x = broadcast(row[m][r]);
-        for (int v = 0; v < V; ++v) sum[m][v] = multiply_add(x, column[v], sum[m][v]);
-      }
-    }
-  }
-#pragma GCC unroll 16  // early, or GCC keeps the sums in memory
-  for (int m = 0; m < M; ++m)
-    for (int v = 0; v < V; ++v) {
-      T* to = sums + (m * V + v) * L;
-      store(to, add ? load(to) + sum[m][v] : sum[m][v]);
-    }
-}
-
-/// How `columns` are cut into panels of about the same number of vectors.
-template <class T>
-struct Panels {
-  int64_t width, count;
-  explicit Panels(int64_t columns, int64_t most = kMostVectors) {
-    const int64_t vectors = ceil_div(columns, kLanes<T>);
-    count = ceil_div(vectors, most);
-    width = ceil_div(vectors, count) * kLanes<T>;
-    count = ceil_div(columns, width);
-  }
-};
-
-/// Calls f(std::integral_constant V) for a panel of that many vectors.
-template <class T, class F>
-void with_vectors(int64_t columns, const F& f) {
-  const int64_t vectors = ceil_div(columns, kLanes<T>);
-  if (vectors == 1) f(std::integral_constant<int, 1>());
-  if (vectors == 2) f(std::integral_constant<int, 2>());
-  if (vectors == 3) f(std::integral_constant<int, 3>());
-  if constexpr (kMostVectors == 4) {
-    if (vectors == 4) f(std::integral_constant<int, 4>());
-  }
-}
-
-/// `length` numbers of a window, all in one row of taps: from channel c of tap (th, tw) on. They are `straight` if they
-/// are consecutive numbers of the input, too: then `offset` is how far they lie from the window's first.
-struct Run {
-  int64_t th, tw, c, length, offset;
-  bool straight;
-};
-
-static Run make_run(const Windows& t, int64_t th, int64_t begin, int64_t end) {
-  const int64_t tw = begin / t.channels, c = begin % t.channels;
-  return {th, tw, c, end - begin, tap_offset(t, th, tw) + c, t.adjacent() || c + end - begin <= t.channels};
-}
-
-template <class S>
-void copy_run(const Windows& t, const Pixel<S>& p, const Run& run, Sum<S>* to) {
-  constexpr int64_t L = kLanes<Sum<S>>;
-  if (p.inside && run.straight) return copy_numbers(p.image + p.at + run.offset, run.length, to);
-  if (t.adjacent() && t.border == Border::zeros) {
-    const int64_t h = p.h + run.th * t.h.offset_step, row = t.w.in_size * t.channels;
-    const bool inside = h >= 0 && h < t.h.in_size;
-    const int64_t start = (p.w + run.tw) * t.channels + run.c;
-    for (int64_t i = 0; i < run.length; i += L) {
-      const int64_t lanes = smaller(run.length - i, L);
-      store_first(to + i, load_inside(p.image + (inside ? h : 0) * row, inside ? row : 0, start + i, lanes), lanes);
-    }
-    return;
-  }
-  int64_t left = run.length;
-  for (int64_t tw = run.tw, c = run.c; left > 0; ++tw, c = 0) {
-    const int64_t count = smaller(t.channels - c, left);
-    if (const S* from = seen(t, p, run.th, tw)) {
-      copy_numbers(from + c, count, to);
-    } else {
-      for (int64_t i = 0; i < count; ++i) to[i] = 0;
-    }
-    to += count;
-    left -= count;
-  }
-}
-
-// ---- forward and grad_input ----
+constexpr int64_t kGoodTasks = 32;
+constexpr int64_t kMostRuns = 64;   // of a block
+constexpr int64_t kShortRow = 256;  // a run is a row of taps below, otherwise a tap
 
 /// A window as runs: rows of taps, or taps, whose channels are cut into equal pieces where they are many.
 struct Runs {
@@ -175,6 +79,69 @@ void pack_weights(const Windows& t, const S* weight, int64_t row0, const Run& ru
   }
 }
 
+/// The taps through which a pixel sees its image: rows [h0, h1), columns [w0, w1).
+struct View {
+  int64_t h0, h1, w0, w1;
+  bool operator==(const View& v) const { return h0 == v.h0 && h1 == v.h1 && w0 == v.w0 && w1 == v.w1; }
+};
+
+/// The taps t of an axis with 0 <= at + t*offset_step < in_size.
+static void see_taps(const Axis& axis, int64_t at, int64_t* begin, int64_t* end) {
+  const int64_t step = larger(1, axis.offset_step);
+  *begin = smaller(at >= 0 ? 0 : ceil_div(-at, step), axis.taps);
+  *end = larger(*begin, at >= axis.in_size ? 0 : smaller(axis.taps, (axis.in_size - 1 - at) / step + 1));
+}
+
+/// The part of a run that is seen: all or nothing of a tap, some taps of a row of them.
+static Run seen_part(const Windows& t, const Run& run, const View& view, bool row) {
+  const bool nothing = run.th < view.h0 || run.th >= view.h1 || (!row && (run.tw < view.w0 || run.tw >= view.w1));
+  if (nothing || !row) return {run.th, run.tw, run.c, nothing ? 0 : run.length, run.offset, run.straight};
+  return make_run(t, run.th, view.w0 * t.channels, view.w1 * t.channels);
+}
+
+/// Pixels that see alike, [first, last) of a task's.
+struct Alike {
+  View view;
+  int64_t first, last;
+};
+
+/// Sorts pixels by what they see, into `sorted`; each is inside its image then, as far as it looks. Where a window is
+/// short, or its border shows pixels, all count as alike, and what is outside is copied. Returns how many sorts there are.
+template <class S>
+int64_t sort_pixels(const Windows& t, const Pixel<S>* pixels, int64_t count, Pixel<S>* sorted, Alike* sorts) {
+  int64_t kinds = 0, last = 0;
+  if (t.border != Border::zeros || t.h.taps * t.w.taps * t.channels < kShortRow) {
+    for (int64_t p = 0; p < count; ++p) sorted[p] = pixels[p];
+    sorts[0] = {{0, t.h.taps, 0, t.w.taps}, 0, count};
+    return 1;
+  }
+  int16_t kind[kMostPixels];
+  for (int64_t p = 0; p < count; ++p) {
+    View view{0, t.h.taps, 0, t.w.taps};
+    if (!pixels[p].inside) {
+      see_taps(t.h, pixels[p].h, &view.h0, &view.h1);
+      see_taps(t.w, pixels[p].w, &view.w0, &view.w1);
+    }
+    if (kinds == 0 || !(sorts[last].view == view)) {
+      for (last = 0; last < kinds && !(sorts[last].view == view);) ++last;
+      if (last == kinds) sorts[kinds++] = {view, 0, 0};
+    }
+    ++sorts[last].last;
+    kind[p] = int16_t(last);
+  }
+  for (int64_t k = 0, first = 0; k < kinds; ++k) {
+    const int64_t size = sorts[k].last;
+    sorts[k].first = sorts[k].last = first;
+    first += size;
+  }
+  for (int64_t p = 0; p < count; ++p) {
+    Pixel<S>& to = sorted[sorts[kind[p]].last++];
+    to = pixels[p];
+    to.inside = true;
+  }
+  return kinds;
+}
+
 template <class T>
 constexpr int64_t kWeights = kWeightBytes / int64_t(sizeof(T));
 template <class T>
@@ -182,10 +149,69 @@ constexpr int64_t kCopies = kMostRows * kWeights<T> / kLanes<T>;
 template <class T>
 constexpr int64_t kWorkspace = kWeights<T> + kCopies<T> + (kMostPixels + kTileMultiple) * kMostVectors * kLanes<T>;
 
+/// What pixels that see alike see of a block of runs, and the weights of it.
+template <class T>
+struct SeenRuns {
+  int64_t count;
+  Run parts[kMostRuns];
+  int64_t lengths[kMostRuns];
+  const T* weights[kMostRuns];
+};
+
+/// Up to M pixels that see alike. Their sums go through `sums` from block to block of runs, and out with the last.
+template <class S, int V, int M>
+void correlate_tile(const Windows& t, const Conv2dOperands<S>& o, int64_t row0, const SeenRuns<Sum<S>>& runs,
+                    const Pixel<S>* pixels, int64_t count, bool first, bool last, Sum<S>* copies, Sum<S>* sums) {
+  using T = Sum<S>;
+  constexpr int64_t L = kLanes<T>;
+  const T* a[kMostRuns * M];
+  for (int64_t r = 0; r < runs.count; ++r)
+    for (int64_t m = 0; m < M; ++m) {
+      const Pixel<S>& pixel = pixels[smaller(m, count - 1)];
+      if constexpr (std::is_same_v<S, T>) {
+        if (pixel.inside && runs.parts[r].straight) {
+          a[r * M + m] = pixel.image + pixel.at + runs.parts[r].offset;
+          continue;
+        }
+      }
+      copy_run(t, pixel, runs.parts[r], copies);
+      a[r * M + m] = copies;
+      copies += runs.lengths[r];
+    }
+
+  alignas(64) T tile[M * V * L];
+  const int64_t channel = t.out_channel0 + row0, left = t.rows - row0;
+  T* to[M];
+  const T* bias[M];
+  for (int64_t m = 0; m < M; ++m) to[m] = tile + m * V * L;
+  if constexpr (std::is_same_v<S, T>) {
+    if (first && last && left >= V * L) {
+      for (int64_t m = 0; m < count; ++m) to[m] = o.out + pixels[m].out * t.out_channels + channel;
+      for (int64_t m = 0; m < M; ++m) bias[m] = o.bias + channel;
+      multiply_tile<T, V, M>(runs.count, runs.lengths, a, 1, runs.weights, to, o.bias ? bias : nullptr);
+      return;
+    }
+  }
+  multiply_tile<T, V, M>(runs.count, runs.lengths, a, 1, runs.weights, to, nullptr);
+  for (int64_t m = 0; m < count; ++m, sums += V * L) {
+    S* out = o.out + pixels[m].out * t.out_channels + channel;
+    for (int64_t j = 0; j < V * L; j += L) {
+      Vec<T> v = load(to[m] + j);
+      if (!first) v = load(sums + j) + v;
+      const int64_t lanes = smaller(L, left - j);
+      if (!last) {
+        store(sums + j, v);
+      } else if (lanes > 0) {
+        store_first(out + j, v + (o.bias ? load_first(o.bias + channel + j, lanes) : Vec<T>{}), lanes);
+      }
+    }
+  }
+}
+
 /// The produced channels [row0, row0 + V vectors) of some pixels.
 template <class S, int V>
-void correlate_panel(const Windows& t, const Conv2dOperands<S>& o, int64_t row0, const Pixel<S>* pixels, int64_t count,
-                     Sum<S>* workspace) {
+void correlate_panel(const Windows& t, const Conv2dOperands<S>& o, int64_t row0, const Pixel<S>* pixels,
+                     const Alike* sorts, int64_t kinds, Sum<S>* workspace) {
   using T = Sum<S>;
   constexpr int64_t M = kRows<V>, L = kLanes<T>, kDepth = kWeights<T> / (V * L);
   static_assert(kDepth >= kShortRow && kTileMultiple % M == 0);
@@ -194,43 +220,40 @@ void correlate_panel(const Windows& t, const Conv2dOperands<S>& o, int64_t row0,
   int64_t i = 0;
   do {
     Run block[kMostRuns];
-    int64_t lengths[kMostRuns], blocks = 0, depth = 0;
+    int64_t starts[kMostRuns], blocks = 0, depth = 0;
     for (; i < runs.count && blocks < kMostRuns; ++i, ++blocks) {
       const Run run = runs(t, i);
       if (depth + run.length > kDepth) break;
       pack_weights<S, V>(t, o.b, row0, run, weights + depth * V * L);
       block[blocks] = run;
-      lengths[blocks] = run.length;
+      starts[blocks] = depth;
       depth += run.length;
     }
     const bool first = i == blocks, last = i == runs.count;
 
-    for (int64_t p = 0; p < count; p += M) {
-      const T* a[kMostRuns * M];
-      T* copy = copies;
-      for (int64_t r = 0; r < blocks; ++r)
-        for (int64_t m = 0; m < M; ++m) {
-          const Pixel<S>& pixel = pixels[smaller(p + m, count - 1)];
-          if constexpr (std::is_same_v<S, T>) {
-            if (pixel.inside && block[r].straight) {
-              a[r * M + m] = pixel.image + pixel.at + block[r].offset;
-              continue;
-            }
-          }
-          copy_run(t, pixel, block[r], copy);
-          a[r * M + m] = copy;
-          copy += lengths[r];
-        }
-      T* tile = sums + p * V * L;
-      multiply_tile<T, V>(blocks, lengths, a, 1, weights, tile, !first);
-      if (!last) continue;
-      for (int64_t m = 0; m < smaller(M, count - p); ++m) {
-        const int64_t channel = t.out_channel0 + row0, left = t.rows - row0;
-        S* out = o.out + pixels[p + m].out * t.out_channels + channel;
-        for (int64_t j = 0; j < smaller(V * L, left); j += L) {
-          const int64_t lanes = smaller(L, left - j);
-          const Vec<T> bias = o.bias ? load_first(o.bias + channel + j, lanes) : Vec<T>{};
-          store_first(out + j, load(tile + m * V * L + j) + bias, lanes);
+    for (int64_t k = 0; k < kinds; ++k) {
+      SeenRuns<T> runs_seen;
+      runs_seen.count = 0;
+      for (int64_t r = 0; r < blocks; ++r) {
+        const Run part = seen_part(t, block[r], sorts[k].view, runs.rows);
+        if (part.length == 0) continue;
+        const int64_t skipped = runs.rows ? part.tw * t.channels : 0;
+        runs_seen.parts[runs_seen.count] = part;
+        runs_seen.lengths[runs_seen.count] = part.length;
+        runs_seen.weights[runs_seen.count++] = weights + (starts[r] + skipped) * V * L;
+      }
+      for (int64_t p = sorts[k].first; p < sorts[k].last;) {
+        const int64_t left = sorts[k].last - p;
+        const auto go = [&](auto rows) {
+          correlate_tile<S, V, rows>(t, o, row0, runs_seen, pixels + p, smaller(left, rows), first, last, copies,
+                                     sums + p * V * L);
+        };
+        if (left > M / 2) {
+          go(std::integral_constant<int, int(M)>());
+          p += M;
+        } else {
+          go(std::integral_constant<int, int(M) / 2>());
+          p += M / 2;
         }
       }
     }
@@ -264,82 +287,12 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* work
     const Windows t = make_windows(g, pass, cls / tasks.classes, cls % tasks.classes);
     const int64_t count = smaller(tasks.pixels, g.n * t.pixels() - first);
     if (count <= 0) continue;  // a smaller class than class 0
-    Pixel<S> pixels[kMostPixels];
-    find_pixels(t, o.a, first, count, pixels);
+    Pixel<S> found[kMostPixels], pixels[kMostPixels];
+    Alike sorts[kMostPixels];
+    find_pixels(t, o.a, first, count, found);
+    const int64_t kinds = sort_pixels(t, found, count, pixels, sorts);
     with_vectors<T>(smaller(tasks.panels.width, t.rows - row0),
-                    [&](auto v) { correlate_panel<S, v>(t, o, row0, pixels, count, workspace); });
-  }
-}
-
-// ---- grad_weight ----
-
-/// Tasks are numbered (group, block of output channels, panel of the filter).
-template <class T>
-struct WeightTasks {
-  int64_t rows, blocks, filter, total;
-  Panels<T> panels;
-  explicit WeightTasks(const Conv2dGeometry& g) : filter(g.c / g.groups * g.kernel[0] * g.kernel[1]), panels(filter) {
-    const int64_t k_group = g.k / g.groups;
-    blocks = ceil_div(k_group, kBlockRows);
-    rows = ceil_div(k_group, blocks);
-    blocks = ceil_div(k_group, rows);
-    for (int most = kMostVectors - 1; most > 0 && g.groups * blocks * panels.count < kFewTasks; --most)
-      panels = Panels<T>(filter, most);
-    total = g.groups * blocks * panels.count;
-  }
-};
-
-template <class T>
-constexpr int64_t kWeightWorkspace =
-    kBlockPixels * (kBlockRows + kMostVectors * kLanes<T>)+kBlockRows * kMostVectors * kLanes<T>;
-
-/// The weights [k0, k0 + rows) x [r0, r0 + columns) of a group.
-template <class S, int V>
-void grad_weight_panel(const Conv2dGeometry& g, const Windows& t, const Conv2dOperands<S>& o, int64_t k0, int64_t rows,
-                       int64_t r0, int64_t columns, Sum<S>* workspace) {
-  using T = Sum<S>;
-  constexpr int64_t M = kRows<V>, L = kLanes<T>, kPixels = kBlockPixels;
-  T *grads = workspace, *windows = grads + kPixels * kBlockRows, *sums = windows + kPixels * V * L;
-  const int64_t row = t.w.taps * t.channels, first_row = r0 / row, last_row = (r0 + columns - 1) / row;
-  const int64_t padded = round_up(rows, M);
-  for (int64_t i = 0; i < kPixels * kBlockRows; ++i) grads[i] = 0;
-  for (int64_t i = 0; i < kPixels * V * L; ++i) windows[i] = 0;
-  for (int64_t i = 0; i < padded * V * L; ++i) sums[i] = 0;
-
-  const int64_t all = g.n * t.pixels();
-  for (int64_t p0 = 0; p0 < all; p0 += kPixels) {
-    const int64_t count = smaller(kPixels, all - p0);
-    Pixel<S> pixels[kPixels];
-    find_pixels(t, o.b, p0, count, pixels);
-    for (int64_t p = 0; p < count; ++p)
-      copy_numbers(o.a + (p0 + p) * g.k + t.out_channel0 + k0, rows, grads + p * kBlockRows);
-    for (int64_t th = first_row; th <= last_row; ++th) {
-      const int64_t begin = larger(r0, th * row), end = smaller(r0 + columns, (th + 1) * row);
-      const Run run = make_run(t, th, begin - th * row, end - th * row);
-      for (int64_t p = 0; p < count; ++p) copy_run(t, pixels[p], run, windows + p * V * L + begin - r0);
-    }
-    for (int64_t k = 0; k < rows; k += M) {
-      const T* a[M];
-      for (int64_t m = 0; m < M; ++m) a[m] = grads + k + m;
-      multiply_tile<T, V>(1, &count, a, kBlockRows, windows, sums + k * V * L, true);
-    }
-  }
-  for (int64_t k = 0; k < rows; ++k) {
-    S* out = o.out + t.weight0 + (k0 + k) * t.weight_row + r0;
-    for (int64_t j = 0; j < columns; j += L) store_first(out + j, load(sums + k * V * L + j), smaller(L, columns - j));
-  }
-}
-
-template <class S>
-void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace, int64_t begin, int64_t end) {
-  using T = Sum<S>;
-  const WeightTasks<T> tasks(g);
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t r0 = task % tasks.panels.count * tasks.panels.width;
-    const int64_t k0 = task / tasks.panels.count % tasks.blocks * tasks.rows;
-    const Windows t = make_windows(g, Pass::grad_weight, task / tasks.panels.count / tasks.blocks, 0);
-    const int64_t rows = smaller(tasks.rows, t.rows - k0), columns = smaller(tasks.panels.width, tasks.filter - r0);
-    with_vectors<T>(columns, [&](auto v) { grad_weight_panel<S, v>(g, t, o, k0, rows, r0, columns, workspace); });
+                    [&](auto v) { correlate_panel<S, v>(t, o, row0, pixels, sorts, kinds, workspace); });
   }
 }
 
@@ -365,8 +318,7 @@ Conv2dAlgorithm<Conv2dRun<S>> conv2d_channels_last() {
           refuses,
           correlation_run<S, Pass::forward>(),
           correlation_run<S, Pass::grad_input>(),
-          {[](const Conv2dGeometry& g) { return WeightTasks<Sum<S>>(g).total; },
-           [](const Conv2dGeometry&) { return kWeightWorkspace<Sum<S>>; }, grad_weight<S>}};
+          channels_last_grad_weight<S>()};
 }
 
 template Conv2dAlgorithm<Conv2dRun<float>> conv2d_channels_last();

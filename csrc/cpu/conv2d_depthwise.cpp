@@ -1,11 +1,13 @@
-// Convolution in many small groups, depthwise above all: vectors along the channels of channels_last tensors.
+// Convolution in many small groups: vectors along the channels of channels_last tensors. (One filter per channel has
+// files of its own: conv2d_depthwise_channels_last.cpp and conv2d_depthwise_contiguous.cpp. The row `depthwise` of the
+// table is made of the three.)
 //
 //   y[p, k]          = bias[k] + sum over (tap, j) of x[pixel of (p, tap), (group of k) + j] * w[k, tap, j]
 //   gw[k, tap, j]    =           sum over p        of x[pixel of (p, tap), (group of k) + j] * gy[p, k]
 //
 // Where a group has fewer channels than half a vector, a tile of pixels x channels of one group would leave most lanes
 // empty. Here a lane is an output channel k, and a vector covers as many whole groups as fit, with their inputs: those
-// are one vector too, from which lane k picks channel j of its group. In the depthwise case there is nothing to pick.
+// are one vector too, from which lane k picks channel j of its group.
 // One tile makes all three passes (the gradient of the input is forward with other taps, ../correlation.h): its rows
 // are pixels and its steps (tap, j), or its rows are taps and its steps pixels. Inputs are read where they stand.
 //
@@ -13,6 +15,8 @@
 // (grad_weight, whose sums are made in blocks of pixels that are then added in order). Zeros of the border are
 // multiplied: an infinite or NaN weight or gradient gives NaN there, where plain loops would skip it. Refuses the
 // contiguous layout, groups of more than half a vector, and filters of more than 512 weights.
+#include "conv2d_depthwise.h"
+
 #include "channels_last.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
@@ -322,7 +326,6 @@ int64_t weight_tasks(const Conv2dGeometry& g) {
 template <class T>
 const char* refuses(const Conv2dGeometry& g, Pass) {
   const int64_t widest = larger(g.c, g.k) / g.groups;
-  if (g.layout != Layout::channels_last) return "its vectors lie along the channels: it wants channels_last";
   if (g.groups == 1 || 2 * widest > kLanes<T>) return "its vectors hold two groups at least, and these are wider";
   if (widest * g.kernel[0] * g.kernel[1] > kMostSteps) return "a filter's weights pass its buffer of 512";
   return nullptr;
@@ -334,16 +337,48 @@ Conv2dRun<S> correlation_run() {
           [](const Conv2dGeometry&) { return kWorkspace<Sum<S>>; }, correlate<S, pass>};
 }
 
-}  // namespace
-
 template <class S>
-Conv2dAlgorithm<Conv2dRun<S>> conv2d_depthwise() {
+Conv2dAlgorithm<Conv2dRun<S>> small_groups() {
   return {"depthwise",
-          "vectors along the channels of many small groups; channels_last",
+          "",
           refuses<Sum<S>>,
           correlation_run<S, Pass::forward>(),
           correlation_run<S, Pass::grad_input>(),
           {weight_tasks<Sum<S>>, [](const Conv2dGeometry&) { return kWeightWorkspace<Sum<S>>; }, grad_weight<S>}};
+}
+
+/// Three files, and one row.
+template <class S>
+struct Depthwise {
+  using Row = Conv2dAlgorithm<Conv2dRun<S>>;
+
+  static const Row& of(const Conv2dGeometry& g) {
+    static const Row contiguous = depthwise_contiguous<S>(), channels_last = depthwise_channels_last<S>(),
+                     groups = small_groups<S>();
+    if (g.layout == Layout::contiguous) return contiguous;
+    return g.c == g.groups && g.k == g.groups ? channels_last : groups;
+  }
+
+  template <Conv2dRun<S> Row::* pass>
+  static Conv2dRun<S> run() {
+    return {[](const Conv2dGeometry& g) { return (of(g).*pass).tasks(g); },
+            [](const Conv2dGeometry& g) { return (of(g).*pass).workspace(g); },
+            [](const Conv2dGeometry& g, const Conv2dOperands<S>& operands, Sum<S>* workspace, int64_t begin,
+               int64_t end) { (of(g).*pass).run(g, operands, workspace, begin, end); }};
+  }
+};
+
+}  // namespace
+
+template <class S>
+Conv2dAlgorithm<Conv2dRun<S>> conv2d_depthwise() {
+  using Row = Conv2dAlgorithm<Conv2dRun<S>>;
+  return {"depthwise",
+          "one filter per channel, or few; in channels_last also many small groups",
+          [](const Conv2dGeometry& g, Pass pass) { return Depthwise<S>::of(g).refuses(g, pass); },
+          Depthwise<S>::template run<&Row::forward>(),
+          Depthwise<S>::template run<&Row::grad_input>(),
+          Depthwise<S>::template run<&Row::grad_weight>()};
 }
 
 template Conv2dAlgorithm<Conv2dRun<float>> conv2d_depthwise();

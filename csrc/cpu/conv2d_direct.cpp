@@ -379,6 +379,11 @@ const char* refuses(const Conv2dGeometry& g, Pass pass) {
   return nullptr;
 }
 
+/// The gradient of many weights is a product large enough to be worth im2col's packing.
+bool yields(const Conv2dGeometry& g, Pass pass) {
+  return pass == Pass::grad_weight && g.k / g.groups >= 64 && g.c / g.groups * g.kernel[0] * g.kernel[1] >= 256;
+}
+
 template <class T, Pass pass>
 int64_t correlation_tasks(const Conv2dGeometry& g) {
   const Correlation t = make_correlation(g, pass, 0, 0, 0);
@@ -398,7 +403,9 @@ Conv2dAlgorithm<Conv2dRun<S>> conv2d_direct() {
           refuses<Sum<S>>,
           kCorrelation<S, Pass::forward>,
           kCorrelation<S, Pass::grad_input>,
-          {[](const Conv2dGeometry& g) { return WeightTasks(g).total; }, weight_workspace<Sum<S>>, grad_weight<S>}};
+          {[](const Conv2dGeometry& g) { return WeightTasks(g).total; }, weight_workspace<Sum<S>>, grad_weight<S>},
+          true,
+          yields};
 }
 
 template Conv2dAlgorithm<Conv2dRun<float>> conv2d_direct();

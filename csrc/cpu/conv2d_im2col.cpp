@@ -21,16 +21,13 @@
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
 
-/// gather(to) writes `count` numbers as they are stored, no more than a panel of A holds; they end up widened in `to`.
-template <class S, class Gather>
-void gather_widened(int64_t count, const Gather& gather, Sum<S>* to) {
-  if constexpr (std::is_same_v<S, Sum<S>>) {
-    gather(to);
-  } else {
-    S stored[kBlockDepth * kTileRows];
-    gather(stored);
-    copy_padded(stored, count, 0, 1, count, Border::zeros, to);
-  }
+/// Where a window is one pixel, an image is one long row.
+Conv2dGeometry flattened(Conv2dGeometry g) {
+  const bool pointwise = g.kernel[0] * g.kernel[1] == 1 && g.in[0] == g.out[0] && g.in[1] == g.out[1];
+  if (!pointwise || g.stride[0] * g.stride[1] != 1 || g.padding[0] != 0 || g.padding[1] != 0) return g;
+  g.in[1] = g.out[1] = g.in[0] * g.in[1];
+  g.in[0] = g.out[0] = 1;
+  return g;
 }
 
 // ---- forward and grad_input ----
@@ -67,19 +64,23 @@ struct Taps {
   }
 };
 
-template <class S>
+template <class S, Pass pass>
 void pack_weights(const Correlation& t, const S* weight, int64_t row0, int64_t rows, int64_t r0, int64_t depth,
                   Sum<S>* to) {
   for (int64_t m0 = 0; m0 < rows; m0 += kTileRows, to += depth * kTileRows) {
-    const auto gather = [&](S* panel) {
+    const int64_t count = smaller(kTileRows, rows - m0);
+    const S* from = weight + t.weight0 + (row0 + m0) * t.weight_row;
+    if (pass == Pass::forward) {  // a filter's numbers stand in this order
+      pack_rows(from + r0, t.weight_row, count, depth, to);
+    } else if (t.weight_row == 1) {
+      for (int64_t r = 0; r < depth; ++r) pack_column(from + (r0 + r) * t.weight_channel, count, to + r * kTileRows);
+    } else {
       Taps tap(t, r0);
-      for (int64_t r = 0; r < depth; ++r, panel += kTileRows, tap.next(t)) {
-        const S* from =
-            weight + t.weight0 + (row0 + m0) * t.weight_row + tap.c * t.weight_channel + t.weight_tap(tap.th, tap.tw);
-        for (int m = 0; m < kTileRows; ++m) panel[m] = m0 + m < rows ? from[m * t.weight_row] : S{};
+      for (int64_t r = 0; r < depth; ++r, tap.next(t)) {
+        const S* filter = from + tap.c * t.weight_channel + t.weight_tap(tap.th, tap.tw);
+        for (int m = 0; m < count; ++m) to[r * kTileRows + m] = value(filter[m * t.weight_row]);
       }
-    };
-    gather_widened<S>(depth * kTileRows, gather, to);
+    }
   }
 }
 
@@ -101,7 +102,7 @@ void pack_pixels(const Correlation& t, const S* in, const Segment* segments, int
                   to + seg.panel * panel + seg.lane);
     }
     const Segment& last = segments[count - 1];
-    for (int64_t j = last.lane + last.count; j < kTileColumns<T>; ++j) to[last.panel * panel + j] = 0;
+    for (int64_t j = last.lane + last.count; j % kLanes<T> != 0; ++j) to[last.panel * panel + j] = 0;
   }
 }
 
@@ -123,8 +124,9 @@ void store_row(const Sum<S>* from, Sum<S> bias, int64_t count, int64_t step, S* 
 }
 
 template <class S, Pass pass>
-void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace, int64_t begin, int64_t end) {
+void correlate(const Conv2dGeometry& shape, const Conv2dOperands<S>& o, Sum<S>* workspace, int64_t begin, int64_t end) {
   using T = Sum<S>;
+  const Conv2dGeometry g = flattened(shape);
   const Blocks blocks = correlation_blocks(g, pass);
   const int64_t classes_h = axis_classes(g, pass, 0), classes_w = axis_classes(g, pass, 1);
   for (int64_t task = begin; task < end; ++task) {
@@ -148,7 +150,7 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* work
 
     const T* c = multiply_block(
         rows, columns, t.depth(),
-        [&](int64_t r0, int64_t depth, T* to) { pack_weights(t, o.b, row0, rows, r0, depth, to); },
+        [&](int64_t r0, int64_t depth, T* to) { pack_weights<S, pass>(t, o.b, row0, rows, r0, depth, to); },
         [&](int64_t r0, int64_t depth, T* to) { pack_pixels(t, o.a, segments, count, r0, depth, to); }, workspace);
 
     for (int64_t m = 0; m < rows; ++m) {
@@ -171,70 +173,84 @@ template <class S>
 void pack_gradient(const Conv2dGeometry& g, const S* gy, int64_t k0, int64_t rows, int64_t p0, int64_t depth,
                    Sum<S>* to) {
   const int64_t plane = g.out[0] * g.out[1];
-  for (int64_t m0 = 0; m0 < rows; m0 += kTileRows, to += depth * kTileRows) {
-    const auto gather = [&](S* panel) {
-      for (int64_t p = p0; p < p0 + depth; ++p, panel += kTileRows) {
-        const S* from = gy + (p / plane * g.k + k0 + m0) * plane + p % plane;
-        for (int m = 0; m < kTileRows; ++m) panel[m] = m0 + m < rows ? from[m * plane] : S{};
-      }
-    };
-    gather_widened<S>(depth * kTileRows, gather, to);
-  }
+  for (int64_t m0 = 0; m0 < rows; m0 += kTileRows, to += depth * kTileRows)
+    for (int64_t p = 0; p < depth;) {
+      const int64_t n = (p0 + p) / plane, at = (p0 + p) % plane, count = smaller(depth - p, plane - at);
+      pack_rows(gy + (n * g.k + k0 + m0) * plane + at, plane, smaller(kTileRows, rows - m0), count, to + p * kTileRows);
+      p += count;
+    }
 }
 
-/// The unfolded input as the right factor: b[panel][p][weight], one lane per (c, kh, kw) of the filter.
+/// The unfolded input as the right factor: b[panel][p][weight], one lane per (c, kh, kw) of the filter. A vector of
+/// pixels of one row is loaded for each of a vector of weights, and turned.
 template <class S>
 void pack_windows(const Conv2dGeometry& g, const S* x, int64_t c0, int64_t r0, int64_t columns, int64_t p0,
                   int64_t depth, Sum<S>* to) {
   using T = Sum<S>;
+  constexpr int64_t L = kLanes<T>;
   const int64_t plane = g.out[0] * g.out[1], kernel_plane = g.kernel[0] * g.kernel[1];
-  for (int64_t j0 = 0; j0 < columns; j0 += kTileColumns<T>) {
-    int64_t channel[kTileColumns<T>], dh[kTileColumns<T>], dw[kTileColumns<T>];
-    const int64_t lanes = smaller(kTileColumns<T>, columns - j0);
-    for (int64_t j = 0; j < lanes; ++j) {
-      const int64_t r = r0 + j0 + j;
-      channel[j] = (c0 + r / kernel_plane) * g.in[0] * g.in[1];
-      dh[j] = r % kernel_plane / g.kernel[1] * g.dilation[0] - g.padding[0];
-      dw[j] = r % g.kernel[1] * g.dilation[1] - g.padding[1];
+  int64_t channel[kBlockColumns], dh[kBlockColumns], dw[kBlockColumns];
+  for (int64_t j = 0; j < columns; ++j) {
+    const int64_t r = r0 + j;
+    channel[j] = (c0 + r / kernel_plane) * g.in[0] * g.in[1];
+    dh[j] = r % kernel_plane / g.kernel[1] * g.dilation[0] - g.padding[0];
+    dw[j] = r % g.kernel[1] * g.dilation[1] - g.padding[1];
+  }
+  for (int64_t p = 0; p < depth;) {
+    const int64_t n = (p0 + p) / plane, oh = (p0 + p) % plane / g.out[1], ow = (p0 + p) % g.out[1];
+    const int64_t pixels = smaller(smaller(depth - p, g.out[1] - ow), L);
+    const S* image = x + n * g.c * g.in[0] * g.in[1];
+    for (int64_t j0 = 0; j0 < columns; j0 += L) {
+      Vec<T> square[L];
+      for (int64_t i = 0, j = j0; i < L; ++i, ++j) {
+        const int64_t ih = j < columns ? pixel_at(oh * g.stride[0] + dh[j], g.in[0], g.border) : -1;
+        square[i] = ih < 0 ? Vec<T>{}
+                           : load_padded(image + channel[j] + ih * g.in[1], g.in[1], ow * g.stride[1] + dw[j],
+                                         g.stride[1], pixels, g.border);
+      }
+      transpose<T>(square);
+      T* panel = to + j0 / kTileColumns<T> * kTileColumns<T> * depth + j0 % kTileColumns<T>;
+      for (int64_t i = 0; i < pixels; ++i) store(panel + (p + i) * kTileColumns<T>, square[i]);
     }
-    for (int64_t p = p0; p < p0 + depth; ++p, to += kTileColumns<T>) {
-      const S* image = x + p / plane * g.c * g.in[0] * g.in[1];
-      const int64_t h = p % plane / g.out[1] * g.stride[0], w = p % g.out[1] * g.stride[1];
-      const auto gather = [&](S* row) {
-        for (int64_t j = 0; j < lanes && g.border == Border::zeros; ++j) {
-          const int64_t ih = h + dh[j], iw = w + dw[j];
-          const bool inside = ih >= 0 && ih < g.in[0] && iw >= 0 && iw < g.in[1];
-          row[j] = inside ? image[channel[j] + ih * g.in[1] + iw] : S{};
-        }
-        for (int64_t j = 0; j < lanes && g.border != Border::zeros; ++j) {
-          const int64_t ih = pixel_at(h + dh[j], g.in[0], g.border), iw = pixel_at(w + dw[j], g.in[1], g.border);
-          row[j] = image[channel[j] + ih * g.in[1] + iw];
-        }
-        for (int64_t j = lanes; j < kTileColumns<T>; ++j) row[j] = S{};
-      };
-      gather_widened<S>(kTileColumns<T>, gather, to);
-    }
+    p += pixels;
   }
 }
 
-Blocks weight_blocks(const Conv2dGeometry& g) {
-  Blocks b;
-  b.rows = ceil_div(g.k / g.groups, kBlockRows);
-  b.columns = ceil_div(g.c / g.groups * g.kernel[0] * g.kernel[1], kBlockColumns);
-  b.per_class = b.rows * b.columns;
-  b.tasks = g.groups * b.per_class;
-  return b;
-}
+constexpr int64_t kFewTasks = 4;
+
+/// Blocks of gw, smaller ones where they would be few: the longer side is halved, as long as a tile is left.
+template <class T>
+struct WeightBlocks {
+  int64_t rows, columns, down, across, tasks;
+  explicit WeightBlocks(const Conv2dGeometry& g) {
+    const int64_t k_group = g.k / g.groups, filter = g.c / g.groups * g.kernel[0] * g.kernel[1];
+    const auto cut = [&](int64_t most_rows, int64_t most_columns) {
+      rows = smaller(most_rows, round_up(ceil_div(k_group, ceil_div(k_group, most_rows)), kTileRows));
+      columns = smaller(most_columns, round_up(ceil_div(filter, ceil_div(filter, most_columns)), kLanes<T>));
+      down = ceil_div(k_group, rows);
+      across = ceil_div(filter, columns);
+      tasks = g.groups * down * across;
+    };
+    cut(kBlockRows, kBlockColumns);
+    while (tasks < kFewTasks && (rows > kTileRows || columns > kLanes<T>)) {
+      const bool columns_first = columns > kLanes<T> && (columns >= rows || rows <= kTileRows);
+      cut(columns_first ? rows : round_up(rows / 2, kTileRows),
+          columns_first ? round_up(columns / 2, kLanes<T>) : columns);
+    }
+  }
+};
 
 template <class S>
-void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace, int64_t begin, int64_t end) {
+void grad_weight(const Conv2dGeometry& shape, const Conv2dOperands<S>& o, Sum<S>* workspace, int64_t begin,
+                 int64_t end) {
   using T = Sum<S>;
-  const Blocks blocks = weight_blocks(g);
+  const Conv2dGeometry g = flattened(shape);
+  const WeightBlocks<T> blocks(g);
   const int64_t k_group = g.k / g.groups, c_group = g.c / g.groups, filter = c_group * g.kernel[0] * g.kernel[1];
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t group = task / blocks.per_class, block = task % blocks.per_class;
-    const int64_t row0 = block % blocks.rows * kBlockRows, rows = smaller(kBlockRows, k_group - row0);
-    const int64_t r0 = block / blocks.rows * kBlockColumns, columns = smaller(kBlockColumns, filter - r0);
+    const int64_t row0 = task % blocks.down * blocks.rows, rows = smaller(blocks.rows, k_group - row0);
+    const int64_t r0 = task / blocks.down % blocks.across * blocks.columns;
+    const int64_t columns = smaller(blocks.columns, filter - r0), group = task / blocks.down / blocks.across;
     const int64_t k0 = group * k_group + row0;
     const T* c = multiply_block(
         rows, columns, g.n * g.out[0] * g.out[1],
@@ -263,7 +279,7 @@ Conv2dAlgorithm<Conv2dRun<S>> conv2d_im2col() {
            correlate<S, Pass::forward>},
           {[](const Conv2dGeometry& g) { return correlation_blocks(g, Pass::grad_input).tasks; }, workspace,
            correlate<S, Pass::grad_input>},
-          {[](const Conv2dGeometry& g) { return weight_blocks(g).tasks; }, workspace, grad_weight<S>}};
+          {[](const Conv2dGeometry& g) { return WeightBlocks<Sum<S>>(g).tasks; }, workspace, grad_weight<S>}};
 }
 
 template Conv2dAlgorithm<Conv2dRun<float>> conv2d_im2col();

@@ -1,31 +1,33 @@
-// Winograd's convolution for 3x3 kernels: tiles of 4x4 outputs by 36 multiplications each instead of 144.
+// Winograd's convolution for 3x3 and 5x5 kernels: tiles of 4x4 outputs by 36 multiplications each instead of 144, or of
+// 2x2 outputs by 36 instead of 100.
 //
-//   v[i] = transform of a tile's 6x6 inputs, of each channel c      u[i] = transform of each 3x3 filter (k, c)
+//   v[i] = transform of a tile's 6x6 inputs, of each channel c      u[i] = transform of each filter (k, c)
 //   s[i][tile, k] = sum over c of v[i][tile, c] * u[i][c, k]        for each of 36 points i: a product of matrices
 //   y of the tile = transform of its 36 sums, of each channel k
 //
-// winograd.h has the transforms, and how numbers come to them. An input's is worth its additions if many output channels
-// share it, a filter's if many tiles do, a sum's if it has many channels. So a task is a block of tiles, running on from
-// image to image, times a block of output channels, and transforms what it needs by itself: filters once per task, which
-// costs about as much as 7 tiles do. It walks the input channels in blocks, whose transforms stay in the second-level
-// cache, and keeps the sums of all its tiles. No buffer grows with the layer. The gradient of the input is the same with
-// mirrored taps and exchanged channels.
+// winograd.h has the transforms, and how numbers come to them. An input's is worth its additions if many output
+// channels share it, a filter's if many tiles do, a sum's if it has many channels. So a task is a block of tiles,
+// running on from image to image, times a block of output channels, and transforms what it needs by itself: filters
+// once per task, which costs about as much as 7 tiles do, or, where they are few, once per thread. It walks the input
+// channels in blocks, whose transforms stay in the second-level cache, and keeps the sums of all its tiles. No buffer
+// grows with the layer. The gradient of the input is the same with mirrored taps and exchanged channels.
 //
 // Sums are made in blocks of channels, each from a fresh zero, that are then added in order, whatever the tasks are.
 // But the transforms mix the inputs of a tile: an output's rounding depends on all 6x6, also on those that it does not
-// see. A NaN or infinity among them makes the tile's 16 outputs NaN; in a filter, all outputs of its channel. The
-// relative L2 error is 6e-7 for 32 channels and 1e-6 for 2048 (`direct`: 3e-7 and 2e-6), but a small output beside large
+// see. A NaN or infinity among them makes all outputs of the tile NaN; in a filter, all outputs of its channel. The
+// relative L2 error is about 7e-7, with 3x3 and 5x5 kernels alike (docs/accuracy.md), but a small output beside large
 // ones may err by 20 eps times its own sum of absolute values.
 //
-// Refuses all but float32, kernels other than 3x3, strides, dilations, and where `direct` is faster: few channels, or
-// small images. The gradient of the weight is in conv2d_winograd_grad_weight.cpp.
+// Refuses all but float32, kernels other than 3x3 and 5x5, strides, dilations, and where `direct` is faster: few
+// channels, or small images. The gradient of the weight is in conv2d_winograd_grad_weight.cpp.
 #include "winograd.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
 
-constexpr int64_t kMostTiles = 104, kFewTiles = 48;  // of a task
-constexpr int64_t kMostChannels = 256;               // produced by a task
+constexpr int64_t kMostTiles = 104, kFewTiles = 48;     // of a task
+constexpr int64_t kMostChannels = 256;                  // produced by a task
+constexpr int64_t kKeptChannels = 64, kKeptTiles = 24;  // the most summed where filters are kept, and of a task there
 constexpr int64_t kGoodTasks = 4;
 constexpr int64_t kFewestChannels = 16, kFewestOutputs = 6;  // with fewer, `direct` is faster
 constexpr int64_t kBlockChannels = 32;                       // summed at a time
@@ -36,6 +38,7 @@ struct Tasks {
   int64_t vectors, width, panels;  // a panel: `vectors` vectors, `width` produced channels; and how many a task has
   int64_t blocks, tiles, tile_blocks;
   int64_t depth;  // summed channels of a block
+  bool kept;  // all filters are one panel and one block: they are transformed for the first of a thread's tasks only
   int64_t total;
 
   explicit Tasks(const Layer& t) {
@@ -45,74 +48,73 @@ struct Tasks {
     width = vectors * L;
     const int64_t all_panels = ceil_div(t.rows, width);
     blocks = ceil_div(all_panels, larger(1, kMostChannels / width));
-    tile_blocks = t.all_tiles <= kMostTiles ? 1 : round_up(ceil_div(t.all_tiles, kMostTiles), 2);
+    kept = all_panels == 1 && t.channels <= kKeptChannels;
+    const int64_t most = kept ? kKeptTiles : kMostTiles;
+    tile_blocks = t.all_tiles <= most ? 1 : round_up(ceil_div(t.all_tiles, most), 2);
     if (t.groups * blocks * tile_blocks < kGoodTasks)
       blocks = smaller(all_panels, ceil_div(kGoodTasks, t.groups * tile_blocks));
     if (t.groups * blocks * tile_blocks < kGoodTasks)
       tile_blocks = larger(1, smaller(t.all_tiles / kFewTiles, ceil_div(kGoodTasks, t.groups * blocks)));
     panels = ceil_div(all_panels, blocks);
     blocks = ceil_div(all_panels, panels);
-    tiles = round_up(ceil_div(t.all_tiles, tile_blocks), smaller(kSums / vectors, kMostRows));
+    tiles = round_up(ceil_div(t.all_tiles, tile_blocks), tile_rows(vectors));
     tile_blocks = ceil_div(t.all_tiles, tiles);
-    depth = round_up(ceil_div(t.channels, ceil_div(t.channels, kBlockChannels)), L);
+    depth = kept ? round_up(t.channels, L) : round_up(ceil_div(t.channels, ceil_div(t.channels, kBlockChannels)), L);
     total = t.groups * blocks * tile_blocks;
   }
   int64_t rows() const { return panels * width; }
   int64_t input_point() const { return tiles * depth + kLine; }
   int64_t filter_point() const { return width * depth + kLine; }
   int64_t sum_point() const { return tiles * width + kLine; }
-  static constexpr int64_t kScratch = kPatch * (kRunTiles * kTile + kTaps - 1) * kLanes<T>;
-  static_assert(kScratch >= kTaps * kTaps * kLanes<T> * kLanes<T>);
-  int64_t workspace() const { return kPoints * (input_point() + filter_point() + panels * sum_point()) + kScratch; }
+  int64_t workspace() const { return kPoints * (input_point() + filter_point() + panels * sum_point()) + kScratch<T>; }
 };
 
 /// u[point][c][lane], for a panel of `rows` produced channels.
-template <class T>
+template <int taps, class T>
 void transform_filters(const Layer& t, const Tasks<T>& tasks, const T* weight, int64_t rows, int64_t channels,
                        T* scratch, T* u) {
-  constexpr int64_t L = kLanes<T>, taps = kTaps * kTaps;
+  constexpr int64_t L = kLanes<T>, all = taps * taps;
   const int64_t point = tasks.filter_point(), step = t.mirrored ? -L : L;
   for (int64_t row = 0; row < tasks.width; row += L)
     for (int64_t c0 = 0; c0 < channels; c0 += L) {
       const int64_t count = smaller(L, channels - c0), lanes = larger(smaller(L, rows - row), 0);
       copy_filters(t, weight + row * t.weight_row + c0 * t.weight_channel, lanes, count, scratch);
       for (int64_t c = 0; c < count; ++c) {
-        const T* filter = scratch + (c * taps + (t.mirrored ? taps - 1 : 0)) * L;
+        const T* filter = scratch + (c * all + (t.mirrored ? all - 1 : 0)) * L;
         T* to = u + (c0 + c) * tasks.width + row;
-        transform<FilterPoints, T>([&](int i, int j) { return load(filter + (i * kTaps + j) * step); },
+        transform<Points<taps>, T>([&](int i, int j) { return load(filter + (i * taps + j) * step); },
                                    [&](int i, int j, Vec<T> x) { store(to + (i * kPatch + j) * point, x); });
       }
     }
 }
 
 /// From sums[panel][point][tile][lane] to outputs.
-template <class T>
+template <int tile, class T>
 void transform_outputs(const Layer& t, const Tasks<T>& tasks, const T* sums, const T* bias, int64_t tile0,
                        int64_t count, int64_t channels, T* scratch, T* out) {
   constexpr int64_t L = kLanes<T>;
   const int64_t point = tasks.sum_point();
   for_runs<T>(t, tile0, count, channels, [&](const Run& run, int64_t c, int64_t lanes) {
     const Vec<T> plus = bias ? load_first(bias + c, lanes) : Vec<T>{};
-    const int64_t columns = run.count * kTile;
-    T *image = out + run.n * t.out.image + c * t.out.channel, *to = scratch;
-    int64_t row = columns * L, column = L;
-    const bool in_place = t.layout == Layout::channels_last && lanes == L && run.h + kTile <= t.out_size[0] &&
-                          run.w + kTile <= t.out_size[1];
-    if (in_place) {
-      to = image + run.h * t.out.row + run.w * t.out.pixel;
-      row = t.out.row;
-      column = t.out.pixel;
-    }
-    if (t.layout == Layout::contiguous)
-      for (int64_t lane = 0; lane < lanes; ++lane)
-        for (int64_t i = 0; i < smaller(kTile, t.out_size[0] - run.h); ++i)
-          for (int64_t j = 0; j < columns; j += kLine)
-            __builtin_prefetch(image + lane * t.out.channel + (run.h + i) * t.out.row + run.w + j, 1);
+    const int64_t height = smaller(tile, t.out_size[0] - run.h), columns = run.count * tile;
+    T* image = out + run.n * t.out.image + c * t.out.channel;
     const T* from = sums + c / tasks.width * kPoints * point + run.first * tasks.width + c % tasks.width;
-    for (int64_t i = 0; i < run.count; ++i, from += tasks.width, to += kTile * column)
-      transform<Outputs, T>([&](int i, int j) { return load(from + (i * kPatch + j) * point); },
-                            [&](int i, int j, Vec<T> y) { store(to + i * row + j * column, y + plus); });
-    if (!in_place) copy_back(t, scratch, run.h, run.w, columns, lanes, image);
+    const auto get = [&](int i, int j) { return load(from + (i * kPatch + j) * point); };
+    if (t.layout == Layout::channels_last) {
+      const int64_t width = smaller(tile, t.out_size[1] - run.w);
+      T* to = image + run.h * t.out.row + run.w * t.out.pixel;
+      transform<Numbers<tile>, T>(get, [&](int i, int j, Vec<T> y) {
+        if (i < height && j < width) store_first(to + i * t.out.row + j * t.out.pixel, y + plus, lanes);
+      });
+      return;
+    }
+    for (int64_t lane = 0; lane < lanes; ++lane)
+      for (int64_t i = 0; i < height; ++i)
+        for (int64_t j = 0; j < columns; j += kLine)
+          __builtin_prefetch(image + lane * t.out.channel + (run.h + i) * t.out.row + run.w + j, 1);
+    for (T* to = scratch; to < scratch + columns * L; to += tile * L, from += tasks.width)
+      transform<Numbers<tile>, T>(get, [&](int i, int j, Vec<T> y) { store(to + (i * columns + j) * L, y + plus); });
+    copy_back(t, scratch, run.h, run.w, columns, lanes, image);
   });
 }
 
@@ -122,12 +124,12 @@ void multiply(const Tasks<T>& tasks, int64_t tiles, int64_t depth, const T* v, c
     const T* a = v + point * tasks.input_point();
     const T* b = u + point * tasks.filter_point();
     T* to = sums + point * tasks.sum_point();
-    for (int64_t p = 0; p < tiles; p += kRows<V>)
+    for (int64_t p = 0; p < tiles; p += tile_rows(V))
       multiply_tile<T, V>(depth, a + p * tasks.depth, tasks.depth, 1, b, to + p * tasks.width, add);
   }
 }
 
-template <class T, Pass pass>
+template <class T, Pass pass, int taps>
 void correlate(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspace, int64_t begin, int64_t end) {
   const Layer t(g, pass);
   const Tasks<T> tasks(t);
@@ -139,7 +141,7 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspace
                         : tasks.vectors == 2 ? CNNOPS_ISA::multiply<T, 2>
                         : tasks.vectors == 3 ? CNNOPS_ISA::multiply<T, 3>
                                              : CNNOPS_ISA::multiply<T, kMostVectors>;
-  for (int64_t task = begin; task < end; ++task) {
+  for (int64_t task = begin, kept = -1; task < end; ++task) {
     const int64_t tile0 = task % tasks.tile_blocks * tasks.tiles, count = smaller(tasks.tiles, t.all_tiles - tile0);
     const int64_t row0 = task / tasks.tile_blocks % tasks.blocks * tasks.rows();
     const int64_t group = task / tasks.tile_blocks / tasks.blocks, rows = smaller(tasks.rows(), t.rows - row0);
@@ -150,22 +152,25 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspace
       const T* weight = o.b + group * t.weight_group + row0 * t.weight_row + c0 * t.weight_channel;
       T* to = sums;
       for (int64_t row = 0; row < rows; row += tasks.width, to += kPoints * tasks.sum_point()) {
-        transform_filters(t, tasks, weight + row * t.weight_row, rows - row, depth, scratch, u);
+        if (kept != task / tasks.tile_blocks)
+          transform_filters<taps>(t, tasks, weight + row * t.weight_row, rows - row, depth, scratch, u);
         multiply(tasks, count, depth, v, u, to, c0 > 0);
       }
     }
+    if (tasks.kept) kept = task / tasks.tile_blocks;
     const int64_t channel = group * t.rows + row0;
-    transform_outputs(t, tasks, sums, o.bias ? o.bias + channel : nullptr, tile0, count, rows, scratch,
-                      o.out + channel * t.out.channel);
+    transform_outputs<kPatch + 1 - taps>(t, tasks, sums, o.bias ? o.bias + channel : nullptr, tile0, count, rows,
+                                         scratch, o.out + channel * t.out.channel);
   }
 }
 
 template <class S>
 const char* refuses(const Conv2dGeometry& g, Pass pass) {
+  if (g.kernel[0] != 3 && g.kernel[0] != 5) return "its transforms are those of 3x3 and 5x5 kernels";
   if (!std::is_same_v<S, float>) return "its transforms round more than float64 or the 16-bit types are asked for";
   for (int dim = 0; dim < 2; ++dim) {
-    if (g.kernel[dim] != kTaps || g.stride[dim] != 1 || g.dilation[dim] != 1)
-      return "its transforms are those of a 3x3 kernel with stride and dilation 1";
+    if (g.kernel[dim] != g.kernel[0] || g.stride[dim] != 1 || g.dilation[dim] != 1)
+      return "its transforms are those of a square kernel with stride and dilation 1";
     if ((pass == Pass::grad_input ? g.in : g.out)[dim] < kFewestOutputs)
       return "the image is too small to share its filters";
   }
@@ -174,11 +179,24 @@ const char* refuses(const Conv2dGeometry& g, Pass pass) {
   return nullptr;
 }
 
+/// An output of the gradient of the input that lies at the border of an unpadded layer has few products to save: with
+/// most of them there, as in a 5x5 layer of 6x6 pixels, those who leave such products out are faster.
+bool yields(const Conv2dGeometry& g, Pass pass) {
+  if (pass != Pass::grad_input) return false;
+  const int64_t tile = kPatch + 1 - g.kernel[0];
+  const int64_t tiles = ((g.in[0] + tile - 1) / tile) * ((g.in[1] + tile - 1) / tile);
+  const int64_t products = g.kernel[0] * g.kernel[1] * g.out[0] * g.out[1];
+  return 3 * products < 2 * kPoints * tiles;
+}
+
 template <class S, Pass pass>
 Conv2dRun<S> run() {
   if constexpr (std::is_same_v<S, float>) {
     return {[](const Conv2dGeometry& g) { return Tasks<S>(Layer(g, pass)).total; },
-            [](const Conv2dGeometry& g) { return Tasks<S>(Layer(g, pass)).workspace(); }, correlate<S, pass>};
+            [](const Conv2dGeometry& g) { return Tasks<S>(Layer(g, pass)).workspace(); },
+            [](const Conv2dGeometry& g, const Conv2dOperands<S>& o, S* workspace, int64_t begin, int64_t end) {
+              (g.kernel[0] == 3 ? correlate<S, pass, 3> : correlate<S, pass, 5>)(g, o, workspace, begin, end);
+            }};
   } else {
     return {};
   }
@@ -198,11 +216,13 @@ Conv2dRun<S> grad_weight_run() {
 template <class S>
 Conv2dAlgorithm<Conv2dRun<S>> conv2d_winograd() {
   return {"winograd",
-          "3x3 kernels by a quarter of the multiplications; float32",
+          "3x3 and 5x5 kernels by about a third of the multiplications; float32",
           refuses<S>,
           run<S, Pass::forward>(),
           run<S, Pass::grad_input>(),
-          grad_weight_run<S>()};
+          grad_weight_run<S>(),
+          false,
+          yields};
 }
 
 template Conv2dAlgorithm<Conv2dRun<float>> conv2d_winograd();

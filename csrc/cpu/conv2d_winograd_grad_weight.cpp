@@ -1,18 +1,19 @@
-// Winograd's gradient of the weight: 36 multiplications for 4x4 outputs instead of 144, as in conv2d_winograd.cpp.
+// Winograd's gradient of the weight: 36 multiplications for a tile of outputs instead of 144 or 100, as in
+// conv2d_winograd.cpp.
 //
 //   gw[k, c] = transform of the 36 sums over all tiles of u[i][tile, k] * v[i][tile, c]
 //
-// where v[i] are the transforms of the tiles' 6x6 inputs, and u[i] those of their 4x4 gradients. A task is a block of
-// output channels x a panel of input channels. It walks all tiles of all images in blocks, makes the transforms of each
-// block by itself, and keeps its sums: those of a block, each from a fresh zero, are added in order. A NaN or infinity
-// reaches all taps of the filters that see its tile.
+// where v[i] are the transforms of the tiles' 6x6 inputs, and u[i] those of their outputs' gradients. A task is a block
+// of output channels x a panel of input channels. It walks all tiles of all images in blocks, makes the transforms of
+// each block by itself, and keeps its sums: those of a block, each from a fresh zero, are added in order. A NaN or
+// infinity reaches all taps of the filters that see its tile.
 #include "winograd.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
 
 constexpr int64_t kBlockTiles = 48;                        // summed at a time
-constexpr int64_t kMostChannels = 128, kFewChannels = 24;  // output channels of a task
+constexpr int64_t kMostChannels = 128, kFewChannels = 32;  // output channels of a task
 constexpr int64_t kGoodTasks = 4;
 
 /// The tiles of the output's gradient, as if they were the input.
@@ -44,8 +45,9 @@ struct Tasks {
     panels = ceil_div(t.channels, width);
     blocks = ceil_div(t.rows, kMostChannels);
     if (t.groups * panels * blocks < kGoodTasks)
-      blocks = larger(1, smaller(t.rows / kFewChannels, ceil_div(kGoodTasks, t.groups * panels)));
-    rows = round_up(ceil_div(t.rows, blocks), smaller(kSums / vectors, kMostRows));
+      blocks = larger(1, smaller(larger(t.rows / kFewChannels, smaller(t.rows / (kFewChannels / 2), 2)),
+                                 ceil_div(kGoodTasks, t.groups * panels)));
+    rows = round_up(ceil_div(t.rows, blocks), tile_rows(vectors));
     blocks = ceil_div(t.rows, rows);
     stride = round_up(rows, L);
     total = t.groups * panels * blocks;
@@ -53,8 +55,7 @@ struct Tasks {
   int64_t input_point() const { return kBlockTiles * width + kLine; }
   int64_t gradient_point() const { return kBlockTiles * stride + kLine; }
   int64_t sum_point() const { return rows * width + kLine; }
-  static constexpr int64_t kScratch = kPatch * (kRunTiles * kTile + kTaps - 1) * kLanes<T>;
-  int64_t workspace() const { return kPoints * (input_point() + gradient_point() + sum_point()) + kScratch; }
+  int64_t workspace() const { return kPoints * (input_point() + gradient_point() + sum_point()) + kScratch<T>; }
 };
 
 template <class T, int V>
@@ -63,13 +64,13 @@ void multiply(const Tasks<T>& tasks, int64_t rows, int64_t tiles, const T* u, co
     const T* a = u + point * tasks.gradient_point();
     const T* b = v + point * tasks.input_point();
     T* to = sums + point * tasks.sum_point();
-    for (int64_t k = 0; k < rows; k += kRows<V>)
+    for (int64_t k = 0; k < rows; k += tile_rows(V))
       multiply_tile<T, V>(tiles, a + k, 1, tasks.stride, b, to + k * tasks.width, add);
   }
 }
 
 /// From sums[point][k][c] to the filters of `rows` output channels and `channels` input channels.
-template <class T>
+template <int taps, class T>
 void write_filters(const Layer& t, const Tasks<T>& tasks, const T* sums, int64_t rows, int64_t channels, T* out) {
   constexpr int64_t L = kLanes<T>;
   for (int64_t k = 0; k < rows; ++k)
@@ -77,16 +78,16 @@ void write_filters(const Layer& t, const Tasks<T>& tasks, const T* sums, int64_t
       const T* from = sums + k * tasks.width + c;
       T* filter = out + k * t.weight_row + c * t.weight_channel;
       const int64_t lanes = smaller(L, channels - c);
-      transform<GradOutputs, T>([&](int i, int j) { return load(from + (i * kPatch + j) * tasks.sum_point()); },
-                                [&](int i, int j, Vec<T> w) {
-                                  T* to = filter + (i * kTaps + j) * t.weight_tap;
-                                  if (t.weight_channel == 1) return store_first(to, w, lanes);
-                                  for (int64_t lane = 0; lane < lanes; ++lane) to[lane * t.weight_channel] = w[lane];
-                                });
+      transform<Numbers<taps>, T>([&](int i, int j) { return load(from + (i * kPatch + j) * tasks.sum_point()); },
+                                  [&](int i, int j, Vec<T> w) {
+                                    T* to = filter + (i * taps + j) * t.weight_tap;
+                                    if (t.weight_channel == 1) return store_first(to, w, lanes);
+                                    for (int64_t lane = 0; lane < lanes; ++lane) to[lane * t.weight_channel] = w[lane];
+                                  });
     }
 }
 
-template <class T>
+template <class T, int taps>
 void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspace, int64_t begin, int64_t end) {
   const Layer x(g, Pass::forward), y = gradient_of(x);
   const Tasks<T> tasks(x);
@@ -106,12 +107,13 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspa
     const T* in = o.b + (group * x.channels + c0) * x.in.channel;
     for (int64_t tile = 0; tile < x.all_tiles; tile += kBlockTiles) {
       const int64_t count = smaller(kBlockTiles, x.all_tiles - tile);
-      transform_tiles<GradPoints>(y, gy, tile, count, rows, tasks.gradient_point(), tasks.stride, scratch, u);
+      transform_tiles<Points<kPatch + 1 - taps>>(y, gy, tile, count, rows, tasks.gradient_point(), tasks.stride,
+                                                 scratch, u);
       transform_tiles<InputPoints>(x, in, tile, count, channels, tasks.input_point(), tasks.width, scratch, v);
       multiply(tasks, rows, count, u, v, sums, tile > 0);
     }
     T* out = o.out + group * x.weight_group + k0 * x.weight_row + c0 * x.weight_channel;
-    write_filters(x, tasks, sums, rows, channels, out);
+    write_filters<taps>(x, tasks, sums, rows, channels, out);
   }
 }
 
@@ -120,7 +122,10 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspa
 template <class T>
 Conv2dRun<T> winograd_grad_weight() {
   return {[](const Conv2dGeometry& g) { return Tasks<T>(Layer(g, Pass::forward)).total; },
-          [](const Conv2dGeometry& g) { return Tasks<T>(Layer(g, Pass::forward)).workspace(); }, grad_weight<T>};
+          [](const Conv2dGeometry& g) { return Tasks<T>(Layer(g, Pass::forward)).workspace(); },
+          [](const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspace, int64_t begin, int64_t end) {
+            (g.kernel[0] == 3 ? grad_weight<T, 3> : grad_weight<T, 5>)(g, o, workspace, begin, end);
+          }};
 }
 
 template Conv2dRun<float> winograd_grad_weight();

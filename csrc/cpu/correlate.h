@@ -58,23 +58,29 @@ static inline Correlation make_correlation(const Conv2dGeometry& g, Pass pass, i
   return t;
 }
 
+/// Lane j is row[start + j*step] for j < count, zero after them; `border` says what is seen beyond [0, size).
+template <class S>
+static inline Vec<Sum<S>> load_padded(const S* row, int64_t size, int64_t start, int64_t step, int64_t count,
+                                      Border border) {
+  if (start >= 0 && start + (count - 1) * step < size) return load_strided(row + start, step, count);
+  if (step == 1 && border == Border::zeros) return load_inside(row, size, start, count);
+  Vec<Sum<S>> v{};
+  for (int64_t j = 0; j < count; ++j) {
+    const int64_t i = pixel_at(start + j * step, size, border);
+    if (i >= 0) v[j] = value(row[i]);
+  }
+  return v;
+}
+
 /// to[j] = from[start + j*step] for 0 <= j < count; `border` says what is seen beyond [0, size).
 template <class S>
 static inline void copy_padded(const S* from, int64_t size, int64_t start, int64_t step, int64_t count, Border border,
                                Sum<S>* to) {
-  using T = Sum<S>;
-  if (step == 1) {
-    for (int64_t j = 0; j < count; j += kLanes<T>) {
-      const int64_t lanes = smaller(count - j, kLanes<T>);
-      store_first(to + j, load_inside(from, size, start + j, lanes), lanes);
-    }
-  } else {
-    for (int64_t j = 0, i = start; j < count; ++j, i += step) to[j] = i >= 0 && i < size ? value(from[i]) : T(0);
+  constexpr int64_t L = kLanes<Sum<S>>;
+  for (int64_t j = 0; j < count; j += L) {
+    const int64_t lanes = smaller(count - j, L);
+    store_first(to + j, load_padded(from, size, start + j * step, step, lanes, border), lanes);
   }
-  if (border == Border::zeros) return;
-  for (int64_t j = 0, i = start; j < count && i < 0; ++j, i += step) to[j] = value(from[pixel_at(i, size, border)]);
-  for (int64_t j = count - 1, i = start + j * step; j >= 0 && i >= size; --j, i -= step)
-    to[j] = value(from[pixel_at(i, size, border)]);
 }
 
 }  // namespace cnnops::cpu::CNNOPS_ISA

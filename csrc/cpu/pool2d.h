@@ -3,13 +3,13 @@
 // Tap (kh, kw) of the window of output (oh, ow) sees x[oh*stride - padding + kh*dilation, ...]; taps outside the image
 // are skipped. An image is a plane, or in channels_last all planes of one n, whose pixels are then `depth` numbers deep.
 //
-// Forward, a vector holds outputs that see alike: neighbours in a row, if their windows lie inside the image along the
-// width, or the channels of one pixel. All other outputs are found one by one, among them adaptive pooling's, whose
-// windows are of different sizes.
+// Forward, a vector holds outputs that see alike: the channels of a pixel (pool2d_pixels.h), or neighbours in a row
+// (pool2d_rows.h; for_groups where taps are many or apart). All other outputs are found one by one, among them adaptive
+// pooling's, whose windows are of different sizes.
 //
 // The backward kernels gather: the gradient of an input row is the sum over the few output rows whose windows cover it,
-// so nothing is cleared beforehand and no two tasks write to the same place. A pixel's terms come in the order of its
-// taps and are added up in registers or on the stack: rounded once, at the end.
+// so nothing is cleared beforehand and no two tasks write to the same place. A pixel's terms are added up in registers or
+// on the stack, in the order that the kernel's file says, and rounded once, at the end.
 #pragma once
 
 #include "kernels.h"
@@ -78,33 +78,25 @@ struct Group {
   int64_t row, column;
 };
 
-/// Calls visit(zero, group) for all outputs of some rows, where `zero` is a number if the group is a single output and a
+/// In contiguous layout. Calls visit(zero, group) for all outputs of some rows, where `zero` is a number if the group is a single output and a
 /// vector if it is more.
 template <class T, class Visit>
 static void for_groups(const Pool2dGeometry& g, int64_t begin, int64_t end, const Visit& visit) {
-  const int64_t depth = depth_of(g);
-  const bool in_vectors = depth == 1 && !g.adaptive && g.stride[1] <= 2;
+  const bool in_vectors = !g.adaptive && g.stride[1] <= 2;
   Range whole = in_vectors ? whole_windows(g) : Range{0, 0};
   if (whole.end - whole.begin == 1) whole = {0, 0};
   Group at;
-  at.row = g.dilation[0] * g.in[1] * depth;
-  at.column = g.dilation[1] * depth;
+  at.row = g.dilation[0] * g.in[1];
+  at.column = g.dilation[1];
   for (int64_t task = begin; task < end; ++task) {
     const int64_t image = task / g.out[0] * g.in[0];
     at.oh = task % g.out[0];
     at.rows = window_at(g, 0, at.oh);
     for (at.ow = 0; at.ow < g.out[1];) {
       at.columns = window_at(g, 1, at.ow);
-      at.from = ((image + at.rows.start) * g.in[1] + at.columns.start) * depth;
-      at.to = (task * g.out[1] + at.ow) * depth;
-      if (depth > 1) {
-        at.lane = 1;
-        for (int64_t c = 0; c < depth; c += kLanes<T>, at.from += kLanes<T>, at.to += kLanes<T>) {
-          at.count = smaller(depth - c, kLanes<T>);
-          visit(Vec<T>{}, at);
-        }
-        ++at.ow;
-      } else if (at.ow >= whole.begin && at.ow < whole.end) {
+      at.from = (image + at.rows.start) * g.in[1] + at.columns.start;
+      at.to = task * g.out[1] + at.ow;
+      if (at.ow >= whole.begin && at.ow < whole.end) {
         at.lane = g.stride[1];
         at.count = smaller(whole.end - at.ow, kLanes<T>);
         visit(Vec<T>{}, at);
@@ -151,26 +143,40 @@ static Vec<T> by_turns(Vec<T> v, Vec<T> w, bool second_half, std::integer_sequen
                      : __builtin_shufflevector(v, w, (lane % 2 * L + lane / 2)...);
 }
 
-/// Row ih of a plane, for strides 1 and 2: each vector holds pixels `stride` apart, whose outputs are neighbours.
+/// Writes `count` pixels of a row: sums[0], or with a stride of 2 the lanes of sums[0] and sums[1] by turns.
+template <class S, int... lane>
+static void put_by_turns(S* to, const Vec<Sum<S>>* sums, int64_t stride, int64_t count,
+                         std::integer_sequence<int, lane...> lanes) {
+  using T = Sum<S>;
+  constexpr int64_t L = kLanes<T>;
+  const Vec<T> low = stride == 2 ? by_turns<T>(sums[0], sums[1], false, lanes) : sums[0];
+  count >= L ? store(to, low) : store_first(to, low, count);
+  if (count <= L) return;
+  const Vec<T> high = by_turns<T>(sums[0], sums[1], true, lanes);
+  count == 2 * L ? store(to + L, high) : store_first(to + L, high, count - L);
+}
+
+/// Row ih of a plane, for strides 1 and 2: each vector holds pixels `stride` apart, whose outputs are neighbours. The last
+/// vectors begin early enough to be whole.
 template <class S, class Terms>
 static void backward_row(const Pool2dGeometry& g, const Terms& terms, int64_t ih, int64_t first_output, S* gx) {
   using T = Sum<S>;
   constexpr int64_t L = kLanes<T>;
-  const int64_t s = g.stride[1];
+  constexpr auto lanes = std::make_integer_sequence<int, int(L)>();
+  const int64_t s = g.stride[1], width = g.in[1];
   const Range rows = outputs_over(g, 0, ih);
-  for (int64_t iw = 0; iw < g.in[1]; iw += s * L) {
+  for (int64_t i = 0; i < width; i += s * L) {
+    const int64_t iw = larger(0, smaller(i, width - s * L));
     Vec<T> sums[2] = {};
     for_outputs_over(g, 0, ih, rows, [&](int64_t oh, int64_t kh) {
       for (int64_t kw = 0; kw < g.kernel[1]; ++kw) {
         const int64_t reach = iw + g.padding[1] - kw * g.dilation[1], odd = s == 2 ? reach & 1 : 0;
         const int64_t start = s == 2 ? (reach + odd) >> 1 : reach;
-        sums[odd] += terms.through(oh, start, kh, kw)(first_output + oh * g.out[1], g.out[1], start);
+        const auto term = terms.through(oh, start, kh, kw)(first_output + oh * g.out[1], g.out[1], start);
+        odd ? sums[1] += term : sums[0] += term;
       }
     });
-    const int64_t count = smaller(g.in[1] - iw, s * L);
-    constexpr auto lanes = std::make_integer_sequence<int, int(L)>();
-    store_first(gx + iw, s == 2 ? by_turns<T>(sums[0], sums[1], false, lanes) : sums[0], smaller(count, L));
-    if (count > L) store_first(gx + iw + L, by_turns<T>(sums[0], sums[1], true, lanes), count - L);
+    put_by_turns(gx + iw, sums, s, smaller(width - iw, s * L), lanes);
   }
 }
 

@@ -176,6 +176,52 @@ static inline Vec<Sum<S>> load_first(const S* p, int64_t count) {
 #endif
 }
 
+/// Lanes [begin, end) of the vector at p, `rest` elsewhere; nothing outside them is read.
+template <class S>
+static inline Vec<Sum<S>> load_between(const S* p, int64_t begin, int64_t end, Sum<S> rest) {
+  using T = Sum<S>;
+#if defined(__AVX512F__)
+  const Vec<T> inside = load_lanes(p, begin, end);
+  const uint32_t lanes = (1u << end) - (1u << begin);
+  if constexpr (sizeof(T) == 8) {
+    return (Vec<T>)_mm512_mask_blend_epi64(__mmask8(lanes), (__m512i)broadcast(rest), (__m512i)inside);
+  } else {
+    return (Vec<T>)_mm512_mask_blend_epi32(__mmask16(lanes), (__m512i)broadcast(rest), (__m512i)inside);
+  }
+#else
+  if (end - begin == kLanes<T>) return load(p);
+  Vec<T> v = broadcast(rest);
+  for (int64_t i = begin; i < end; ++i) v[i] = value(p[i]);
+  return v;
+#endif
+}
+
+/// Writes past the cache, to an address that is a multiple of kVectorBytes: for what is not read again soon. Whoever
+/// calls it calls stores_done() last.
+template <class T>
+static inline void store_past_cache(T* p, Vec<T> v) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512((__m512i*)p, (__m512i)v);
+#elif defined(__AVX2__)
+  _mm256_stream_si256((__m256i*)p, (__m256i)v);
+#else
+  store(p, v);
+#endif
+}
+
+static inline void stores_done() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
+/// Whether so many numbers, from p on, are better written past the cache.
+template <class S>
+static inline bool past_cache(const S* p, int64_t count) {
+  return std::is_same_v<S, Sum<S>> && count * sizeof(S) > (16 << 20) &&
+         reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0;
+}
+
 template <class S>
 static inline void store_first(S* p, Vec<Sum<S>> v, int64_t count) {
 #if defined(__AVX512F__)
@@ -273,6 +319,15 @@ static inline Vec<Sum<S>> load_inside(const S* row, int64_t size, int64_t start,
 #endif
 }
 
+/// to[i] = from[i] for i < count, widened.
+template <class S>
+static inline void copy_numbers(const S* from, int64_t count, Sum<S>* to) {
+  constexpr int64_t L = kLanes<Sum<S>>;
+  int64_t i = 0;
+  for (; i + L <= count; i += L) store(to + i, load(from + i));
+  if (i < count) store_first(to + i, load_first(from + i, count - i), count - i);
+}
+
 /// a*b + c, rounded once where the processor can.
 static inline Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
 #if defined(__AVX512F__)
@@ -307,6 +362,29 @@ static inline T sum_lanes(Vec<T> v) {
     for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
   }
   return lanes[0];
+}
+
+template <class T, int... lane>
+static inline void zip(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, lane...>) {
+  constexpr int L = kLanes<T>;
+  const Vec<T> low = __builtin_shufflevector(a, b, (lane % 2 * L + lane / 2)...);
+  b = __builtin_shufflevector(a, b, (lane % 2 * L + L / 2 + lane / 2)...);
+  a = low;
+}
+
+/// Rows become columns: zipping the upper half of the rows with the lower one does it in log2(rows) rounds.
+template <class T>
+static inline void transpose(Vec<T> (&rows)[kLanes<T>]) {
+  constexpr int L = kLanes<T>;
+  for (int round = 1; round < L; round *= 2) {
+    Vec<T> zipped[L];
+    for (int i = 0; i < L / 2; ++i) {
+      zipped[2 * i] = rows[i];
+      zipped[2 * i + 1] = rows[i + L / 2];
+      zip<T>(zipped[2 * i], zipped[2 * i + 1], std::make_integer_sequence<int, L>());
+    }
+    for (int i = 0; i < L; ++i) rows[i] = zipped[i];
+  }
 }
 
 }  // namespace cnnops::cpu::CNNOPS_ISA

@@ -28,7 +28,9 @@ struct Direct {
             [](const Conv2dGeometry& g, Pass pass) { return of(g).refuses(g, pass); },
             run<&Row::forward>(),
             run<&Row::grad_input>(),
-            run<&Row::grad_weight>()};
+            run<&Row::grad_weight>(),
+            true,
+            [](const Conv2dGeometry& g, Pass pass) { return of(g).yields && of(g).yields(g, pass); }};
   }
 };
 
@@ -37,7 +39,7 @@ Kernels<S> make_kernels() {
   Kernels<S> kernels{};
   if constexpr (kReal<S>) {
     static const Conv2dAlgorithm<Conv2dRun<S>> conv2d[] = {
-        conv2d_depthwise<S>(), conv2d_winograd<S>(), conv2d_dot_products<S>(),
+        conv2d_depthwise<S>(), conv2d_winograd<S>(), conv2d_dot_products<S>(), conv2d_fold<S>(),
         Direct<S>::row(),      conv2d_im2col<S>(),   conv2d_reference<S>(),
     };
     kernels.conv2d = {conv2d, sizeof conv2d / sizeof *conv2d};

@@ -1,15 +1,17 @@
-// The three transforms of Winograd's convolution F(4x4, 3x3), and how numbers come to them: as vectors of channels.
+// The three transforms of Winograd's convolution, F(4x4, 3x3) and F(2x2, 5x5), and how numbers come to them: as vectors
+// of channels.
 //
-// A row of 4 outputs of a 3-tap correlation is a product of two polynomials. It is computed as such: evaluate both at 6
-// points, multiply there, interpolate. Along both axes that takes 6*6 multiplications where the sums take 4*4*3*3.
+// A row of 4 outputs of a 3-tap correlation, or of 2 of a 5-tap one, is a product of two polynomials. It is computed
+// so: evaluate both at 6 points, multiply there, interpolate. Along both axes that takes 6*6 products where the sums
+// take 4*4*3*3 or 2*2*5*5.
 //
-//   y = A' [(G w G') * (B' x B)] A        w 3x3, x 6x6, y 4x4, and * point by point
+//   y = A' [(G w G') * (B' x B)] A        w 3x3, x 6x6, y 4x4, and * point by point; or w 5x5, x 6x6, y 2x2
 //
 // The points are 0, a, -a, b, -b and infinity with a = 3/4, b = 3/2: every number of B and A is exact in float, and the
-// result errs half as much as with the usual 1 and 2.
+// result errs half as much as with the usual 1 and 2. B does not depend on the kernel's size.
 //
-// Vectors lie along channels in channels_last tensors: tiles that need no border are read and written there. In the
-// contiguous layout a run of tiles goes through a scratch array, transposed. That also fills in the border.
+// Vectors lie along channels in channels_last tensors: tiles are read and written where they stand. In the contiguous
+// layout a run of tiles goes through a scratch array, transposed. That also fills in the border.
 #pragma once
 
 #include "channels_last.h"
@@ -20,9 +22,14 @@ constexpr int64_t kRunTiles = 8;      // copied at a time
 constexpr int64_t kLine = 16;         // numbers between two points: or they would share their places in the cache
 constexpr int kSums = 3 * kTileRows;  // vectors of sums in a register tile
 constexpr int kMostVectors = kTileRows == 8 ? 4 : 3;  // in a row of it
-constexpr int kMostRows = 12;
-constexpr int kTile = 4, kTaps = 3, kPatch = kTile + kTaps - 1, kPoints = kPatch * kPatch;
+/// Its rows. Where registers are left over, numbers of channels and tiles that are multiples of 8 or 16 fit.
+constexpr int tile_rows(int64_t vectors) {
+  return static_cast<int>(kTileRows == 8 && vectors < 3 ? 16 / vectors : kSums / vectors);
+}
+constexpr int kPatch = 6, kPoints = kPatch * kPatch;
 constexpr double kA = 0.75, kB = 1.5, kA2 = kA * kA, kB2 = kB * kB;
+
+constexpr double power(double x, int n) { return n ? x * power(x, n - 1) : 1; }
 
 /// B' x.
 struct InputPoints {
@@ -45,65 +52,42 @@ struct InputPoints {
   }
 };
 
-/// G w.
-struct FilterPoints {
-  static constexpr int from = kTaps, to = kPatch;
+/// G w, of so many numbers: the taps of a filter, or a tile of gradients.
+template <int count>
+struct Points {
+  static constexpr int from = count, to = kPatch;
   template <class T>
   static void at(const Vec<T>* w, Vec<T>* u) {
     const auto pair = [&](double point, double other, Vec<T>* u) {
-      const double p2 = point * point, scale = 1 / (2 * p2 * (p2 - other * other));
-      const Vec<T> even = multiply_add(broadcast(T(scale * p2)), w[2], broadcast(T(scale)) * w[0]);
-      u[0] = multiply_add(broadcast(T(scale * point)), w[1], even);
-      u[1] = multiply_add(broadcast(T(-scale * point)), w[1], even);
+      const double scale = 1 / (2 * point * point * (point * point - other * other));
+      Vec<T> part[] = {broadcast(T(scale)) * w[0], broadcast(T(scale * point)) * w[1]};  // even and odd powers
+#pragma GCC unroll 8
+      for (int i = 2; i < count; ++i)
+        part[i % 2] = multiply_add(broadcast(T(scale * power(point, i))), w[i], part[i % 2]);
+      u[0] = part[0] + part[1];
+      u[1] = part[0] - part[1];
     };
     u[0] = broadcast(T(1 / (kA2 * kB2))) * w[0];
     pair(kA, kB, u + 1);
     pair(kB, kA, u + 3);
-    u[5] = w[2];
+    u[5] = w[count - 1];
   }
 };
 
-/// The same for 4 taps: the gradient of the weight correlates the input with tiles of the output's gradient.
-struct GradPoints {
-  static constexpr int from = kTile, to = kPatch;
-  template <class T>
-  static void at(const Vec<T>* y, Vec<T>* u) {
-    const auto pair = [&](double point, double other, Vec<T>* u) {
-      const double p2 = point * point, scale = 1 / (2 * p2 * (p2 - other * other));
-      const Vec<T> even = multiply_add(broadcast(T(scale * p2)), y[2], broadcast(T(scale)) * y[0]);
-      const Vec<T> odd = multiply_add(broadcast(T(scale * p2 * point)), y[3], broadcast(T(scale * point)) * y[1]);
-      u[0] = even + odd;
-      u[1] = even - odd;
-    };
-    u[0] = broadcast(T(1 / (kA2 * kB2))) * y[0];
-    pair(kA, kB, u + 1);
-    pair(kB, kA, u + 3);
-    u[5] = y[3];
-  }
-};
-
-/// And to its 3 outputs, which are the taps.
-struct GradOutputs {
-  static constexpr int from = kPatch, to = kTaps;
-  template <class T>
-  static void at(const Vec<T>* m, Vec<T>* w) {
-    const Vec<T> even_a = m[1] + m[2], odd_a = m[1] - m[2], even_b = m[3] + m[4], odd_b = m[3] - m[4];
-    w[0] = m[0] + even_a + even_b;
-    w[1] = multiply_add(broadcast(T(kA)), odd_a, broadcast(T(kB)) * odd_b);
-    w[2] = multiply_add(broadcast(T(kA2)), even_a, multiply_add(broadcast(T(kB2)), even_b, m[5]));
-  }
-};
-
-/// A' m.
-struct Outputs {
-  static constexpr int from = kPatch, to = kTile;
+/// A' m, of so many numbers: a tile of outputs, or the taps of a filter's gradient.
+template <int count>
+struct Numbers {
+  static constexpr int from = kPatch, to = count;
   template <class T>
   static void at(const Vec<T>* m, Vec<T>* y) {
-    const Vec<T> even_a = m[1] + m[2], odd_a = m[1] - m[2], even_b = m[3] + m[4], odd_b = m[3] - m[4];
-    y[0] = m[0] + even_a + even_b;
-    y[1] = multiply_add(broadcast(T(kA)), odd_a, broadcast(T(kB)) * odd_b);
-    y[2] = multiply_add(broadcast(T(kA2)), even_a, broadcast(T(kB2)) * even_b);
-    y[3] = multiply_add(broadcast(T(kA2 * kA)), odd_a, multiply_add(broadcast(T(kB2 * kB)), odd_b, m[5]));
+    const Vec<T> a[] = {m[1] + m[2], m[1] - m[2]}, b[] = {m[3] + m[4], m[3] - m[4]};  // for even and odd powers
+    y[0] = m[0] + a[0] + b[0];
+#pragma GCC unroll 8
+    for (int i = 1; i < count; ++i) {
+      const Vec<T> more = broadcast(T(power(kB, i)));
+      y[i] = multiply_add(broadcast(T(power(kA, i))), a[i % 2],
+                          i == count - 1 ? multiply_add(more, b[i % 2], m[5]) : more * b[i % 2]);
+    }
   }
 };
 
@@ -138,13 +122,14 @@ static inline Strides strides(Layout layout, int64_t channels, const int64_t* si
 }
 
 /// The forward convolution or the gradient of its input, which is one with mirrored taps: output (h, w) sees inputs
-/// (h + offset, w + offset) to (h + offset + 2, w + offset + 2).
+/// (h + offset, w + offset) to (h + offset + taps - 1, w + offset + taps - 1).
 struct Layer {
   Layout layout;
   Border border;
   bool mirrored;
   int64_t channels, rows, groups;  // summed over and produced, of one group
   const int64_t *in_size, *out_size;
+  int64_t taps, tile;          // along each axis
   int64_t offset[2], seen[2];  // inputs from `seen` on are seen by nobody
   int64_t tiles[2];            // of an image
   int64_t all_tiles;
@@ -153,8 +138,10 @@ struct Layer {
 
   Layer(const Conv2dGeometry& g, Pass pass) {
     const bool forward = pass == Pass::forward, contiguous = g.layout == Layout::contiguous;
-    const int64_t c_group = g.c / g.groups, k_group = g.k / g.groups, filter = kTaps * kTaps * c_group;
-    const int64_t k_step = filter, c_step = contiguous ? kTaps * kTaps : 1;
+    taps = g.kernel[0];
+    tile = kPatch + 1 - taps;
+    const int64_t c_group = g.c / g.groups, k_group = g.k / g.groups, filter = taps * taps * c_group;
+    const int64_t k_step = filter, c_step = contiguous ? taps * taps : 1;
     layout = g.layout;
     border = g.border;
     mirrored = !forward;
@@ -164,9 +151,9 @@ struct Layer {
     in_size = forward ? g.in : g.out;
     out_size = forward ? g.out : g.in;
     for (int dim = 0; dim < 2; ++dim) {
-      offset[dim] = forward ? -g.padding[dim] : g.padding[dim] - (kTaps - 1);
-      seen[dim] = out_size[dim] + offset[dim] + kTaps - 1;
-      tiles[dim] = ceil_div(out_size[dim], kTile);
+      offset[dim] = forward ? -g.padding[dim] : g.padding[dim] - (taps - 1);
+      seen[dim] = out_size[dim] + offset[dim] + taps - 1;
+      tiles[dim] = ceil_div(out_size[dim], tile);
     }
     all_tiles = g.n * tiles[0] * tiles[1];
     in = strides(layout, channels * groups, in_size);
@@ -198,7 +185,7 @@ static inline void for_runs(const Layer& t, int64_t begin, int64_t count, int64_
     for (int64_t first = 0; first < count;) {
       const int64_t tile = begin + first, w = tile % t.tiles[1], row = tile / t.tiles[1];
       const int64_t length = contiguous ? smaller(smaller(t.tiles[1] - w, count - first), kRunTiles) : 1;
-      const Run run{row / t.tiles[0], row % t.tiles[0] * kTile, w * kTile, length, first};
+      const Run run{row / t.tiles[0], row % t.tiles[0] * t.tile, w * t.tile, length, first};
       for (int64_t c = c0; c < c1; c += kLanes<T>) f(run, c, smaller(kLanes<T>, c1 - c));
       first += length;
     }
@@ -207,7 +194,7 @@ static inline void for_runs(const Layer& t, int64_t begin, int64_t count, int64_
   for (int64_t c = 0; c < channels; c += kLanes<T>) runs(c, smaller(c + kLanes<T>, channels));
 }
 
-/// to[i][j][lane] = what rows [h, h + rows) x columns [w, w + columns) of the image's first `lanes` channels show.
+/// to[i][j][lane] = what rows [h, h + rows) x columns [w, w + columns) of the first `lanes` planes show; contiguous.
 template <class T>
 static inline void copy_patch(const Layer& t, const T* image, int64_t h, int64_t w, int64_t rows, int64_t columns,
                               int64_t lanes, T* to) {
@@ -219,13 +206,6 @@ static inline void copy_patch(const Layer& t, const T* image, int64_t h, int64_t
       continue;
     }
     const T* from = image + row * t.in.row;
-    if (t.layout == Layout::channels_last) {
-      for (int64_t j = 0; j < columns; ++j) {
-        const int64_t column = t.pixel(w + j, 1);
-        store(to + j * L, column < 0 ? Vec<T>{} : load_first(from + column * t.in.pixel, lanes));
-      }
-      continue;
-    }
     const int64_t width = smaller(t.in_size[1], larger(t.seen[1], 0));
     for (int64_t j = 0; j < columns; j += L) {
       const int64_t count = smaller(L, columns - j);
@@ -233,7 +213,7 @@ static inline void copy_patch(const Layer& t, const T* image, int64_t h, int64_t
       for (int64_t lane = 0; lane < lanes; ++lane) {
         const T* plane = from + lane * t.in.channel;
         square[lane] = load_inside(plane, width, w + j, count);
-        __builtin_prefetch(plane + kTile * t.in.row + w + j);  // of the tiles below
+        __builtin_prefetch(plane + t.tile * t.in.row + w + j);  // of the tiles below
       }
       transpose<T>(square);
       for (int64_t lane = 0; lane < count; ++lane) store(to + (j + lane) * L, square[lane]);
@@ -247,18 +227,14 @@ static inline void copy_patch(const Layer& t, const T* image, int64_t h, int64_t
   }
 }
 
-/// The inverse: rows [h, h + kTile) x columns [w, w + columns), as far as the image has them.
+/// The inverse: rows [h, h + tile) x columns [w, w + columns), as far as the image has them.
 template <class T>
 static inline void copy_back(const Layer& t, const T* from, int64_t h, int64_t w, int64_t columns, int64_t lanes,
                              T* image) {
   constexpr int64_t L = kLanes<T>;
-  const int64_t rows = smaller(kTile, t.out_size[0] - h), width = smaller(columns, t.out_size[1] - w);
+  const int64_t rows = smaller(t.tile, t.out_size[0] - h), width = smaller(columns, t.out_size[1] - w);
   for (int64_t i = 0; i < rows; ++i, from += columns * L) {
-    T* to = image + (h + i) * t.out.row + w * t.out.pixel;
-    if (t.layout == Layout::channels_last) {
-      for (int64_t j = 0; j < width; ++j) store_first(to + j * t.out.pixel, load(from + j * L), lanes);
-      continue;
-    }
+    T* to = image + (h + i) * t.out.row + w;
     for (int64_t j = 0; j < width; j += L) {
       const int64_t count = smaller(L, width - j);
       Vec<T> square[L]{};
@@ -272,7 +248,8 @@ static inline void copy_back(const Layer& t, const T* from, int64_t h, int64_t w
 /// to[channel][tap][lane] = the weights of `lanes` produced and `count` summed channels, at most a vector of each.
 template <class T>
 static inline void copy_filters(const Layer& t, const T* from, int64_t lanes, int64_t count, T* to) {
-  constexpr int64_t L = kLanes<T>, taps = kTaps * kTaps;
+  constexpr int64_t L = kLanes<T>;
+  const int64_t taps = t.taps * t.taps;
   if (t.weight_row == 1) {
     for (int64_t c = 0; c < count; ++c)
       for (int64_t tap = 0; tap < taps; ++tap)
@@ -298,43 +275,58 @@ static inline void copy_filters(const Layer& t, const T* from, int64_t lanes, in
     }
 }
 
+/// Where a row or a column of a patch begins, and how many channels are to be seen there: none outside of the image.
+struct Line {
+  int64_t at, lanes;
+};
+
 /// to[point][tile][channel]: `point` numbers from point to point, `stride` from tile to tile.
 template <class Step, class T>
 static inline void transform_tiles(const Layer& t, const T* in, int64_t tile0, int64_t count, int64_t channels,
                                    int64_t point, int64_t stride, T* scratch, T* to) {
   constexpr int64_t L = kLanes<T>, patch = Step::from;
   for_runs<T>(t, tile0, count, channels, [&](const Run& run, int64_t c, int64_t lanes) {
-    const int64_t h = run.h + t.offset[0], w = run.w + t.offset[1], columns = run.count * kTile + patch - kTile;
-    const T *image = in + run.n * t.in.image + c * t.in.channel, *from = scratch;
-    int64_t row = columns * L, column = L;
-    if (t.layout == Layout::channels_last && lanes == L && t.inside(h, patch, 0) && t.inside(w, patch, 1)) {
-      from = image + h * t.in.row + w * t.in.pixel;
-      row = t.in.row;
-      column = t.in.pixel;
-    } else {
-      copy_patch(t, image, h, w, patch, columns, lanes, scratch);
-    }
+    const int64_t h = run.h + t.offset[0], w = run.w + t.offset[1], columns = (run.count - 1) * t.tile + patch;
+    const T* image = in + run.n * t.in.image + c * t.in.channel;
     T* tile = to + run.first * stride + c;
-    for (int64_t i = 0; i < run.count; ++i, from += kTile * column, tile += stride)
+    const auto put = [&](int i, int j, Vec<T> x) { store(tile + (i * kPatch + j) * point, x); };
+    if (t.layout == Layout::contiguous) {
+      copy_patch(t, image, h, w, patch, columns, lanes, scratch);
+      for (const T* from = scratch; from < scratch + run.count * t.tile * L; from += t.tile * L, tile += stride)
+        transform<Step, T>([&](int i, int j) { return load(from + (i * columns + j) * L); }, put);
+    } else if (lanes == L && t.inside(h, patch, 0) && t.inside(w, patch, 1)) {
+      const T* from = image + h * t.in.row + w * t.in.pixel;
       transform<Step, T>(
           [&](int i, int j) {
-            __builtin_prefetch(from + i * row + (j + kTile) * column);
-            return load(from + i * row + j * column);
+            __builtin_prefetch(from + i * t.in.row + (j + t.tile) * t.in.pixel);
+            return load(from + i * t.in.row + j * t.in.pixel);
           },
-          [&](int i, int j, Vec<T> x) { store(tile + (i * kPatch + j) * point, x); });
+          put);
+    } else {
+      Line line[2][patch];
+      for (int i = 0; i < patch; ++i) {
+        const int64_t row = t.pixel(h + i, 0), column = t.pixel(w + i, 1);
+        line[0][i] = row < 0 ? Line{0, 0} : Line{row * t.in.row, lanes};
+        line[1][i] = column < 0 ? Line{0, 0} : Line{column * t.in.pixel, lanes};
+      }
+      transform<Step, T>(
+          [&](int i, int j) {
+            const Line &row = line[0][i], &column = line[1][j];
+            __builtin_prefetch(image + row.at + (w + j + t.tile) * t.in.pixel);
+            return load_first(image + row.at + column.at, row.lanes & column.lanes);
+          },
+          put);
+    }
   });
 }
 
 // ---- products ----
 
-template <int V>
-constexpr int kRows = kSums / V < kMostRows ? kSums / V : kMostRows;
-
 /// sums[m][V vectors] (+)= sum over c of a[m*row_step + c*step] * b[c][V vectors].
 template <class T, int V>
 static inline void multiply_tile(int64_t depth, const T* a, int64_t row_step, int64_t step, const T* b, T* sums,
                                  bool add) {
-  constexpr int M = kRows<V>, L = kLanes<T>;
+  constexpr int M = tile_rows(V), L = kLanes<T>;
   Vec<T> sum[M][V]{};
   for (int64_t c = 0; c < depth; ++c, a += step, b += V * L) {
     Vec<T> column[V];
@@ -351,6 +343,10 @@ static inline void multiply_tile(int64_t depth, const T* a, int64_t row_step, in
       store(to, add ? load(to) + sum[m][v] : sum[m][v]);
     }
 }
+
+/// Scratch numbers: enough for a run of a contiguous layer's tiles, or for a square of its filters.
+template <class T>
+constexpr int64_t kScratch = kLanes<T> * (kPatch * (kRunTiles * 4 + 2) + 25 * kLanes<T>);
 
 /// The gradient of the weight.
 template <class T>

@@ -1,12 +1,13 @@
-// The only file that knows what it runs on.
+// What a kernel runs on. This file, warp.h, matrix.h and copy_async.h are the only ones that know.
 //
-// Kernels reach the device through what stands here and nothing else, so the same sources compile twice: by nvcc for
+// Kernels reach the device through these and nothing else, so the same sources compile twice: by nvcc for
 // GPUs, and, with CNNOPS_EMULATE defined, by the host's compiler against tests/cuda_on_cpu/emulation.h, which runs a
 // block's threads one after the other. For both to mean the same, a kernel
 //   - is started by launch(), with blocks and threads along x only;
 //   - walks its work with a stride (Items, or from blockIdx.x by gridDim.x), since a grid may be smaller;
 //   - takes shared memory from shared_memory(), as much as its launch asked for;
-//   - lets every thread of a block reach every sync_block(): no early return, no barrier within a thread's own if.
+//   - lets every thread of a block reach every sync_block(): no early return, no barrier within a thread's own if;
+//   - likewise all 32 lanes of a warp what is in warp.h and matrix.h, and expects no order between lanes otherwise.
 #pragma once
 
 #include <cstddef>
@@ -58,10 +59,27 @@ namespace cnnops::cuda {
 /// Shared memory that a block may have on every architecture without asking for more.
 constexpr int64_t kSharedMemory = 48 * 1024;
 
+/// The most that launch() can get a block on an architecture, in bytes; on one not known here, what the one before has.
+constexpr int64_t shared_memory_limit(int architecture) {
+  constexpr struct {
+    int architecture;
+    int64_t kilobytes;
+  } table[] = {{120, 99}, {100, 227}, {90, 227}, {89, 99}, {87, 163}, {86, 99}, {80, 163}, {75, 64}};
+  for (const auto& row : table) {
+    if (architecture >= row.architecture) return row.kilobytes * 1024;
+  }
+  return kSharedMemory;
+}
+
 #ifdef CNNOPS_EMULATE
 
 using emulation::atomic_max;
+using emulation::check_aligned;
+using emulation::Here;
 using emulation::sync_block;
+
+/// That of the current device, as in sm_75.
+inline int architecture() { return emulation::settings.architecture; }
 
 inline bool hidden(bool condition) { return condition; }
 
@@ -78,13 +96,34 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int
             Stream, const Arguments&... arguments) {
   if (blocks > 0) {
     emulation::run(name, blocks < grid_limit() ? blocks : grid_limit(), threads, shared_bytes,
-                   [&] { kernel(arguments...); });
+                   shared_memory_limit(architecture()), [&] { kernel(arguments...); });
   }
 }
 
 #else
 
+/// Where a kernel called something: the emulation names the line of a mistake.
+struct Here {
+  __host__ __device__ static constexpr Here current() { return {}; }
+};
+
 __device__ inline void sync_block() { __syncthreads(); }
+__device__ inline void check_aligned(const void*, std::size_t, const Here&) {}
+
+inline void check(cudaError_t error, const char* name) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // an error reported here is not to be found again by the next launch
+  throw std::runtime_error(std::string("cnnops: CUDA kernel ") + name + ": " + cudaGetErrorString(error));
+}
+
+/// That of the current device, as in sm_75.
+inline int architecture() {
+  int device = 0, major = 0, minor = 0;
+  check(cudaGetDevice(&device), "(none yet)");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "(none yet)");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "(none yet)");
+  return major * 10 + minor;
+}
 
 /// A condition that stays the same through a loop, but hidden from the compiler: it would make a copy of the loop for
 /// each outcome, and for each combination with others.
@@ -121,11 +160,11 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
-  cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
-  if (error != cudaSuccess) {
-    cudaGetLastError();  // an error reported here is not to be found again by the next launch
-    throw std::runtime_error(std::string("cnnops: CUDA kernel ") + name + ": " + cudaGetErrorString(error));
+  if (static_cast<int64_t>(shared_bytes) > kSharedMemory) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+          name);
   }
+  check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), name);
 }
 
 #endif
@@ -204,7 +243,7 @@ class Digits {
   int64_t rest_;
 };
 
-/// 16 bytes, read from shared memory in one instruction.
+/// 16 bytes, read or written in one instruction.
 template <class T>
 struct alignas(16) Vector {
   static constexpr int size = 16 / sizeof(T);
@@ -213,11 +252,27 @@ struct alignas(16) Vector {
 
 /// Reads `kCount` neighbours, as whole vectors if that many fill some: then `from` must be aligned like one.
 template <int kCount, class T>
-__device__ inline void load(T* to, const T* from) {
+__device__ inline void load(T* to, const T* from, Here here = Here::current()) {
   if constexpr (kCount % Vector<T>::size == 0) {
+    check_aligned(from, sizeof(Vector<T>), here);
     for (int i = 0; i < kCount; i += Vector<T>::size) {
       const Vector<T> vector = *reinterpret_cast<const Vector<T>*>(from + i);
       for (int lane = 0; lane < Vector<T>::size; ++lane) to[i + lane] = vector.lane[lane];
+    }
+  } else {
+    for (int i = 0; i < kCount; ++i) to[i] = from[i];
+  }
+}
+
+/// Writes `kCount` neighbours, likewise.
+template <int kCount, class T>
+__device__ inline void store(T* to, const T* from, Here here = Here::current()) {
+  if constexpr (kCount % Vector<T>::size == 0) {
+    check_aligned(to, sizeof(Vector<T>), here);
+    for (int i = 0; i < kCount; i += Vector<T>::size) {
+      Vector<T> vector;
+      for (int lane = 0; lane < Vector<T>::size; ++lane) vector.lane[lane] = from[i + lane];
+      *reinterpret_cast<Vector<T>*>(to + i) = vector;
     }
   } else {
     for (int i = 0; i < kCount; ++i) to[i] = from[i];

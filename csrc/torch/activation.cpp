@@ -94,7 +94,7 @@ struct LeakyRelu {
 /// `t` with the strides of `like`, so that both can be walked in step.
 Tensor aligned_to(const Tensor& like, const Tensor& t) {
   if (t.strides() == like.strides() || t.numel() <= 1) return t;
-  return at::empty_like(like).copy_(t);
+  return empty_alike(like).copy_(t);
 }
 
 /// One output, dense, in the layout that torch's own element-wise operators would choose for `input`.
@@ -102,7 +102,7 @@ template <class Rule>
 Tensor prepare(const Tensor& input, const Rule& rule) {
   check_alike(rule.name, {{"input", input}}, rule.numbers);
   rule.check(input);
-  return at::empty_like(input);
+  return empty_alike(input);
 }
 
 template <class Rule>
@@ -110,7 +110,7 @@ Tensor prepare_backward(const Tensor& grad_output, const Tensor& kept, const Rul
   check_alike(rule.backward_name, {{"grad_output", grad_output}, {"kept", kept}});
   TORCH_CHECK(grad_output.sym_sizes().equals(kept.sym_sizes()), rule.backward_name,
               ": expected grad_output of the shape of kept, ", kept.sym_sizes(), ", but got ", grad_output.sym_sizes());
-  return at::empty_like(kept);
+  return empty_alike(kept);
 }
 
 template <class Rule>

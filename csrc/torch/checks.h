@@ -6,6 +6,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
+#include <ATen/ExpandUtils.h>
 
 #include <algorithm>
 #include <array>
@@ -16,6 +17,7 @@
 #include <utility>
 
 #include "../geometry.h"
+#include "memory.h"
 
 namespace cnnops {
 
@@ -35,12 +37,24 @@ template <class Int>
 Tensor empty(c10::ArrayRef<Int> sizes, const at::TensorOptions& options, at::MemoryFormat format) {
   if constexpr (std::is_same_v<Int, int64_t>) {
     if (options.device().is_cpu()) {  // by the short way that torch's own kernels take
-      return at::detail::empty_cpu(sizes, options.dtype().toScalarType(), /*pin_memory=*/false, format);
+      return at::detail::empty_generic(sizes, warm_memory(), c10::DispatchKeySet(c10::DispatchKey::CPU),
+                                       options.dtype().toScalarType(), format);
     }
     return at::empty(sizes, options, format);
   } else {
     return at::empty_symint(sizes, options, format);
   }
+}
+
+/// A tensor of `t`'s shape, dense, in the layout that torch's own element-wise operators would choose.
+inline Tensor empty_alike(const Tensor& t) {
+  // torch.compile's fake tensors say that they are on the CPU, too, but answer to Python.
+  if (!t.is_cpu() || t.key_set().has(c10::DispatchKey::Python)) return at::empty_like(t);
+  const auto make = [&](IntArrayRef strides) {
+    return at::detail::empty_strided_generic(t.sizes(), strides, warm_memory(),
+                                             c10::DispatchKeySet(c10::DispatchKey::CPU), t.scalar_type());
+  };
+  return t.is_non_overlapping_and_dense() ? make(t.strides()) : make(at::infer_dense_strides(t.sizes(), t.strides()));
 }
 
 using Named = std::pair<const char*, const Tensor&>;
@@ -335,6 +349,9 @@ inline at::MemoryFormat format_of(Layout layout) {
 }
 
 /// `t` as kernels read it: itself, or a copy if it does not lie dense in this layout.
-inline Tensor in_layout(const Tensor& t, Layout layout) { return t.contiguous(format_of(layout)); }
+inline Tensor in_layout(const Tensor& t, Layout layout) {
+  const at::MemoryFormat format = format_of(layout);
+  return t.is_contiguous(format) ? t : empty<int64_t>(t.sizes(), t.options(), format).copy_(t);
+}
 
 }  // namespace cnnops

@@ -3,14 +3,13 @@
 // conv2d, conv2d_grad_input and conv2d_grad_weight are linear in each of two tensors, and the derivative of each is the
 // other two: that is all there is to know for gradients and tangents of every order. conv_transpose2d is
 // conv2d_grad_input, which takes a bias for its sake.
+#include "conv2d.h"
+
 #include <ATen/autocast_mode.h>
 
 #include "autograd.h"
-#include "checks.h"
 #include "numbers.h"
-#include "operators.h"
 #include "run.h"
-#include "tables.h"
 
 namespace cnnops {
 namespace {
@@ -62,7 +61,7 @@ void run_grad_input_and_fold(const Conv2dGeometry& g, const std::string& algorit
                              const Tensor& weight, const Tensor& out) {
   const Conv2dGeometry plain = written_out(g);
   const int64_t sizes[] = {g.n, g.c, plain.in[0], plain.in[1]};
-  const Tensor padded = at::empty(sizes, out.options(), format_of(g.layout));
+  const Tensor padded = empty<int64_t>(sizes, out.options(), format_of(g.layout));
   run(plain, Pass::grad_input, algorithm, grad_output, weight, {}, padded);
   const int64_t rows = g.n * g.in[0] * (g.layout == Layout::channels_last ? 1 : g.c);
   with_real_number(out.scalar_type(), [&](auto number) {
@@ -81,19 +80,11 @@ struct Prepared {
   Tensor out;
 };
 
-Tensor or_none(const OptionalTensor& t) { return t ? *t : Tensor(); }
-
 template <class Int>
 Prepared<Int> prepare(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const Conv2dSettings& s) {
-  check_image("conv2d", input);
-  check_dim("conv2d", "weight", weight, 4);
-  check_alike("conv2d", {{"input", input}, {"weight", weight}, {"bias", or_none(bias)}});
-  const Layout layout = layout_of({input, weight});
-  const auto g = conv2d_geometry<Int>("conv2d", sizes_of<Int>(input), sizes_of<Int>(weight), s, layout);
-  if (bias) check_shape<Int>("conv2d", "bias", *bias, {g.k});
-  check_algorithm(s.algorithm);
+  const auto g = check_conv2d<Int>("conv2d", input, weight, bias, s);
   const Int sizes[] = {g.n, g.k, g.out[0], g.out[1]};
-  return {g, empty<Int>(sizes, input.options(), format_of(layout))};
+  return {g, empty<Int>(sizes, input.options(), format_of(g.layout))};
 }
 
 template <class Int>
@@ -200,6 +191,8 @@ const c10::TypedOperatorHandle<decltype(conv2d)>& conv2d_operator() {
   return op;
 }
 
+}  // namespace
+
 Tensor call_conv2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const Conv2dSettings& s) {
   return conv2d_operator().call(input, weight, bias, s.stride, s.padding, s.dilation, s.groups, s.padding_mode,
                                 s.algorithm);
@@ -218,6 +211,8 @@ Tensor call_grad_weight(const Tensor& grad_output, const Tensor& input, c10::Sym
   return op.call(grad_output, input, kernel_size, s.stride, s.padding, s.dilation, s.groups, s.padding_mode,
                  s.algorithm);
 }
+
+namespace {
 
 c10::SymIntArrayRef plane_of(const Tensor& t) { return t.sym_sizes().slice(2); }
 
@@ -309,10 +304,14 @@ Tensor conv2d_grad_weight_autograd(const Tensor& grad_output, const Tensor& inpu
 
 // ---- autocast: in the lower precision, as torch's convolutions ----
 
+}  // namespace
+
 OptionalTensor lower_precision(at::DeviceType device, const OptionalTensor& t) {
   if (!t || !t->defined()) return std::nullopt;
   return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), *t, device);
 }
+
+namespace {
 
 template <at::DeviceType device, c10::DispatchKey key>
 Tensor conv2d_autocast(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride,

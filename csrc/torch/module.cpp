@@ -5,8 +5,11 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
+#include <map>
+
 #include "checks.h"
 #include "functional.h"
+#include "memory.h"
 #include "numbers.h"
 #include "run.h"
 #include "tables.h"
@@ -56,19 +59,20 @@ auto with_table(const c10::Device& device, const Body& body) {
   return body(cpu_kernels<S>().conv2d);
 }
 
-/// Rows (name, summary), fastest first.
-std::vector<std::pair<std::string, std::string>> algorithms(const std::string& device) {
+/// Rows (name, summary, accurate), fastest first.
+std::vector<std::tuple<std::string, std::string, bool>> algorithms(const std::string& device) {
   return with_table<float>(c10::Device(device), [](const auto& table) {
-    std::vector<std::pair<std::string, std::string>> rows;
-    for (const auto& row : table) rows.emplace_back(row.name, row.summary);
+    std::vector<std::tuple<std::string, std::string, bool>> rows;
+    for (const auto& row : table) rows.emplace_back(row.name, row.summary, row.accurate);
     return rows;
   });
 }
 
-/// The row that a convolution of these tensors would run.
-std::string conv2d_algorithm(const at::Tensor& input, const at::Tensor& weight, const Sizes& stride,
-                             const Sizes& padding, const Sizes& dilation, int64_t groups,
-                             const std::string& padding_mode, const std::string& algorithm, const std::string& which) {
+/// Calls body(row, geometry, pass, number) with the row that a convolution of these tensors would run.
+template <class Body>
+void with_row(const at::Tensor& input, const at::Tensor& weight, const Sizes& stride, const Sizes& padding,
+              const Sizes& dilation, int64_t groups, const std::string& padding_mode, const std::string& algorithm,
+              const std::string& which, const Body& body) {
   TORCH_CHECK_VALUE(which == "forward" || which == "grad_input" || which == "grad_weight", "unknown pass '", which,
                     "'; known are forward, grad_input, grad_weight");
   const Pass pass = which == "forward" ? Pass::forward : which == "grad_input" ? Pass::grad_input : Pass::grad_weight;
@@ -79,13 +83,31 @@ std::string conv2d_algorithm(const at::Tensor& input, const at::Tensor& weight, 
   const Conv2dSettings s("conv2d", stride, padding, dilation, groups, padding_mode, algorithm);
   auto g = conv2d_geometry<int64_t>("conv2d", input.sizes(), weight.sizes(), s, layout_of({input, weight}));
   if (pass == Pass::grad_input) g = written_out(g);
-  std::string name;
   with_real_number(input.scalar_type(), [&](auto number) {
-    name = with_table<decltype(number)>(input.device(), [&](const auto& table) {
-      return std::string(choose_or_throw(table, g, pass, algorithm).name);
-    });
+    with_table<decltype(number)>(
+        input.device(), [&](const auto& table) { body(choose_or_throw(table, g, pass, algorithm), g, pass, number); });
   });
+}
+
+std::string conv2d_algorithm(const at::Tensor& input, const at::Tensor& weight, const Sizes& stride,
+                             const Sizes& padding, const Sizes& dilation, int64_t groups,
+                             const std::string& padding_mode, const std::string& algorithm, const std::string& which) {
+  std::string name;
+  with_row(input, weight, stride, padding, dilation, groups, padding_mode, algorithm, which,
+           [&](const auto& row, const auto&...) { name = row.name; });
   return name;
+}
+
+/// The row's scratch memory in bytes: of each thread on a CPU, of the whole call on a GPU.
+int64_t conv2d_workspace(const at::Tensor& input, const at::Tensor& weight, const Sizes& stride, const Sizes& padding,
+                         const Sizes& dilation, int64_t groups, const std::string& padding_mode,
+                         const std::string& algorithm, const std::string& which) {
+  int64_t bytes = 0;
+  with_row(input, weight, stride, padding, dilation, groups, padding_mode, algorithm, which,
+           [&](const auto& row, const Conv2dGeometry& g, Pass pass, auto number) {
+             bytes = row.run(pass).workspace(g) * int64_t(sizeof(Sum<decltype(number)>));
+           });
+  return bytes;
 }
 
 }  // namespace
@@ -96,8 +118,21 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_sets", instruction_sets);
   m.def("instruction_set", [] { return std::string(instruction_set().name); });
   m.def("set_instruction_set", set_instruction_set);
+  m.def("accurate", [] { return accurate().load(); });
+  m.def("set_accurate", [](bool on) { accurate() = on; });
   m.def("algorithms", algorithms);
   m.def("conv2d_algorithm", conv2d_algorithm);
+  m.def("conv2d_workspace", conv2d_workspace);
+  m.def("memory_stats", [] {
+    const MemoryStats s = memory_stats();
+    return std::map<std::string, int64_t>{{"bytes_in_use", s.in_use}, {"bytes_in_use_peak", s.in_use_peak},
+                                          {"bytes_cached", s.cached}, {"bytes_cached_peak", s.cached_peak},
+                                          {"hits", s.hits},           {"misses", s.misses},
+                                          {"evictions", s.evictions}, {"limit", s.limit}};
+  });
+  m.def("empty_cache", empty_cache, py::call_guard<py::gil_scoped_release>());
+  m.def("set_cache_limit", set_cache_limit, py::call_guard<py::gil_scoped_release>());
+  m.def("set_cache_seconds", set_cache_seconds);
   py::register_exception_translator([](std::exception_ptr p) {
     try {
       if (p) std::rethrow_exception(p);

@@ -24,7 +24,7 @@ void check_weight(const char* op, const Tensor& input, const Tensor& weight) {
 
 Tensor prepare(const Tensor& input, const Tensor& weight) {
   check_weight("prelu", input, weight);
-  return at::empty_like(input);
+  return empty_alike(input);
 }
 
 TwoTensors prepare_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight) {
@@ -33,7 +33,7 @@ TwoTensors prepare_backward(const Tensor& grad_output, const Tensor& input, cons
   check_alike(op, {{"input", input}, {"grad_output", grad_output}});
   TORCH_CHECK(grad_output.sym_sizes().equals(input.sym_sizes()), op, ": expected grad_output of the shape of input, ",
               input.sym_sizes(), ", but got ", grad_output.sym_sizes());
-  return {at::empty_like(input), at::empty_symint(weight.sym_sizes(), weight.options(), at::MemoryFormat::Contiguous)};
+  return {empty_alike(input), at::empty_symint(weight.sym_sizes(), weight.options(), at::MemoryFormat::Contiguous)};
 }
 
 // ---- run ----
@@ -41,7 +41,7 @@ TwoTensors prepare_backward(const Tensor& grad_output, const Tensor& input, cons
 /// What the kernels write: `result` itself where it lies dense in this layout, otherwise a tensor to be copied to it.
 Tensor written(const Tensor& result, Layout layout) {
   return result.is_contiguous(format_of(layout)) ? result
-                                                 : at::empty(result.sizes(), result.options(), format_of(layout));
+                                                 : empty<int64_t>(result.sizes(), result.options(), format_of(layout));
 }
 
 void put(const Tensor& written, const Tensor& result) {

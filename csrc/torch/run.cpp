@@ -2,8 +2,8 @@
 
 #include <atomic>
 #include <cstdlib>
-#include <memory>
-#include <new>
+
+#include "memory.h"
 
 namespace cnnops {
 namespace {
@@ -26,12 +26,8 @@ std::atomic<const cpu::InstructionSet*>& current() {
   return set;
 }
 
-struct Scratch {
-  static constexpr std::align_val_t kAlignment{64};
-  struct Delete {
-    void operator()(void* p) const { ::operator delete(p, kAlignment); }
-  };
-  std::unique_ptr<void, Delete> memory;
+struct Memory {
+  c10::DataPtr block;
   int64_t size = 0;
 };
 
@@ -41,15 +37,16 @@ const cpu::InstructionSet& instruction_set() { return *current().load(std::memor
 
 void set_instruction_set(const std::string& name) { current().store(&find_instruction_set(name)); }
 
-void* scratch(int64_t bytes) {
-  thread_local Scratch scratch;
-  if (scratch.size < bytes) {
-    scratch.memory.reset();
-    scratch.size = 0;
-    scratch.memory.reset(::operator new(bytes, Scratch::kAlignment));
-    scratch.size = bytes;
+void* scratch(int64_t bytes, Scratch whose) {
+  thread_local Memory both[2];
+  Memory& memory = both[int(whose)];
+  if (memory.size < bytes) {
+    memory.block.clear();
+    memory.size = 0;
+    memory.block = warm_memory()->allocate(bytes);
+    memory.size = bytes;
   }
-  return scratch.memory.get();
+  return memory.block.get();
 }
 
 void refuse_cuda() {

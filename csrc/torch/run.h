@@ -31,8 +31,10 @@ const cpu::Kernels<S>& cpu_kernels() {
 }
 
 /// Scratch memory of the calling thread, aligned to 64 bytes. It is kept from call to call (fresh pages cost more than
-/// many a kernel) and grows to the largest size asked for, which the algorithms' own bounds keep to a few MiB.
-void* scratch(int64_t bytes);
+/// many a kernel) and grows to the largest size asked for, which the algorithms' own bounds keep to a few MiB. There is
+/// one for what runs kernels and one for the kernels themselves.
+enum class Scratch { of_kernel, of_caller };
+void* scratch(int64_t bytes, Scratch whose = Scratch::of_kernel);
 
 [[noreturn]] void refuse_cuda();
 

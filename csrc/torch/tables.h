@@ -3,6 +3,8 @@
 
 #include <c10/util/Exception.h>
 
+#include <atomic>
+#include <cstdlib>
 #include <string>
 
 #include "../algorithm.h"
@@ -10,10 +12,19 @@
 
 namespace cnnops {
 
-/// Raises ValueError unless `name` is "auto" or a row of the CPU's table; CUDA's has the same names.
+/// Whether "auto" means "accurate", in the whole process: at first, if the environment variable CNNOPS_ACCURATE is 1.
+inline std::atomic<bool>& accurate() {
+  static std::atomic<bool> on = [] {
+    const char* wanted = std::getenv("CNNOPS_ACCURATE");
+    return wanted && same_name(wanted, "1");
+  }();
+  return on;
+}
+
+/// Raises ValueError unless `name` is "auto", "accurate" or a row of the CPU's table; CUDA's has the same names.
 inline void check_algorithm(const std::string& name) {
-  if (name == "auto") return;
-  std::string known = "auto";
+  if (name == "auto" || name == "accurate") return;
+  std::string known = "auto, accurate";
   for (const auto& row : cpu_kernels<float>().conv2d) {
     if (name == row.name) return;
     known += std::string(", ") + row.name;
@@ -28,7 +39,7 @@ inline const char* pass_name(Pass pass) {
 /// The row to run, or an error with the row's own sentence.
 template <class Row>
 const Row& choose_or_throw(const Table<Row>& table, const Conv2dGeometry& g, Pass pass, const std::string& name) {
-  const Choice<Row> choice = choose(table, g, pass, name.c_str());
+  const Choice<Row> choice = choose(table, g, pass, name == "auto" && accurate() ? "accurate" : name.c_str());
   TORCH_CHECK(choice.row, "algorithm '", name, "' refuses this convolution (", pass_name(pass),
               "): ", choice.refusal ? choice.refusal : "no such algorithm on this device");
   return *choice.row;

@@ -1,34 +1,20 @@
-// What csrc/cuda/device.h needs of a GPU, on a CPU: the kernels' own sources, compiled by the host's compiler with
-// CNNOPS_EMULATE defined, run here block after block.
+// What csrc/cuda/device.h, warp.h and copy_async.h need of a GPU, on a CPU. README.md beside this file says what is
+// checked and how to use it.
 //
-// A block's threads are fibers. One runs until it meets the block's barrier or its end, then the next one does, a
-// warp's threads after each other: so a thread is as far ahead of the others as a GPU's scheduler could ever let it,
-// and what a missing barrier leaves to chance goes wrong in one Order or another. Run every kernel in each.
+// A block's threads are fibers. One runs until it meets the block's barrier, a collective of its warp, or its end, then
+// the next one does. A warp runs on through its collectives until all of it waits at the barrier: so a thread is as far
+// ahead of the others as a GPU's scheduler could ever let it, and what a missing barrier leaves to chance goes wrong in
+// one Order or another.
 //
-//   - Shared memory is a new piece of the heap for every block, of the exact size, filled with NaN (all bits set): what
-//     nobody wrote shows in the results, and AddressSanitizer sees the first byte beyond the end.
-//   - A barrier that not all threads of the block reach, or at which they meet from different lines, is an error.
-//   - settings.grid_limit cuts grids short, settings.index_limit makes small tensors count as large: so the loops
-//     and the 64-bit indices that only huge tensors need are run with small ones.
-//
-// What it cannot show: races that only an interleaving within two barriers would reveal, the hardware's memory model,
-// its rounding where the compiler fuses a multiplication and an addition, the conversions to 16 bits that device.h has in
-// place of those of numbers.h, and its speed.
+// This header is compiled with the kernels, so that sanitizers see what a thread reads and writes. emulation.cpp has what
+// they must not see: switching between threads, and the registers that a warp exchanges.
 #pragma once
 
-#undef _FORTIFY_SOURCE  // it takes a jump from one stack to another for an attack
-#include <setjmp.h>
-#include <ucontext.h>
-
-#include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <functional>
-#include <memory>
-#include <numeric>
-#include <random>
 #include <source_location>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -45,147 +31,104 @@ inline EmulatedIndex threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulation {
 
+using Here = std::source_location;
+
 /// The order in which the threads of a block run, from barrier to barrier, and in which the blocks do.
 enum class Order { forward, reverse, shuffled };
 
+/// When a cp.async lands: at once, as it may (and as on GPUs that have none); or only at the wait that covers it.
+enum class Copies { eager, lazy };
+
 struct Settings {
   Order order = Order::forward;
-  int64_t grid_limit = 0x7fffffff;
-  int64_t index_limit = 0x7fffffff;
+  Copies copies = Copies::eager;
+  int64_t grid_limit = 0x7fffffff;   // cuts grids short, so that few blocks do the work of many
+  int64_t index_limit = 0x7fffffff;  // makes small tensors count as large, and be indexed with 64 bits
+  int architecture = 75;             // whose shared memory may be asked for
 };
 inline Settings settings;
 
-constexpr int64_t kWarp = 32;
-constexpr std::size_t kStack = 64 * 1024;
+constexpr int kWarp = 32;
 
-/// 0 .. count-1 in the order wanted. Runs of `together` stay together: a warp is never interrupted by another.
-inline std::vector<int64_t> in_order(int64_t count, int64_t together, std::mt19937& random) {
-  std::vector<int64_t> groups((count + together - 1) / together), all;
-  std::iota(groups.begin(), groups.end(), 0);
-  if (settings.order == Order::shuffled) std::shuffle(groups.begin(), groups.end(), random);
-  for (int64_t group : groups) {
-    const auto begin = static_cast<std::ptrdiff_t>(all.size());
-    for (int64_t i = group * together; i < std::min(count, (group + 1) * together); ++i) all.push_back(i);
-    if (settings.order == Order::shuffled) std::shuffle(all.begin() + begin, all.end(), random);
+/// Prints "KERNEL: thread T of block B: WHAT", or without the thread, and ends the process: what a kernel left half done
+/// cannot be gone on with.
+[[noreturn]] void fail(const std::string& what);
+[[noreturn]] void fail_thread(const std::string& what);
+std::string text(const Here& here);
+
+/// Memory of an exact size between two pages that nobody may touch, filled with a poison. It ends where the page begins,
+/// or the other way round in the reverse order. What lies between it and the other page is looked at by check().
+class Guarded {
+ public:
+  Guarded(std::string name, std::size_t size, int poison = 0xff);
+  ~Guarded();
+  Guarded(const Guarded&) = delete;
+
+  void* data() const { return data_; }
+  std::size_t size() const { return size_; }
+  bool holds(const void* place, std::size_t bytes) const;
+  void check() const;
+  /// How far outside a place is, in words; nothing, if it is far away.
+  std::string distance(const void* place) const;
+
+ private:
+  std::string name_;
+  unsigned char *mapping_, *data_;
+  std::size_t mapped_, size_;
+};
+
+/// A cp.async on its way.
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes, size;  // read, and written: the rest is zeros
+  Here here;
+};
+
+/// Of the thread that is running: its copies, by group. The last group is not committed yet.
+std::vector<std::vector<Copy>>& copies();
+/// Lets those of a group land, as reads and writes of this thread.
+inline void land(std::vector<Copy>& group) {
+  for (const Copy& copy : group) {
+    if (copy.bytes > 0) std::memcpy(copy.to, copy.from, static_cast<std::size_t>(copy.bytes));
+    std::memset(static_cast<char*>(copy.to) + copy.bytes, 0, static_cast<std::size_t>(copy.size - copy.bytes));
   }
-  if (settings.order == Order::reverse) std::reverse(all.begin(), all.end());
+  group.clear();
+}
+/// Whether any kernel so far used cp.async.
+inline bool copies_seen = false;
+
+/// __syncthreads().
+void sync_block(Here here = Here::current());
+
+/// A collective of a warp: gives each of its 32 threads what all of them brought, `size` bytes each.
+void exchange(const char* kind, const void* mine, std::size_t size, void* all, const Here& here);
+
+template <class T>
+struct Lanes {
+  T of[kWarp];
+};
+
+template <class T>
+Lanes<T> exchange(const char* kind, const T& mine, const Here& here) {
+  Lanes<T> all;
+  exchange(kind, &mine, sizeof mine, &all, here);
   return all;
 }
 
-/// A thread: where it stopped, and why. Its stack serves one block after the other.
-struct Fiber {
-  std::unique_ptr<unsigned char[]> stack;
-  jmp_buf stopped;  // _setjmp saves no signals as ucontext does, so switching takes nanoseconds
-  bool finished;
-  std::source_location waits_at;
-};
+/// __syncwarp(): the only collective that orders memory.
+void sync_warp(Here here = Here::current());
 
-/// The block that is running. There is one at a time.
-struct Block {
-  std::string kernel;
-  const std::function<void()>* body = nullptr;
-  std::vector<Fiber> fibers;
-  Fiber* current = nullptr;
-  jmp_buf scheduler;
-  std::unique_ptr<unsigned char[]> shared;
+void check_aligned(const void* place, std::size_t bytes, const Here& here);
+void check_shared(const void* place, std::size_t bytes, const char* what, const Here& here);
 
-  void run(const std::vector<int64_t>& order) {
-    fibers.resize(std::max(fibers.size(), order.size()));
-    threads = order.size();
-    for (bool finished = false; !finished;) {
-      for (int64_t thread : order) resume(thread);
-      finished = all_finished();
-    }
-  }
+/// atomicMax().
+void atomic_max(int64_t* place, int64_t x);
 
-  /// Back to the scheduler, until resume() comes round again.
-  [[gnu::noinline]] void stop() {
-    if (!_setjmp(current->stopped)) _longjmp(scheduler, 1);
-  }
-
- private:
-  std::size_t threads = 0;
-
-  static void live();
-
-  [[gnu::noinline]] void resume(int64_t thread) {
-    current = &fibers[static_cast<std::size_t>(thread)];
-    current->finished = false;
-    threadIdx.x = static_cast<unsigned>(thread);
-    if (_setjmp(scheduler)) return;
-    if (current->stack) _longjmp(current->stopped, 1);
-    current->stack.reset(new unsigned char[kStack]);
-    ucontext_t context;
-    getcontext(&context);
-    context.uc_stack.ss_sp = current->stack.get();
-    context.uc_stack.ss_size = kStack;
-    makecontext(&context, live, 0);
-    setcontext(&context);
-  }
-
-  /// Whether all threads have finished. Otherwise all must wait at one barrier.
-  bool all_finished() {
-    const Fiber& first = fibers.front();
-    for (std::size_t i = 0; i < threads; ++i) {
-      const Fiber& fiber = fibers[i];
-      if (fiber.finished != first.finished) {
-        fail(where(first.finished ? fiber : first) + " is not reached by every thread: of thread 0 and thread " +
-             std::to_string(i) + " one waits there and the other has finished");
-      }
-      const bool together = fiber.waits_at.line() == first.waits_at.line() &&
-                            std::strcmp(fiber.waits_at.file_name(), first.waits_at.file_name()) == 0;
-      if (!fiber.finished && !together) {
-        fail("thread 0 waits at " + where(first) + " and thread " + std::to_string(i) + " at " + where(fiber));
-      }
-    }
-    return first.finished;
-  }
-
-  [[noreturn]] void fail(const std::string& what) {
-    fibers.clear();  // those that wait will wait for ever
-    throw std::runtime_error(kernel + ": " + what);
-  }
-
-  static std::string where(const Fiber& fiber) {
-    return std::string("the barrier in ") + fiber.waits_at.file_name() + ":" + std::to_string(fiber.waits_at.line());
-  }
-};
-inline Block block;
-
-inline void Block::live() {
-  for (;;) {
-    (*block.body)();
-    block.current->finished = true;
-    block.stop();
-  }
-}
-
-/// __syncthreads().
-inline void sync_block(std::source_location here = std::source_location::current()) {
-  block.current->waits_at = here;
-  block.stop();
-}
-
-/// atomicMax(). One thread runs at a time.
-inline void atomic_max(int64_t* place, int64_t x) { *place = std::max(*place, x); }
-
-inline void* shared_memory() { return block.shared.get(); }
+void* shared_memory();
 
 /// Runs `body`, a kernel with its arguments, as every thread of every block.
-inline void run(const char* kernel, int64_t blocks, int threads, std::size_t shared_bytes,
-                const std::function<void()>& body) {
-  std::mt19937 random(1);
-  block.kernel = kernel;
-  block.body = &body;
-  gridDim.x = static_cast<unsigned>(blocks);
-  blockDim.x = static_cast<unsigned>(threads);
-  for (int64_t number : in_order(blocks, 1, random)) {
-    blockIdx.x = static_cast<unsigned>(number);
-    block.shared.reset(new unsigned char[shared_bytes]);
-    std::memset(block.shared.get(), 0xff, shared_bytes);
-    block.run(in_order(threads, kWarp, random));
-    block.shared.reset();
-  }
-}
+void run(const char* kernel, int64_t blocks, int threads, std::size_t shared_bytes, int64_t shared_limit,
+         const std::function<void()>& body);
 
 }  // namespace emulation

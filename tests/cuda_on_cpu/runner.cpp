@@ -1,9 +1,14 @@
-// The CUDA kernels of csrc/cuda, emulated, as a library for test_cuda_on_cpu.py: every kernel is called by its name.
+// The CUDA kernels of csrc/cuda, emulated, as a process: reads calls from its input, runs each, writes the results. A mistake
+// that the emulation or a sanitizer finds in a kernel is printed, and ends it. emulated.py is the other end.
+#include <algorithm>
 #include <cstring>
+#include <iostream>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "cuda/device.h"
+#include "samples.h"
 
 namespace cnnops::cuda {
 namespace {
@@ -52,9 +57,10 @@ void conv2d(const std::string& algorithm, Pass pass, const Arguments& in) {
   if (!choice.row) throw std::runtime_error(choice.refusal ? choice.refusal : "no such algorithm");
   const auto& run = choice.row->run(pass);
   const std::size_t size = static_cast<std::size_t>(run.workspace(g));
-  std::unique_ptr<Sum<S>[]> workspace(new Sum<S>[size]);
-  std::memset(static_cast<void*>(workspace.get()), 0xff, size * sizeof(Sum<S>));
-  run.run(g, {in.pointer<S>(0), in.pointer<S>(1), in.pointer<S>(2), in.pointer<S>(3)}, workspace.get(), nullptr);
+  const emulation::Guarded workspace("the workspace", size * sizeof(Sum<S>));
+  run.run(g, {in.pointer<S>(0), in.pointer<S>(1), in.pointer<S>(2), in.pointer<S>(3)},
+          static_cast<Sum<S>*>(workspace.data()), nullptr);
+  workspace.check();
 }
 
 /// integers: n, c, then pairs: in, out, kernel, stride, padding, dilation; then layout, adaptive, and for averages
@@ -80,66 +86,10 @@ template <class S>
 void max_unpool2d(const Arguments& in) {
   const int64_t* i = in.integers;
   const Unpool2dGeometry g{i[0], i[1], i[2], i[3], static_cast<Layout>(i[4])};
-  std::vector<int64_t> workspace(static_cast<std::size_t>(g.n * g.c * g.out), 0x7777777777777777);
-  start(kernels<S>().max_unpool2d, g, in.pointer<S>(0), in.pointer<int64_t>(1), workspace.data(), in.pointer<S>(2));
-}
-
-// Kernels with mistakes in them, to see that they are found.
-
-/// out = in reversed, by way of shared memory, without the barrier in between if `forgetful`.
-template <class T>
-__global__ void reverse_kernel(int size, bool forgetful, const T* in, T* out) {
-  T* shared = shared_memory<T>();
-  const int i = threadIdx.x;
-  shared[i] = in[i];
-  if (!forgetful) sync_block();
-  out[i] = shared[size - 1 - i];
-}
-
-/// out[i] = in[size-1 - i] + in[0 + size-1 - i], in two rounds, without the barrier between them if `forgetful`.
-template <class T>
-__global__ void two_rounds_kernel(int size, bool forgetful, const T* in, T* out) {
-  T* shared = shared_memory<T>();
-  const int i = threadIdx.x;
-  T sum = 0;
-  for (int round = 1; round <= 2; ++round) {
-    shared[i] = round * in[i];
-    sync_block();
-    sum += shared[size - 1 - i];
-    if (!forgetful) sync_block();
-  }
-  out[i] = sum;
-}
-
-template <class T>
-__global__ void early_return_kernel(int size, bool forgetful, const T* in, T* out) {
-  const int i = threadIdx.x;
-  if (forgetful && i == size - 1) return;
-  sync_block();
-  out[i] = in[i];
-}
-
-template <class T>
-__global__ void two_barriers_kernel(int, bool forgetful, const T* in, T* out) {
-  const int i = threadIdx.x;
-  if (forgetful && i == 3) {
-    sync_block();
-  } else {
-    sync_block();
-  }
-  out[i] = in[i];
-}
-
-/// integers: size, forgetful.
-template <class T>
-void planted(const std::string& name, const Arguments& in) {
-  const auto kernel = name == "reverse"        ? reverse_kernel<T>
-                      : name == "two_rounds"   ? two_rounds_kernel<T>
-                      : name == "early_return" ? early_return_kernel<T>
-                                               : two_barriers_kernel<T>;
-  const int size = static_cast<int>(in.integers[0]);
-  launch(name.c_str(), kernel, 1, size, size * sizeof(T), nullptr, size, in.integers[1] != 0, in.pointer<const T>(0),
-         in.pointer<T>(1));
+  const emulation::Guarded workspace("the workspace", static_cast<std::size_t>(g.n * g.c * g.out) * sizeof(int64_t));
+  start(kernels<S>().max_unpool2d, g, in.pointer<S>(0), in.pointer<int64_t>(1), static_cast<int64_t*>(workspace.data()),
+        in.pointer<S>(2));
+  workspace.check();
 }
 
 /// `name` is family/member, as in conv2d/grad_input/direct, max_pool2d/forward, relu.
@@ -163,8 +113,13 @@ void call(const std::string& name, const Arguments& in) {
   if (family == "max_pool2d") return max_pool2d<S, uint8_t>(k.max_pool2d, member, in);
   if (family == "max_pool2d_wide") return max_pool2d<S, int32_t>(k.max_pool2d_wide, member, in);
   if (name == "max_unpool2d") return max_unpool2d<S>(in);
-  if constexpr (std::is_floating_point_v<S>) {
-    if (family == "planted") return planted<S>(member, in);
+  if constexpr (std::is_same_v<S, float>) {
+    if (family == "fault") return fault(member, i[0], i[1] != 0, p(0), p(1));
+    if (family == "collectives") return collectives(member, p(0), p(1));
+  }
+  if constexpr (kReal<S> && sizeof(S) <= 4) {
+    const Gemm sizes{i[0], i[1], i[2], i[3], i[4], i[5] != 0, static_cast<int>(i[6])};
+    if (name == "gemm") return gemm<S>(sizes, p(0), p(1), in.pointer<float>(2), nullptr);
   }
   const Divisor divisor{i[16] != 0, i[17]};
   if (name == "avg_pool2d") return start(k.avg_pool2d, pool2d_geometry(i), divisor, p(0), p(1));
@@ -188,38 +143,104 @@ struct Calls {
   static constexpr void (*all[])(const std::string&, const Arguments&) = {call<S>...};
 };
 
+/// A call as it comes: a line of words, with the count before each list, then the inputs' bytes.
+struct Call {
+  std::string name;
+  int type = 0;
+  std::vector<int64_t> integers, inputs, outputs;  // an operand's size in bytes; -1 where there is none
+  std::vector<double> reals;
+  bool in_place = false;  // the output is the first input
+  int poison = 0;         // that outputs are filled with
+
+  template <class T>
+  static void read(std::vector<T>& list) {
+    std::size_t size = 0;
+    std::cin >> size;
+    list.resize(size);
+    for (T& x : list) std::cin >> x;
+  }
+
+  bool read() {
+    auto& settings = emulation::settings;
+    int order = 0, copies = 0;
+    std::cin >> name >> type >> order >> copies >> settings.grid_limit >> settings.index_limit >>
+        settings.architecture >> poison >> in_place;
+    settings.order = static_cast<emulation::Order>(order);
+    settings.copies = static_cast<emulation::Copies>(copies);
+    read(integers);
+    read(reals);
+    read(inputs);
+    read(outputs);
+    integers.resize(std::max<std::size_t>(integers.size(), 18));
+    reals.resize(2);
+    return std::cin.get() == '\n';
+  }
+
+  /// Writes "ok" and whether cp.async was used, then the outputs' bytes; or "error" and why not.
+  void run() {
+    std::vector<std::unique_ptr<emulation::Guarded>> operands;
+    std::vector<void*> pointers;
+    std::vector<std::string> given;
+    const auto add = [&](const char* what, std::size_t number, int64_t size, int filled) {
+      if (size < 0) return pointers.push_back(nullptr);
+      operands.push_back(
+          std::make_unique<emulation::Guarded>(what + std::to_string(number), static_cast<std::size_t>(size), filled));
+      pointers.push_back(operands.back()->data());
+    };
+    for (std::size_t i = 0; i < inputs.size(); ++i) {
+      add("input ", i, inputs[i], 0);
+      given.emplace_back(static_cast<std::size_t>(std::max<int64_t>(inputs[i], 0)), '\0');
+      std::cin.read(given[i].data(), static_cast<std::streamsize>(given[i].size()));
+      if (pointers[i]) std::memcpy(pointers[i], given[i].data(), given[i].size());
+    }
+    for (std::size_t i = 0; i < outputs.size(); ++i) add("output ", i, outputs[i], poison);
+    const std::size_t first_output = in_place ? 0 : inputs.size();
+    if (in_place) pointers.push_back(pointers[0]);
+
+    emulation::copies_seen = false;
+    try {
+      ForNumbers<Calls>::all[type](name, {integers.data(), pointers.data(), reals.data()});
+    } catch (const std::exception& caught) {
+      std::cout << "error " << caught.what() << std::endl;
+      return;
+    }
+    for (const auto& operand : operands) operand->check();
+    for (std::size_t i = in_place; i < inputs.size(); ++i) {
+      if (pointers[i] && std::memcmp(pointers[i], given[i].data(), given[i].size())) {
+        emulation::fail("wrote to input " + std::to_string(i));
+      }
+    }
+    std::cout << "ok " << emulation::copies_seen << '\n';
+    if (in_place) outputs = {inputs[0]};
+    for (std::size_t i = 0; i < outputs.size(); ++i) {
+      std::cout.write(static_cast<const char*>(pointers[first_output + i]), outputs[i]);
+    }
+    std::cout.flush();
+  }
+};
+
+/// What a call named "algorithms" answers: a name per algorithm of the convolution; "workspace": the elements of scratch
+/// that algorithm number `type` wants for a pass, the last of the integers, and a geometry, the others.
+bool answer(const Call& call) {
+  const auto& table = kernels<float>().conv2d;
+  if (call.name == "algorithms") {
+    for (int i = 0; i < table.size; ++i) std::cout << table.rows[i].name << ' ';
+  } else if (call.name == "workspace") {
+    const auto pass = static_cast<Pass>(call.integers.back());
+    std::cout << table.rows[call.type].run(pass).workspace(conv2d_geometry(call.integers.data()));
+  } else {
+    return false;
+  }
+  std::cout << std::endl;
+  return true;
+}
+
 }  // namespace
 }  // namespace cnnops::cuda
 
-extern "C" {
-
-/// Returns nullptr, or what went wrong. `type` counts ForNumbers; `integers` holds at least 18 numbers, `reals` 2.
-const char* cnnops_call(const char* name, int type, const int64_t* integers, void* const* pointers,
-                        const double* reals) {
-  static std::string error;
-  try {
-    cnnops::ForNumbers<cnnops::cuda::Calls>::all[type](name, {integers, pointers, reals});
-    return nullptr;
-  } catch (const std::exception& caught) {
-    error = caught.what();
-    return error.c_str();
+int main() {
+  std::ios::sync_with_stdio(false);
+  for (cnnops::cuda::Call call; call.read();) {
+    if (!cnnops::cuda::answer(call)) call.run();
   }
-}
-
-/// How kernels run from now on; order 0, 1, 2 is forward, reverse, shuffled.
-void cnnops_settings(int order, int64_t grid_limit, int64_t index_limit) {
-  emulation::settings = {static_cast<emulation::Order>(order), grid_limit, index_limit};
-}
-
-/// The names of the convolution's algorithms, in the order of the table; nullptr after the last.
-const char* cnnops_algorithm(int number) {
-  const auto& table = cnnops::cuda::kernels<float>().conv2d;
-  return number < table.size ? table.rows[number].name : nullptr;
-}
-
-/// Elements of scratch that an algorithm wants, and the integers are those of conv2d.
-int64_t cnnops_workspace(int number, int pass, const int64_t* i) {
-  const cnnops::Conv2dGeometry g = cnnops::cuda::conv2d_geometry(i);
-  return cnnops::cuda::kernels<float>().conv2d.rows[number].run(static_cast<cnnops::Pass>(pass)).workspace(g);
-}
 }

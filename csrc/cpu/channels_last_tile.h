@@ -1,0 +1,106 @@
+// What the two files of `direct` in channels_last share: the register tile, and how a window is copied.
+#pragma once
+
+#include "channels_last.h"
+
+namespace cnnops::cpu::CNNOPS_ISA {
+
+constexpr int kSums = 3 * kTileRows;                  // vectors of sums in a tile
+constexpr int kMostVectors = kTileRows == 8 ? 4 : 3;  // in a row of it
+constexpr int kMostRows = 12;
+
+template <int V>
+constexpr int kRows = kSums / V < kMostRows ? kSums / V : kMostRows;
+
+/// to[m][V vectors] = sum over runs and their lengths of a[run][m][r*step] * b[run][r][V vectors], plus what `plus` has.
+template <class T, int V, int M>
+void multiply_tile(int64_t runs, const int64_t* lengths, const T* const* a, int64_t step, const T* const* b,
+                   T* const* to, const T* const* plus) {
+  constexpr int L = kLanes<T>;
+  Vec<T> sum[M][V]{};
+  for (int64_t i = 0; i < runs; ++i, a += M) {
+    const T* row[M];
+    for (int m = 0; m < M; ++m) row[m] = a[m];
+    const T* columns = b[i];
+    for (int64_t r = 0; r < lengths[i] * step; r += step, columns += V * L) {
+      Vec<T> column[V];
+      for (int v = 0; v < V; ++v) column[v] = load(columns + v * L);
+      for (int m = 0; m < M; ++m) {
+        const Vec<T> x = broadcast(row[m][r]);
+        for (int v = 0; v < V; ++v) sum[m][v] = multiply_add(x, column[v], sum[m][v]);
+      }
+    }
+  }
+#pragma GCC unroll 16  // early, or GCC keeps the sums in memory
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < V; ++v) store(to[m] + v * L, plus ? load(plus[m] + v * L) + sum[m][v] : sum[m][v]);
+}
+
+/// How `columns` are cut into panels of about the same number of vectors.
+template <class T>
+struct Panels {
+  int64_t width, count;
+  explicit Panels(int64_t columns, int64_t most = kMostVectors) {
+    const int64_t vectors = ceil_div(columns, kLanes<T>);
+    count = ceil_div(vectors, most);
+    width = ceil_div(vectors, count) * kLanes<T>;
+    count = ceil_div(columns, width);
+  }
+};
+
+/// Calls f(std::integral_constant V) for a panel of that many vectors.
+template <class T, class F>
+void with_vectors(int64_t columns, const F& f) {
+  const int64_t vectors = ceil_div(columns, kLanes<T>);
+  if (vectors == 1) f(std::integral_constant<int, 1>());
+  if (vectors == 2) f(std::integral_constant<int, 2>());
+  if (vectors == 3) f(std::integral_constant<int, 3>());
+  if constexpr (kMostVectors == 4) {
+    if (vectors == 4) f(std::integral_constant<int, 4>());
+  }
+}
+
+/// `length` numbers of a window, all in one row of taps: from channel c of tap (th, tw) on. They are `straight` if they
+/// are consecutive numbers of the input, too: then `offset` is how far they lie from the window's first.
+struct Run {
+  int64_t th, tw, c, length, offset;
+  bool straight;
+};
+
+static inline Run make_run(const Windows& t, int64_t th, int64_t begin, int64_t end) {
+  const int64_t tw = begin / t.channels, c = begin % t.channels;
+  return {th, tw, c, end - begin, tap_offset(t, th, tw) + c, t.adjacent() || c + end - begin <= t.channels};
+}
+
+template <class S>
+void copy_run(const Windows& t, const Pixel<S>& p, const Run& run, Sum<S>* to) {
+  constexpr int64_t L = kLanes<Sum<S>>;
+  if (p.inside && run.straight) return copy_numbers(p.image + p.at + run.offset, run.length, to);
+  if (t.adjacent() && t.border == Border::zeros) {
+    const int64_t h = p.h + run.th * t.h.offset_step, row = t.w.in_size * t.channels;
+    const bool inside = h >= 0 && h < t.h.in_size;
+    const int64_t start = (p.w + run.tw) * t.channels + run.c;
+    for (int64_t i = 0; i < run.length; i += L) {
+      const int64_t lanes = smaller(run.length - i, L);
+      store_first(to + i, load_inside(p.image + (inside ? h : 0) * row, inside ? row : 0, start + i, lanes), lanes);
+    }
+    return;
+  }
+  int64_t left = run.length;
+  for (int64_t tw = run.tw, c = run.c; left > 0; ++tw, c = 0) {
+    const int64_t count = smaller(t.channels - c, left);
+    if (const S* from = seen(t, p, run.th, tw)) {
+      copy_numbers(from + c, count, to);
+    } else {
+      for (int64_t i = 0; i < count; ++i) to[i] = 0;
+    }
+    to += count;
+    left -= count;
+  }
+}
+
+/// conv2d_channels_last_weight.cpp
+template <class S>
+Conv2dRun<S> channels_last_grad_weight();
+
+}  // namespace cnnops::cpu::CNNOPS_ISA

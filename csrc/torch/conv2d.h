@@ -1,0 +1,34 @@
+// Convolution as the operators that contain one see it: check and allocate, and the calls that differentiate it.
+#pragma once
+
+#include "checks.h"
+#include "operators.h"
+#include "tables.h"
+
+namespace cnnops {
+
+inline Tensor or_none(const OptionalTensor& t) { return t ? *t : Tensor(); }
+
+/// The geometry of conv2d, in the layout that its operands ask for.
+template <class Int>
+BasicConv2dGeometry<Int> check_conv2d(const char* op, const Tensor& input, const Tensor& weight,
+                                      const OptionalTensor& bias, const Conv2dSettings& s) {
+  check_image(op, input);
+  check_dim(op, "weight", weight, 4);
+  check_alike(op, {{"input", input}, {"weight", weight}, {"bias", or_none(bias)}});
+  const auto g = conv2d_geometry<Int>(op, sizes_of<Int>(input), sizes_of<Int>(weight), s, layout_of({input, weight}));
+  if (bias) check_shape<Int>(op, "bias", *bias, {g.k});
+  check_algorithm(s.algorithm);
+  return g;
+}
+
+Tensor call_conv2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const Conv2dSettings& s);
+Tensor call_grad_input(const Tensor& grad_output, const Tensor& weight, const OptionalTensor& bias,
+                       c10::SymIntArrayRef input_size, const Conv2dSettings& s);
+Tensor call_grad_weight(const Tensor& grad_output, const Tensor& input, c10::SymIntArrayRef kernel_size,
+                        const Conv2dSettings& s);
+
+/// A tensor as autocast wants it for a convolution.
+OptionalTensor lower_precision(at::DeviceType device, const OptionalTensor& t);
+
+}  // namespace cnnops

@@ -1,0 +1,388 @@
+// Convolution, activation and max pooling as one operator, from arguments to kernels.
+//
+//   y = max_pool2d(activation(conv2d(x, w) + bias))        without pooling: y = activation(conv2d(x, w) + bias)
+//
+// The convolution's output is the largest tensor of such a chain, and nobody wants it: it is made a chunk at a time, in
+// memory that stays in the cache, and from there activated and pooled. A chunk is some images, or of a large image a
+// band of rows. Both are convolutions again, by the same kernels, of fewer images or of fewer rows with another padding
+// at the top. So all bits are those of the three operators one after the other (law 3); the size of a chunk may look at
+// what it likes.
+//
+// For the gradient the input, the weight, the output and the positions of its maxima are kept: an activation's slope at
+// a maximum can be told from the output. The gradient of the convolution's output exists while it is made use of. With
+// leaky_relu and windows that overlap it is rounded in another order than the chain's.
+//
+// On a GPU it is the three operators one after the other, with the same little kept.
+#include <ATen/autocast_mode.h>
+
+#include "autograd.h"
+#include "conv2d.h"
+#include "numbers.h"
+#include "run.h"
+
+namespace cnnops {
+namespace {
+
+constexpr const char* kName = "conv_relu_max_pool2d";
+// Bytes of a chunk: as the second-level cache holds them, or where winograd transforms filters for each chunk, the third.
+constexpr int64_t kChunk = int64_t(1) << 20, kWinogradChunk = int64_t(1) << 22, kLargestChunk = int64_t(1) << 23;
+constexpr int64_t kTileRows = 4;  // of winograd, whose outputs of one tile share their rounding
+
+using TwoTensors = std::tuple<Tensor, Tensor>;
+
+// ---- what the block consists of ----
+
+enum class Kind { none, relu, relu6, leaky_relu };
+
+struct Activation {
+  Kind kind;
+  double negative_slope;
+
+  Activation(std::string_view name, double negative_slope) : kind(kind_of(name)), negative_slope(negative_slope) {
+    TORCH_CHECK_VALUE(kind != Kind::leaky_relu || negative_slope >= 0, kName,
+                      ": negative_slope must be at least 0, or outputs would not tell their inputs' sign, but got ",
+                      negative_slope);
+  }
+  static Kind kind_of(std::string_view name) {
+    if (name == "none") return Kind::none;
+    if (name == "relu") return Kind::relu;
+    if (name == "relu6") return Kind::relu6;
+    if (name == "leaky_relu") return Kind::leaky_relu;
+    TORCH_CHECK_VALUE(false, kName, ": activation must be one of 'none', 'relu', 'relu6' and 'leaky_relu', but got '",
+                      name, "'");
+  }
+
+  template <class S>
+  void run(const cpu::Kernels<S>& kernels, const S* x, S* y, int64_t begin, int64_t end) const {
+    switch (kind) {
+      case Kind::relu:
+        return kernels.relu(x, y, begin, end);
+      case Kind::relu6:
+        return kernels.hardtanh(x, Sum<S>(0), Sum<S>(6), y, begin, end);
+      case Kind::leaky_relu:
+        return kernels.leaky_relu(x, Sum<S>(negative_slope), y, begin, end);
+      default:
+        return;
+    }
+  }
+
+  Tensor operator()(const Tensor& x) const {
+    static const auto relu = find_operator<Tensor(const Tensor&)>("cnnops::relu");
+    static const auto hardtanh = find_operator<Tensor(const Tensor&, double, double)>("cnnops::hardtanh");
+    static const auto leaky_relu = find_operator<Tensor(const Tensor&, double)>("cnnops::leaky_relu");
+    return kind == Kind::none         ? x
+           : kind == Kind::relu       ? relu.call(x)
+           : kind == Kind::leaky_relu ? leaky_relu.call(x, negative_slope)
+                                      : hardtanh.call(x, 0, 6);
+  }
+
+  Tensor backward(const Tensor& grad_output, const Tensor& output) const {
+    static const auto relu = find_operator<Tensor(const Tensor&, const Tensor&)>("cnnops::relu_backward");
+    static const auto hardtanh =
+        find_operator<Tensor(const Tensor&, const Tensor&, double, double)>("cnnops::hardtanh_backward");
+    static const auto leaky_relu =
+        find_operator<Tensor(const Tensor&, const Tensor&, double)>("cnnops::leaky_relu_backward");
+    return kind == Kind::none         ? grad_output
+           : kind == Kind::relu       ? relu.call(grad_output, output)
+           : kind == Kind::leaky_relu ? leaky_relu.call(grad_output, output, negative_slope)
+                                      : hardtanh.call(grad_output, output, 0, 6);
+  }
+};
+
+/// Pooling's windows, or none.
+struct Pooling : std::optional<Window> {
+  Pooling(IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, bool ceil_mode) {
+    if (!kernel_size.empty()) emplace(kName, kernel_size, stride, padding, dilation, ceil_mode);
+  }
+
+  TwoTensors operator()(const Tensor& x) const {
+    static const auto op =
+        find_operator<TwoTensors(const Tensor&, IntArrayRef, IntArrayRef, IntArrayRef, IntArrayRef, bool)>(
+            "cnnops::max_pool2d");
+    const Window& w = **this;
+    return op.call(x, w.kernel_size, w.stride, w.padding, w.dilation, w.ceil_mode);
+  }
+
+  Tensor backward(const Tensor& grad_output, const Tensor& positions, c10::SymIntArrayRef input_size) const {
+    static const auto op =
+        find_operator<Tensor(const Tensor&, const Tensor&, c10::SymIntArrayRef, IntArrayRef, IntArrayRef, IntArrayRef,
+                             IntArrayRef, bool)>("cnnops::max_pool2d_backward");
+    const Window& w = **this;
+    return op.call(grad_output, positions, input_size, w.kernel_size, w.stride, w.padding, w.dilation, w.ceil_mode);
+  }
+};
+
+struct Block {
+  Conv2dSettings conv;
+  Activation activation;
+  Pooling pooling;
+
+  Block(IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups, std::string_view padding_mode,
+        std::string_view activation, double negative_slope, IntArrayRef pool_kernel_size, IntArrayRef pool_stride,
+        IntArrayRef pool_padding, IntArrayRef pool_dilation, bool ceil_mode, std::string_view algorithm)
+      : conv(kName, stride, padding, dilation, groups, padding_mode, algorithm),
+        activation(activation, negative_slope),
+        pooling(pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode) {}
+};
+
+// ---- check and allocate ----
+
+template <class Int>
+struct Prepared {
+  BasicConv2dGeometry<Int> conv;
+  BasicPool2dGeometry<Int> pool;  // of the convolution's output; without pooling, windows of one pixel
+  Tensor out, positions;
+};
+
+template <class Int>
+Prepared<Int> prepare(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const Block& b) {
+  const auto g = check_conv2d<Int>(kName, input, weight, bias, b.conv);
+  const Window window = b.pooling.value_or(Window(kName, 1, {}, 0, 1, false));
+  TORCH_CHECK(window.kernel_size[0] <= 256 && window.kernel_size[1] <= 256 / window.kernel_size[0], kName,
+              ": pooling windows of more than 256 places are not fused, but got pool_kernel_size=",
+              IntArrayRef(window.kernel_size));
+  const Int planes[] = {g.n, g.k, g.out[0], g.out[1]};
+  const auto p = pool2d_geometry<Int>(kName, planes, window, g.layout);
+  const Int sizes[] = {g.n, g.k, p.out[0], p.out[1]}, none[] = {0};
+  const auto bytes = input.options().dtype(at::kByte);
+  const auto format = format_of(g.layout);
+  return {g, p, empty<Int>(sizes, input.options(), format),
+          b.pooling ? empty<Int>(sizes, bytes, format) : empty<Int>(none, bytes, at::MemoryFormat::Contiguous)};
+}
+
+// ---- run ----
+
+/// A chunk is `images` whole images, or of one image the rows that `rows` rows of outputs are made from.
+struct Chunks {
+  int64_t images, rows;
+
+  Chunks(const Conv2dGeometry& g, const Pool2dGeometry& p, int64_t element, int64_t size) {
+    const int64_t row = g.k * g.out[1] * element, image = row * g.out[0];
+    images = std::max<int64_t>(1, size / image);
+    rows = p.out[0];
+    if (image <= size) return;
+    const int64_t reach = (p.kernel[0] - 1) * p.dilation[0] + 1;
+    rows = std::max<int64_t>(1, (size / row - reach) / p.stride[0] + 1);
+    if (rows > kTileRows) rows = rows / kTileRows * kTileRows;
+    rows = std::min(rows, p.out[0]);
+  }
+};
+
+/// The convolution of one chunk.
+struct Chunk {
+  int64_t first_row, end_row;  // of outputs, of each image
+  int64_t first, end;          // rows of the convolution that they are made from
+  Conv2dGeometry conv;
+  Pool2dGeometry pool;  // of one plane; in channels_last of one image
+
+  /// Bands start and end where the algorithm's tiles of outputs do, of so many rows.
+  Chunk(const Conv2dGeometry& g, const Pool2dGeometry& p, int64_t images, int64_t row, int64_t rows, int64_t tile)
+      : first_row(row), end_row(std::min(row + rows, p.out[0])), conv(g), pool(p) {
+    const int64_t reach = (p.kernel[0] - 1) * p.dilation[0] + 1;
+    first = std::max<int64_t>(0, first_row * p.stride[0] - p.padding[0]) / tile * tile;
+    end = (end_row - 1) * p.stride[0] - p.padding[0] + reach;
+    end = std::min(g.out[0], (end + tile - 1) / tile * tile);
+    conv.n = images;
+    conv.out[0] = end - first;
+    conv.padding[0] = g.padding[0] - first * g.stride[0];
+    pool.n = 1;
+    if (g.layout == Layout::contiguous) pool.c = 1;
+    pool.in[0] = end - first;
+    pool.out[0] = end_row - first_row;
+    pool.padding[0] = p.padding[0] + first - first_row * p.stride[0];
+  }
+};
+
+/// Splits the numbers 0 to units * size over threads and calls run(unit, begin, end) for ranges within units.
+template <class Run>
+void split_units(int64_t units, int64_t size, int64_t grain, const Run& run) {
+  split(units * size, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin / size; unit * size < end; ++unit)
+      run(unit, std::max<int64_t>(0, begin - unit * size), std::min(size, end - unit * size));
+  });
+}
+
+template <class S>
+void run_chunks(const Prepared<int64_t>& prepared, const Block& block, const Tensor& x, const Tensor& w,
+                const Tensor& bias) {
+  const Conv2dGeometry& g = prepared.conv;
+  const Pool2dGeometry& p = prepared.pool;
+  const auto& kernels = cpu_kernels<S>();
+  const auto& algorithm = choose_or_throw(kernels.conv2d, g, Pass::forward, block.conv.algorithm);
+  if (g.n == 0) return;
+  const cpu::Conv2dRun<S>& conv = algorithm.forward;
+  const bool winograd = same_name(algorithm.name, "winograd");
+  const int64_t tile = winograd ? kTileRows : 1;
+  const bool pools = block.pooling.has_value();
+  const int64_t depth = g.layout == Layout::channels_last ? g.k : 1, planes = g.k / depth;  // of an image
+  const Chunks chunks(g, p, sizeof(S), winograd ? kWinogradChunk : kChunk);
+  S* const y = mutable_data_of<S>(prepared.out);
+  uint8_t* const positions = mutable_data_of<uint8_t>(prepared.positions);
+  for (int64_t n = 0; n < g.n; n += chunks.images) {
+    for (int64_t row = 0; row < p.out[0]; row += chunks.rows) {
+      const Chunk chunk(g, p, std::min(chunks.images, g.n - n), row, chunks.rows, tile);
+      const Conv2dGeometry& c = chunk.conv;
+      const int64_t units = c.n * planes, unit = c.out[0] * c.out[1] * depth;
+      const auto output = [&](int64_t i) { return ((n * planes + i) * p.out[0] + row) * p.out[1] * depth; };
+      // Without pooling, rows that lie together are activated in place.
+      const bool in_place = !pools && (chunks.rows == p.out[0] || depth > 1);
+      S* const made = in_place ? y + output(0) : static_cast<S*>(scratch(units * unit * sizeof(S), Scratch::of_caller));
+      const Conv2dOperands<S> operands{data_of<S>(x) + n * g.c * g.in[0] * g.in[1], data_of<S>(w),
+                                       bias.defined() ? data_of<S>(bias) : nullptr, made};
+      const int64_t tasks = conv.tasks(c), bytes = conv.workspace(c) * int64_t(sizeof(Sum<S>));
+      const int64_t work = units * unit * (g.c / g.groups) * g.kernel[0] * g.kernel[1];
+      split(tasks, grain_for(work / tasks), [&](int64_t begin, int64_t end) {
+        conv.run(c, operands, static_cast<Sum<S>*>(scratch(bytes)), begin, end);
+      });
+      const bool dense = pools || in_place;  // or rows of planes
+      split_units(dense ? 1 : units, dense ? units * unit : unit, kGrain, [&](int64_t i, int64_t begin, int64_t end) {
+        block.activation.run(kernels, made + i * unit, dense ? made : y + output(i), begin, end);
+      });
+      if (!pools) continue;
+      const int64_t reads = p.out[1] * depth * p.kernel[0] * p.kernel[1];
+      split_units(units, chunk.pool.out[0], grain_for(reads), [&](int64_t i, int64_t begin, int64_t end) {
+        kernels.max_pool2d.forward(chunk.pool, made + i * unit, y + output(i), positions + output(i), begin, end);
+      });
+    }
+  }
+}
+
+/// One operator after the other.
+TwoTensors chain(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const Block& b) {
+  const Tensor made = b.activation(call_conv2d(input, weight, bias, b.conv));
+  if (b.pooling) return b.pooling(made);
+  return {made, at::empty_symint({0}, made.options().dtype(at::kByte))};
+}
+
+TwoTensors run(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const Block& b) {
+  const auto prepared = prepare<int64_t>(input, weight, bias, b);
+  const Conv2dGeometry& g = prepared.conv;
+  const Pool2dGeometry& p = prepared.pool;
+  const Chunks chunks(g, p, input.element_size(), kWinogradChunk);
+  const int64_t largest = Chunk(g, p, 1, 0, chunks.rows, kTileRows).end * g.k * g.out[1] * input.element_size();
+  const bool nothing_to_fuse = !b.pooling && b.activation.kind == Kind::none;
+  if (!input.is_cpu() || nothing_to_fuse || largest > kLargestChunk) return chain(input, weight, bias, b);
+  const Tensor x = in_layout(input, g.layout), w = in_layout(weight, g.layout);
+  with_real_number(x.scalar_type(), [&](auto number) {
+    run_chunks<decltype(number)>(prepared, b, x, w, bias ? bias->contiguous() : Tensor());
+  });
+  return {prepared.out, prepared.positions};
+}
+
+/// An input without a batch goes through as a batch of one.
+template <class Call>
+TwoTensors two_batched(const Tensor& input, const Block& b, const Call& call) {
+  if (input.dim() != 3) return call(input);
+  const auto [y, positions] = call(input.unsqueeze(0));
+  return {y.squeeze(0), b.pooling ? positions.squeeze(0) : positions};
+}
+
+// ---- the operator ----
+
+TwoTensors conv_relu_max_pool2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                                IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups,
+                                std::string_view padding_mode, std::string_view activation, double negative_slope,
+                                IntArrayRef pool_kernel_size, IntArrayRef pool_stride, IntArrayRef pool_padding,
+                                IntArrayRef pool_dilation, bool ceil_mode, std::string_view algorithm) {
+  const Block b(stride, padding, dilation, groups, padding_mode, activation, negative_slope, pool_kernel_size,
+                pool_stride, pool_padding, pool_dilation, ceil_mode, algorithm);
+  return two_batched(input, b, [&](const Tensor& x) { return run(x, weight, bias, b); });
+}
+
+TwoTensors conv_relu_max_pool2d_meta(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                                     IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups,
+                                     std::string_view padding_mode, std::string_view activation, double negative_slope,
+                                     IntArrayRef pool_kernel_size, IntArrayRef pool_stride, IntArrayRef pool_padding,
+                                     IntArrayRef pool_dilation, bool ceil_mode, std::string_view algorithm) {
+  const Block b(stride, padding, dilation, groups, padding_mode, activation, negative_slope, pool_kernel_size,
+                pool_stride, pool_padding, pool_dilation, ceil_mode, algorithm);
+  return two_batched(input, b, [&](const Tensor& x) -> TwoTensors {
+    const auto p = prepare<c10::SymInt>(x, weight, bias, b);
+    return {p.out, p.positions};
+  });
+}
+
+TwoTensors call(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const Block& b,
+                std::string_view activation) {
+  static const auto op = find_operator<decltype(conv_relu_max_pool2d)>("cnnops::conv_relu_max_pool2d");
+  const Conv2dSettings& s = b.conv;
+  const Window w = b.pooling.value_or(Window(kName, 1, {}, 0, 1, false));
+  return op.call(input, weight, bias, s.stride, s.padding, s.dilation, s.groups, s.padding_mode, activation,
+                 b.activation.negative_slope, b.pooling ? IntArrayRef(w.kernel_size) : IntArrayRef(), w.stride,
+                 w.padding, w.dilation, w.ceil_mode, s.algorithm);
+}
+
+TwoTensors conv_relu_max_pool2d_autograd(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                                         IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups,
+                                         std::string_view padding_mode, std::string_view activation,
+                                         double negative_slope, IntArrayRef pool_kernel_size, IntArrayRef pool_stride,
+                                         IntArrayRef pool_padding, IntArrayRef pool_dilation, bool ceil_mode,
+                                         std::string_view algorithm) {
+  const Block b(stride, padding, dilation, groups, padding_mode, activation, negative_slope, pool_kernel_size,
+                pool_stride, pool_padding, pool_dilation, ceil_mode, algorithm);
+  const auto has_tangent = [](const Tensor& t) { return t.defined() && t._fw_grad(0).defined(); };
+  if (!may_be_differentiated(input, weight, or_none(bias)))
+    return below_autograd([&] { return call(input, weight, bias, b, activation); });
+  return two_batched(input, b, [&](const Tensor& x) -> TwoTensors {
+    if (has_tangent(x) || has_tangent(weight) || has_tangent(or_none(bias))) return chain(x, weight, bias, b);
+    const auto outputs = differentiable(
+        "ConvReluMaxPool2dBackward", {x, weight, or_none(bias)},
+        [&] {
+          const auto [y, positions] = call(x, weight, bias, b, activation);
+          return variable_list{y, positions};
+        },
+        [&](const variable_list& outputs) { return variable_list{x, weight, outputs[0], outputs[1]}; },
+        [b](const Backward& step) {
+          const Tensor &x = step.kept[0], &weight = step.kept[1], &y = step.kept[2], &positions = step.kept[3];
+          if (!step.grads[0].defined()) return variable_list(3);
+          Tensor gy = b.activation.backward(step.grads[0], y);
+          const auto plane = [](const Tensor& t) { return t.sym_sizes().slice(2); };
+          if (b.pooling) {
+            const auto g =
+                conv2d_geometry<c10::SymInt>(kName, x.sym_sizes(), weight.sym_sizes(), b.conv, Layout::contiguous);
+            gy = b.pooling.backward(gy, positions, g.out);
+          }
+          return variable_list{step.needs(0) ? call_grad_input(gy, weight, {}, plane(x), b.conv) : Tensor(),
+                               step.needs(1) ? call_grad_weight(gy, x, plane(weight), b.conv) : Tensor(),
+                               step.needs(2) ? channel_sum(gy) : Tensor()};
+        },
+        [](const variable_list&, const variable_list&, const variable_list&) { return variable_list{}; });
+    return {outputs[0], outputs[1]};
+  });
+}
+
+template <at::DeviceType device, c10::DispatchKey key>
+TwoTensors conv_relu_max_pool2d_autocast(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                                         IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups,
+                                         std::string_view padding_mode, std::string_view activation,
+                                         double negative_slope, IntArrayRef pool_kernel_size, IntArrayRef pool_stride,
+                                         IntArrayRef pool_padding, IntArrayRef pool_dilation, bool ceil_mode,
+                                         std::string_view algorithm) {
+  const c10::impl::ExcludeDispatchKeyGuard below_autocast(key);
+  const Block b(stride, padding, dilation, groups, padding_mode, activation, negative_slope, pool_kernel_size,
+                pool_stride, pool_padding, pool_dilation, ceil_mode, algorithm);
+  return call(*lower_precision(device, input), *lower_precision(device, weight), lower_precision(device, bias), b,
+              activation);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(cnnops, m) {
+  m.def(
+      "conv_relu_max_pool2d(Tensor input, Tensor weight, Tensor? bias=None, int[2] stride=1, int[2] padding=0, "
+      "int[2] dilation=1, int groups=1, str padding_mode='zeros', str activation='relu', float negative_slope=0.01, "
+      "int[2] pool_kernel_size=[], int[2] pool_stride=[], int[2] pool_padding=0, int[2] pool_dilation=1, "
+      "bool ceil_mode=False, str algorithm='auto') -> (Tensor, Tensor)");
+}
+TORCH_LIBRARY_IMPL(cnnops, CPU, m) { m.impl("conv_relu_max_pool2d", conv_relu_max_pool2d); }
+TORCH_LIBRARY_IMPL(cnnops, CUDA, m) { m.impl("conv_relu_max_pool2d", conv_relu_max_pool2d); }
+TORCH_LIBRARY_IMPL(cnnops, Meta, m) { m.impl("conv_relu_max_pool2d", conv_relu_max_pool2d_meta); }
+TORCH_LIBRARY_IMPL(cnnops, Autograd, m) { m.impl("conv_relu_max_pool2d", conv_relu_max_pool2d_autograd); }
+TORCH_LIBRARY_IMPL(cnnops, AutocastCPU, m) {
+  m.impl("conv_relu_max_pool2d", conv_relu_max_pool2d_autocast<at::kCPU, c10::DispatchKey::AutocastCPU>);
+}
+TORCH_LIBRARY_IMPL(cnnops, AutocastCUDA, m) {
+  m.impl("conv_relu_max_pool2d", conv_relu_max_pool2d_autocast<at::kCUDA, c10::DispatchKey::AutocastCUDA>);
+}
+
+}  // namespace cnnops

@@ -1,0 +1,540 @@
+"""Warm memory: what is reused, what bounds it, and that nobody can tell from the numbers.
+
+An operator's own steps may take blocks too, so most tests count with relu, which takes one block for its result.
+"""
+
+import gc
+import os
+import pickle
+import queue
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+
+import cases
+import pytest
+import torch
+from helpers import PASSES, accepts, conv2d_operands, or_refusal, run_pass, same_bits
+
+import cnnops
+from cnnops import functional as F
+
+MB = 2**20
+
+
+@pytest.fixture(autouse=True)
+def clean():
+    """Every test starts with nothing kept and with a limit of 256 MB; afterwards all is as before."""
+    limit = cnnops.settings.cache_limit
+    cnnops.settings.cache_limit = 256 * MB
+    cnnops.empty_cache()
+    yield
+    cnnops._C.set_cache_seconds(30)
+    cnnops.settings.cache_limit = limit
+
+
+def make(size=MB):
+    """A result of ours of so many bytes."""
+    return F.relu(torch.ones(size // 4))
+
+
+def changes(call):
+    """How the statistics changed."""
+    before = cnnops.memory_stats()
+    result = call()
+    after = cnnops.memory_stats()
+    return {name: after[name] - before[name] for name in before}, result
+
+
+def run(code, **environment):
+    """In a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment, timeout=120
+    )
+    return done.returncode, done.stdout.strip(), done.stderr
+
+
+# ---- reuse ----
+
+
+def test_a_freed_block_is_used_again():
+    t = make()
+    address = t.data_ptr()
+    del t
+    change, t = changes(make)
+    assert t.data_ptr() == address
+    assert (change["hits"], change["misses"]) == (1, 0)
+    assert change["bytes_in_use"] == MB == -change["bytes_cached"]
+
+
+def test_the_block_freed_last_comes_first():
+    a, b = make(), make()
+    addresses = a.data_ptr(), b.data_ptr()
+    del b
+    del a
+    assert (make().data_ptr(), make().data_ptr()) == (addresses[0],) * 2
+    a, b = make(), make()
+    assert (a.data_ptr(), b.data_ptr()) == addresses
+
+
+def test_alignment_and_size_classes():
+    for size in [65536, 65540, 99996, MB - 4, MB, MB + 4, 9 * MB // 8, 3 * MB + 12]:
+        change, t = changes(lambda size=size: make(size))
+        assert t.data_ptr() % 64 == 0
+        assert size <= change["bytes_in_use"] <= size * 9 / 8
+        assert t.untyped_storage().nbytes() == size
+        t.fill_(1)
+
+
+def test_a_block_in_use_is_nobody_elses():
+    kept = [make().fill_(i) for i in range(20)]
+    assert len({t.data_ptr() for t in kept}) == 20
+    del kept[::2]
+    more = [make().fill_(-1) for _ in range(20)]
+    assert all((t == i).all() for t, i in zip(kept, range(1, 20, 2), strict=True))
+    assert all((t == -1).all() for t in more)
+
+
+def test_small_tensors_are_torchs():
+    change, _ = changes(lambda: make(65532))
+    assert not any(change.values())
+
+
+def test_statistics_of_a_convolution():
+    x, w = torch.randn(4, 8, 64, 64), torch.randn(8, 8, 3, 3)
+    F.conv2d(x, w, padding=1)  # the thread's scratch memory, if it is large, stays in use
+    change, y = changes(lambda: F.conv2d(x, w, padding=1))
+    assert (change["hits"], change["misses"], change["bytes_in_use"]) == (1, 0, y.nbytes)
+    del y
+    stats = cnnops.memory_stats()
+    assert 0 <= stats["bytes_in_use"] <= stats["bytes_in_use_peak"]
+    assert 0 < stats["bytes_cached"] <= stats["bytes_cached_peak"]
+
+
+# ---- bounds ----
+
+
+def test_limit():
+    cnnops.settings.cache_limit = 8 * MB
+    assert cnnops.settings.cache_limit == cnnops.memory_stats()["limit"] == 8 * MB
+    tensors = [make(2 * MB) for _ in range(10)]
+    change, _ = changes(tensors.clear)
+    assert cnnops.memory_stats()["bytes_cached"] == 8 * MB
+    assert change["evictions"] == 6
+    cnnops.settings.cache_limit = 3 * MB
+    assert cnnops.memory_stats()["bytes_cached"] == 2 * MB
+    with pytest.raises(ValueError, match="0 or more, but got -1"):
+        cnnops.settings.cache_limit = -1
+
+
+def test_the_block_unused_longest_goes_first():
+    cnnops.settings.cache_limit = 4 * MB
+    old, new = make(2 * MB), make(2 * MB)
+    kept = new.data_ptr()
+    del old
+    del new
+    make(3 * MB // 2)  # room for it: the older one goes
+    assert make(2 * MB).data_ptr() == kept
+
+
+def test_a_tensor_beyond_the_limit_is_torchs():
+    cnnops.settings.cache_limit = 2 * MB
+    change, _ = changes(lambda: make(4 * MB))
+    assert not any(change.values())
+
+
+def test_lowering_the_limit_while_a_tensor_lives():
+    t = make(4 * MB)
+    cnnops.settings.cache_limit = 2 * MB
+    del t
+    assert cnnops.memory_stats()["bytes_cached"] == 0
+
+
+def test_limit_zero_turns_it_off():
+    cnnops.settings.cache_limit = 0
+    change, _ = changes(lambda: [make() for _ in range(5)])
+    assert not any(change.values())
+
+
+def test_empty_cache():
+    t = make(64 * MB)
+    expected = t.clone()
+    make(64 * MB)
+    before = resident()
+    cnnops.empty_cache()
+    assert cnnops.memory_stats()["bytes_cached"] == 0
+    assert before - resident() > 60 * MB
+    assert torch.equal(t, expected)
+    cnnops.empty_cache()
+
+
+def test_what_nobody_wants_goes_back_in_time():
+    cnnops._C.set_cache_seconds(0.05)
+    make(4 * MB)
+    time.sleep(0.1)
+    make()
+    assert cnnops.memory_stats()["bytes_cached"] == MB
+
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_a_thousand_steps_of_all_sizes_do_not_grow():
+    cnnops.settings.cache_limit = 32 * MB
+    conv = cnnops.nn.Conv2d(3, 8, 3, padding=1)
+
+    def step(i):
+        x = torch.randn(1 + i % 5, 3, 16 + i * 7 % 64, 16 + i * 13 % 64)
+        F.max_pool2d(F.relu(conv(x)), 2).sum().backward()
+
+    for i in range(300):
+        step(i)
+    gc.collect()
+    before = resident()
+    for i in range(1000):
+        step(i)
+    stats = cnnops.memory_stats()
+    assert resident() - before < 16 * MB
+    assert stats["bytes_cached"] <= 32 * MB
+    assert stats["hits"] > 0
+
+
+@pytest.mark.parametrize(("value", "limit"), [("0", 0), ("12345678", 12345678)])
+def test_environment(value, limit):
+    code = "import cnnops; print(cnnops.settings.cache_limit)"
+    assert run(code, CNNOPS_CACHE_LIMIT=value)[1] == str(limit)
+
+
+def test_environment_nonsense():
+    status, _, error = run("import cnnops; cnnops.memory_stats()", CNNOPS_CACHE_LIMIT="much")
+    assert status != 0 and "CNNOPS_CACHE_LIMIT must be a number of bytes, 0 or more, but is 'much'" in error
+
+
+def test_default_limit():
+    environment = {"CNNOPS_CACHE_LIMIT": ""}
+    code = "import os; del os.environ['CNNOPS_CACHE_LIMIT']; import cnnops; print(cnnops.settings.cache_limit)"
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < int(run(code, **environment)[1]) <= min(4 * 2**30, physical // 8)
+    code = "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**34, -1)); " + code
+    assert 0 < int(run(code, **environment)[1]) <= 2**31
+
+
+def test_where_there_is_no_memory():
+    """What is kept is given back for a tensor that does not fit beside it; then the error is torch's."""
+    code = """
+import resource, torch, cnnops
+from cnnops import functional as F
+cnnops.settings.cache_limit = 2**40
+x, larger = torch.zeros(2**26), torch.zeros(2**26 + 2**24)  # 256 and 320 MB
+F.relu(x)
+used = int(open('/proc/self/statm').read().split()[0]) * 4096
+resource.setrlimit(resource.RLIMIT_AS, (used + 128 * 2**20, -1))
+assert cnnops.memory_stats()['bytes_cached'] == 2**28
+y = F.relu(larger)  # fits, if the block kept is gone
+assert cnnops.memory_stats()['bytes_cached'] == 0
+in_use = cnnops.memory_stats()['bytes_in_use']
+try:
+    F.max_pool2d(torch.zeros(1, 1, 1, 1).expand(1, 64, 4096, 4096), 1)
+except RuntimeError as error:
+    assert "can't allocate memory" in str(error), error
+    assert cnnops.memory_stats()['bytes_in_use'] == in_use
+    print('refused')
+"""
+    status, out, error = run(code)
+    assert (status, out) == (0, "refused"), error
+
+
+# ---- threads and processes ----
+
+
+def test_many_threads():
+    """Each makes tensors of its own number, checks them, and lets another thread free them."""
+    passed_on, wrong = queue.Queue(), []
+
+    def work(number):
+        for i in range(60):
+            x = torch.full((16384 * (1 + i * number % 7),), float(number))
+            t = F.relu(x)
+            if not (t == number).all():
+                wrong.append(number)
+            passed_on.put(t)
+            if i % 2:
+                passed_on.get()
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(1, 9)]
+    before = cnnops.memory_stats()["bytes_in_use"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    while not passed_on.empty():
+        passed_on.get()
+    assert cnnops.memory_stats()["bytes_in_use"] == before
+
+
+def test_scratch_of_a_thread_that_ends_is_kept():
+    x, w = torch.randn(1, 64, 32, 32), torch.randn(64, 64, 5, 5)
+    assert cnnops.ops.conv2d_workspace(x, w, algorithm="im2col") >= 65536
+
+    def work():
+        F.conv2d(x, w, algorithm="im2col")
+
+    before = cnnops.memory_stats()["bytes_in_use"]
+    for _ in range(3):
+        thread = threading.Thread(target=work)
+        change, _ = changes(lambda thread=thread: (thread.start(), thread.join()))
+        patience = time.monotonic() + 10  # Python's thread is at its end a little before the system's
+        while cnnops.memory_stats()["bytes_in_use"] != before:
+            assert time.monotonic() < patience
+            time.sleep(0.001)
+    assert change["misses"] == 0 < change["hits"]
+
+
+def test_fork():
+    """The child frees what the parent made, and allocates, while other threads of the parent are in the cache."""
+    stop = threading.Event()
+
+    def work():
+        while not stop.is_set():
+            make()
+
+    x, w = torch.randn(2, 8, 64, 64), torch.randn(8, 8, 3, 3)
+    expected = F.conv2d(x, w)
+    t = make(4 * MB)
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        for _ in range(10):
+            child = os.fork()
+            if child == 0:
+                ok = cnnops.memory_stats()["bytes_cached"] == 0 and torch.equal(F.conv2d(x, w), expected)
+                del t
+                ok &= torch.equal(F.conv2d(x, w), expected) and cnnops.memory_stats()["bytes_cached"] >= 4 * MB
+                os._exit(0 if ok else 1)
+            assert os.waitpid(child, 0)[1] == 0
+    finally:
+        stop.set()
+        thread.join()
+    assert (t == 1).all()
+
+
+class Blurred(torch.utils.data.Dataset):
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, i):
+        return F.avg_pool2d(torch.full((1, 32, 64, 64), float(i)), 3, stride=1, padding=1, count_include_pad=False)
+
+
+def test_data_loader():
+    loader = torch.utils.data.DataLoader(Blurred(), batch_size=3, num_workers=2)
+    got = torch.cat([batch[:, 0, 0, 0, 0] for batch in loader])
+    assert got.tolist() == list(range(12))
+
+
+def test_at_exit():
+    """Tensors and scratch memory that live until the interpreter's end, and blocks that are kept."""
+    code = """
+import torch, cnnops
+from cnnops import functional as F
+kept = [F.relu(torch.ones(2**20)) for _ in range(4)]
+F.conv2d(torch.ones(1, 64, 32, 32), torch.ones(64, 64, 5, 5), algorithm="im2col")
+del kept[0]
+"""
+    status, _, error = run(code)
+    assert status == 0, error
+
+
+# ---- what torch does with such tensors ----
+
+
+def test_storage_grows_and_shrinks():
+    t = make()
+    t.resize_(2**20)
+    assert (t[: 2**18] == 1).all()
+    t.fill_(2)
+    t.untyped_storage().resize_(0)
+    t.untyped_storage().resize_(8 * MB)
+    t.resize_(2**21).fill_(3)
+    del t
+    assert (make(8 * MB) == 1).all()
+
+
+def test_a_view_or_an_array_keeps_the_block():
+    array = make().numpy()
+    view = make()[100:200]
+    capsule = torch.from_dlpack(make())
+    for _ in range(5):
+        make().fill_(9)
+    assert (array == 1).all() and (view == 1).all() and (capsule == 1).all()
+
+
+def test_sharing_and_saving(tmp_path):
+    t = make()
+    assert torch.equal(pickle.loads(pickle.dumps(t)), t)
+    torch.save(t, tmp_path / "t.pt")
+    assert torch.equal(torch.load(tmp_path / "t.pt"), t)
+    change, shared = changes(t.share_memory_)
+    assert shared.is_shared() and change["bytes_in_use"] == -MB
+    make().fill_(9)
+    assert (t == 1).all()
+
+
+def test_profiler_sees_it():
+    x = torch.ones(2**20)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        F.relu(x)
+    assert any(event.cpu_memory_usage == 2**22 for event in profile.events())
+
+
+# ---- the numbers are the same ----
+
+
+def poison(size):
+    """Makes sure that the next blocks of this size are full of NaN."""
+    if size >= 65536:
+        blocks = [make(size // 4 * 4).fill_(torch.nan) for _ in range(6)]
+        del blocks
+
+
+def sizes_of(*tensors):
+    return {t.untyped_storage().nbytes() for t in tensors}
+
+
+def assert_indifferent(call):
+    """The same bits from torch's memory, from fresh blocks, and from blocks full of NaN."""
+    cnnops.settings.cache_limit = 0
+    expected = [t.clone() for t in call()]
+    cnnops.settings.cache_limit = 256 * MB
+    fresh = call()
+    assert all(same_bits(a, b) for a, b in zip(expected, fresh, strict=True))
+    sizes = sizes_of(*fresh)
+    del fresh
+    for size in sizes:
+        poison(size)
+    change, got = changes(call)
+    assert change["hits"] >= sum(size >= 65536 for size in sizes)
+    assert all(same_bits(a, b) for a, b in zip(expected, got, strict=True))
+
+
+formats = pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+
+
+def with_large_output(case):
+    """With a batch that makes the output a block of the cache in float32."""
+    return replace(case, n=max(case.n, -(-32768 // prod(case.output_shape[1:]))))
+
+
+LARGE = [case for case in map(with_large_output, cases.CONV2D) if case.n <= 64 and case.flops < 2e8]
+
+
+@formats
+@pytest.mark.parametrize("which", PASSES)
+@pytest.mark.parametrize("algorithm", ["auto", *(a for a in cnnops.ops.algorithms() if a != "reference")])
+def test_convolutions_write_every_element(algorithm, which, memory_format):
+    ran = 0
+    for case in LARGE:
+        t = conv2d_operands(case).to(torch.float32).formatted(memory_format)
+        settings = {**case.arguments, "algorithm": algorithm, "which": which}
+        if algorithm != "auto" and not accepts(which, t, case, algorithm):
+            continue
+        workspace = cnnops.ops.conv2d_workspace(t.x, t.w, **settings)
+
+        # In a thread of its own, so that its scratch memory comes from the same blocks.
+        def call(t=t, case=case, workspace=workspace):
+            poison(workspace)
+            with ThreadPoolExecutor(1) as thread:
+                return [thread.submit(run_pass, which, t, case, algorithm).result()]
+
+        with or_refusal(algorithm):
+            assert_indifferent(call)
+            ran += 1
+    if not ran:
+        pytest.skip(f"{algorithm} takes none of these in this layout")
+
+
+def with_gradients(function):
+    """The result and the gradients of all its operands."""
+
+    def call(*operands):
+        leaves = [t.detach().requires_grad_() for t in operands]
+        y = function(*leaves)
+        gy = torch.linspace(-1, 1, y.numel()).view(y.shape).to(memory_format=memory_format_of(operands[0]))
+        return [y.detach(), *torch.autograd.grad(y, leaves, gy)]
+
+    return call
+
+
+def memory_format_of(t):
+    channels_last = t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+FUNCTIONS = {
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "leaky_relu": F.leaky_relu,
+    "prelu": lambda x: F.prelu(x, torch.full((16,), 0.3)),
+    "max_pool2d": lambda x: F.max_pool2d(x, 3, 2, 1),
+    "max_pool2d with gaps": lambda x: F.max_pool2d(x, 2, 3),
+    "adaptive_max_pool2d": lambda x: F.adaptive_max_pool2d(x, 33),
+    "max_unpool2d": lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2),
+    "avg_pool2d": lambda x: F.avg_pool2d(x, 3, 2, 1),
+    "avg_pool2d with gaps": lambda x: F.avg_pool2d(x, 2, 3),
+    "adaptive_avg_pool2d": lambda x: F.adaptive_avg_pool2d(x, 33),
+    "conv_transpose2d": lambda x: F.conv_transpose2d(x, torch.ones(16, 3, 3, 3) / 7, torch.ones(3), stride=2),
+    "reflect": lambda x: torch.ops.cnnops.conv2d(x, torch.ones(16, 16, 3, 3), None, 1, 1, 1, 1, "reflect", "auto"),
+}
+
+
+@formats
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_all_others_write_every_element(name, memory_format):
+    x = torch.randn(2, 16, 66, 66).contiguous(memory_format=memory_format)
+    assert_indifferent(lambda: with_gradients(FUNCTIONS[name])(x))
+
+
+# ---- workspace ----
+
+
+@formats
+@pytest.mark.parametrize("which", PASSES)
+def test_workspace_is_at_most_8_mib_per_thread(which, memory_format):
+    """Every algorithm, on every convolution that is benchmarked or tested."""
+    for case in [*cases.BENCH_CONV2D, *cases.CONV2D]:
+        x = torch.empty(case.input_shape).to(memory_format=memory_format)
+        w = torch.empty(case.weight_shape).to(memory_format=memory_format)
+        for algorithm in cnnops.ops.algorithms():
+            try:
+                size = cnnops.ops.conv2d_workspace(x, w, **case.arguments, algorithm=algorithm, which=which)
+            except RuntimeError:  # it refuses
+                continue
+            assert size <= 8 * MB, f"{algorithm}, {case}: {size / MB:.1f} MiB"
+
+
+# ---- the figures of docs/memory.md ----
+
+
+def test_figures():
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    from benchmarks import memory
+
+    block = memory.Block("small", 2, 4, 16, 8, 3, 1, 2)
+    x = torch.randn(block.shape, requires_grad=True)
+    kept = {name: memory.kept_for_backward(module, x) for name, module in block.contestants().items()}
+    activation = 2 * 8 * 16 * 16 * 4
+    assert kept["torch"] >= activation + activation // 4 * 2  # ReLU's result, and an int64 per pooled pixel
+    assert activation <= kept["ours"] < kept["torch"]
+    page = "text\n<!-- kept -->\nold\n<!-- /kept -->\nmore"
+    assert memory.with_table(page, "kept", "| new |") == "text\n<!-- kept -->\n| new |\n<!-- /kept -->\nmore"
+    with open(memory.PAGE) as file:
+        text = file.read()
+    assert all(memory.with_table(text, part, "") != text for part in memory.PARTS)
