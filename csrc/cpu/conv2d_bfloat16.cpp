@@ -407,6 +407,7 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<BFloat16>& o, float
 
 constexpr int64_t kSumRows = 160;  // weights of one output channel in a task
 constexpr int64_t kSumPanels = 8;  // panels of output channels in a task
+constexpr int64_t kMostTaps = 4096;
 constexpr int64_t kFewTasks = 8;
 constexpr int64_t kSumPixels = 512;         // of a strip
 constexpr int64_t kPlaneNumbers = 1 << 18;  // at most, in a strip of x
@@ -435,7 +436,7 @@ struct WeightPlan {
         h(make_axis(g, Pass::forward, 0, 0)),
         w(make_axis(g, Pass::forward, 1, 0)),
         channels(c_group, kSumRows / taps),
-        blocks(ceil_div(k_group, kPanel), kSumPanels),
+        blocks(ceil_div(k_group, kPanel), kSumPanels * kSumRows / larger(taps, kSumRows)),
         phases(smaller(w.in_step, reach(w) + 1)),
         beyond(reach(w) / w.in_step),
         strips(h, w, g.n, kSumPixels, channels.size, kPlaneNumbers) {
@@ -457,7 +458,7 @@ struct WeightPlan {
   }
 
   int64_t room_x() const { return round_up(channels.size * strips.images * strips.in_rows * row(strips.columns), 32); }
-  int64_t room_gy() const { return blocks.size * strips.images * strips.rows * round_up(strips.columns, 2) * kPanel; }
+  int64_t room_gy() const { return strips.images * strips.rows * round_up(strips.columns, 2) * kPanel; }
   int64_t room_sums() const { return blocks.size * round_up(channels.size * taps, kDotRows) * kPanel; }
   int64_t workspace() const { return room_sums() + (room_x() + room_gy()) / 2; }
 };
@@ -591,6 +592,7 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<BFloat16>& o, flo
 const char* refuses(const Conv2dGeometry& g, Pass pass) {
   if (!__builtin_cpu_supports("avx512bf16")) return "this processor has no instruction for it, AVX512_BF16";
   if (pass == Pass::grad_weight) {
+    if (g.kernel[0] * g.kernel[1] > kMostTaps) return "its filters are too large for its scratch memory";
     return WeightPlan(g).strips.fits ? nullptr : "what an output sees overflows its scratch memory";
   }
   const Plan plan(g, pass);
