@@ -13,7 +13,7 @@
 
 namespace cnnops::cpu::CNNOPS_ISA {
 
-constexpr int kDotRows = 12;       // of a tile
+constexpr int kDotRows = 14;       // of a tile
 constexpr int kDotVectors = 2;     // in a row of it, at most
 constexpr int64_t kDotLanes = 16;  // of a vector of sums
 constexpr int64_t kPanel = kDotVectors * kDotLanes;

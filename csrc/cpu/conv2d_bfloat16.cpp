@@ -627,8 +627,10 @@ Conv2dAlgorithm<Conv2dRun<S>> conv2d_dot_products() {
     row.refuses = refuses;
     row.forward = run<Pass::forward>();
     row.grad_input = run<Pass::grad_input>();
-    row.yields = [](const Conv2dGeometry& g, Pass pass) {  // to `fold`: too few channels for vectors of them
-      return pass == Pass::grad_input && g.c / g.groups <= 4 && g.kernel[0] * g.kernel[1] > 1;
+    row.yields = [](const Conv2dGeometry& g, Pass pass) {  // to what lays vectors along pixels, or to `fold`
+      const int64_t produced = (pass == Pass::grad_input ? g.c : g.k) / g.groups;
+      if (g.layout == Layout::contiguous) return produced < 8;
+      return pass == Pass::grad_input && produced <= 4 && g.kernel[0] * g.kernel[1] > 1;
     };
     row.grad_weight = {[](const Conv2dGeometry& g) { return WeightPlan(g).tasks(g.groups); },
                        [](const Conv2dGeometry& g) { return WeightPlan(g).workspace(); }, grad_weight};
