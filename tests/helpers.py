@@ -134,6 +134,16 @@ def or_refusal(algorithm):
             raise
 
 
+def refused_by_processor(algorithm):
+    """Why a processor without AVX512_BF16 refuses what needs it; nothing otherwise."""
+    x = torch.ones(1, 32, 8, 8, dtype=torch.bfloat16)
+    try:
+        cnnops.ops.conv2d_algorithm(x, x.expand(32, -1, -1, -1)[..., :3, :3], algorithm=algorithm)
+    except RuntimeError as refusal:
+        sentence = str(refusal).splitlines()[0]
+        return sentence if "AVX512_BF16" in sentence else None
+
+
 def terms(which, case: Conv2dCase):
     """How many products an element of this pass sums."""
     outputs = {"forward": case.output_shape, "grad_input": case.input_shape, "grad_weight": case.weight_shape}[which]

@@ -21,6 +21,7 @@ from helpers import (
     name_of,
     numbers,
     or_refusal,
+    refused_by_processor,
     run_pass,
     runs_winograd,
     terms,
@@ -92,8 +93,11 @@ def test_autograd_agrees_with_torch(case, device, dtype):
 @every_algorithm
 def test_every_algorithm_is_of_use(device, algorithm):
     """A row that refuses every case would never be tested."""
+    dtype = torch.bfloat16 if algorithm == "dot_products" else torch.float32
+    if refusal := refused_by_processor(algorithm):
+        pytest.skip(refusal)
     for memory_format in torch.contiguous_format, torch.channels_last:
-        tensors = {case: conv2d_operands(case).to(device, torch.float32).formatted(memory_format) for case in CONV2D}
+        tensors = {case: conv2d_operands(case).to(device, dtype).formatted(memory_format) for case in CONV2D}
         which = "grad_input" if algorithm == "fold" else "forward"
         accepted = [case for case, t in tensors.items() if accepts(which, t, case, algorithm)]
         if algorithm == "reference":
@@ -401,15 +405,47 @@ def test_empty_batch(device, algorithm, dtype):
         assert gw.shape == w.shape and gb.shape == b.shape
 
 
+# --- bfloat16 by its own instruction ---
+
+
+@every_pass
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=name_of)
+@given(case=geometries())
+def test_dot_products_of_random_geometries(memory_format, which, case):
+    """Small whole numbers, exact up to the one rounding at the end."""
+    t = conv2d_operands(case, whole=True).to(torch.bfloat16).formatted(memory_format)
+    with or_refusal("dot_products"):
+        got = run_pass(which, t, case, "dot_products")
+        assert_equal(got, torch_pass(which, t.to(torch.float64), case).to(torch.bfloat16))
+
+
+@every_pass
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=name_of)
+def test_dot_products_are_for_bfloat16(dtype, which):
+    case = by_name["vgg-14"]
+    with pytest.raises(RuntimeError, match="dot_products.*bfloat16|dot_products.*avx512"):
+        run_pass(which, conv2d_operands(case).to(dtype), case, "dot_products")
+
+
+def test_dot_products_come_before_direct():
+    case = by_name["vgg-14"]
+    if refusal := refused_by_processor("dot_products"):
+        pytest.skip(refusal)
+    for which in PASSES:
+        t = conv2d_operands(case).to(torch.bfloat16)
+        assert cnnops.ops.conv2d_algorithm(t.x, t.w, **case.arguments, which=which) == "dot_products"
+
+
 # --- what is not a number ---
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @every_algorithm
-def test_nan_and_infinity_reach_what_sees_them(device, algorithm, value):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_nan_and_infinity_reach_what_sees_them(device, algorithm, dtype, value):
     """Exactly the outputs that read a bad number become bad: nothing is skipped, nothing leaks to a neighbour."""
     case = Conv2dCase("bad", 3, 4, 9, 10, 5, (3, 3), padding=(1, 1))
-    t = conv2d_operands(case, whole=True).to(torch.float32).map(lambda v: v + 10)  # no zeros: inf * 0 is NaN
+    t = conv2d_operands(case, whole=True).to(dtype).map(lambda v: v + 10)  # no zeros: inf * 0 is NaN
     for which, operand in ("forward", "x"), ("grad_input", "gy"), ("grad_weight", "x"), ("grad_weight", "gy"):
         bad = t.map(torch.clone)
         flat = getattr(bad, operand).view(-1)
@@ -417,7 +453,7 @@ def test_nan_and_infinity_reach_what_sees_them(device, algorithm, value):
         if not accepts(which, bad.to(device), case, algorithm):
             continue
         got = run_pass(which, bad.to(device), case, algorithm)
-        assert_equal(got, torch_pass(which, bad.to(torch.float64), case).float())
+        assert_equal(got, torch_pass(which, bad.to(torch.float64), case).to(dtype))
         assert 0 < (~got.isfinite()).sum() < got.numel()
 
 

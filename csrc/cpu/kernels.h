@@ -96,6 +96,8 @@ namespace cnnops::cpu::CNNOPS_ISA {
 template <class S>
 Conv2dAlgorithm<Conv2dRun<S>> conv2d_winograd();
 template <class S>
+Conv2dAlgorithm<Conv2dRun<S>> conv2d_dot_products();
+template <class S>
 Conv2dAlgorithm<Conv2dRun<S>> conv2d_direct();
 template <class S>
 Conv2dAlgorithm<Conv2dRun<S>> conv2d_channels_last();

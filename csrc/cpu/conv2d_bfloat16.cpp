@@ -1,0 +1,647 @@
+// Convolution of bfloat16 tensors by an instruction that adds up two products at once (bfloat16.h), in both layouts.
+//
+//   y[p, k]    = bias[k] + sum over (kh,kw,c) of window[p, (kh,kw,c)] * w[k, (kh,kw,c)]       p = (n, oh, ow)
+//   gw[k, r]   =           sum over p         of gy[p, k] * x[r, p]                           r = (c, kh, kw)
+//
+// Forward, the rows of a tile are pixels and its vectors lie along output channels. A strip of the image is copied with
+// its border so that a pixel's channels follow each other, pixel after pixel: then what a pixel sees through a tap, or
+// through a whole row of taps, is a run of numbers at a distance that is the same for all pixels, and pairs are made
+// of neighbours in such a run. (A channels_last image that needs no border is read where it stands.) Weights are packed
+// to match, once for all strips of a thread. The gradient of the input is forward with other taps (../correlation.h).
+//
+// For the gradient of the weight a pair is two neighbours in a row of outputs. Strips of x are copied as planes, column
+// by column apart as far as the stride (columns 0, s, 2s, .. and then 1, s+1, ..), so that what a row of outputs sees
+// through a tap is a run again; gy is packed. The rows of a tile are taps, its vectors lie along output channels.
+//
+// A task is a strip for a block of output channels (forward, grad_input), or a block of the filters' channels for a
+// block of output channels (grad_weight). A sum is made in one order, whatever the batch; the gradient of the weight
+// adds up strip by strip. Zeros of the border are multiplied: an infinite or NaN weight gives NaN there, where plain
+// loops would skip it. Subnormal numbers count as zeros. Refuses other types than bfloat16, processors without
+// AVX512_BF16, and filters too large for its scratch memory.
+#include "bfloat16.h"
+
+namespace cnnops::cpu::CNNOPS_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+
+constexpr int64_t kMostDepth = 32768;                  // numbers of a filter
+constexpr int64_t kWeightNumbers = 1 << 18;            // about as many packed weights in a block of output channels
+constexpr int64_t kStripNumbers = 3 << 16;             // at most, in a strip
+constexpr int64_t kMostPixels = 480, kFewPixels = 96;  // of a strip
+constexpr int64_t kGoodTasks = 32;
+constexpr int64_t kPixelRoom = kMostPixels + kDotRows;
+
+/// The distances between neighbours in a tensor.
+struct Distances {
+  int64_t image, channel, row, column;
+  Distances(Layout layout, int64_t channels, const int64_t (&size)[2])
+      : image(channels * size[0] * size[1]),
+        channel(layout == Layout::contiguous ? size[0] * size[1] : 1),
+        row(layout == Layout::contiguous ? size[1] : size[1] * channels),
+        column(layout == Layout::contiguous ? 1 : channels) {}
+};
+
+/// How far the taps of an axis reach from the window's first place, and how many places `count` outputs see.
+int64_t reach(const Axis& a) { return a.taps == 0 ? 0 : (a.taps - 1) * a.offset_step; }
+int64_t seen_places(const Axis& a, int64_t count) { return (count - 1) * a.in_step + reach(a) + 1; }
+/// Whether all windows lie inside the image.
+bool inside(const Axis& a) {
+  return a.taps == 0 || (a.offset0 >= 0 && a.offset0 + seen_places(a, a.count) <= a.in_size);
+}
+
+/// A correlation: forward, or the gradient of the input.
+struct Layer {
+  Pass pass;
+  int64_t n, groups, classes_h, classes_w;
+  int64_t channels, rows;  // of a group: summed over, and produced
+  Distances in, out;
+  int64_t weight_group, weight_row, weight_channel, weight_tap, kernel_width, kernel_plane;
+  Border border;
+  bool in_place;  // read the input where it stands
+
+  Layer(const Conv2dGeometry& g, Pass pass)
+      : pass(pass),
+        n(g.n),
+        groups(g.groups),
+        classes_h(axis_classes(g, pass, 0)),
+        classes_w(axis_classes(g, pass, 1)),
+        channels((pass == Pass::forward ? g.c : g.k) / g.groups),
+        rows((pass == Pass::forward ? g.k : g.c) / g.groups),
+        in(g.layout, channels * g.groups, pass == Pass::forward ? g.in : g.out),
+        out(g.layout, rows * g.groups, pass == Pass::forward ? g.out : g.in),
+        border(g.border) {
+    const bool planes = g.layout == Layout::contiguous;
+    const int64_t c_group = g.c / g.groups;
+    kernel_width = g.kernel[1];
+    kernel_plane = g.kernel[0] * g.kernel[1];
+    const int64_t filter = c_group * kernel_plane, channel = planes ? kernel_plane : 1;
+    weight_group = g.k / g.groups * filter;
+    weight_row = pass == Pass::forward ? filter : channel;
+    weight_channel = pass == Pass::forward ? channel : filter;
+    weight_tap = planes ? 1 : c_group;
+    in_place = !planes;
+    for (int64_t cls = 0; cls < classes_h; ++cls) in_place &= inside(in_memory_order(make_axis(g, pass, 0, cls)));
+    for (int64_t cls = 0; cls < classes_w; ++cls) in_place &= inside(in_memory_order(make_axis(g, pass, 1, cls)));
+  }
+  int64_t classes() const { return classes_h * classes_w; }
+  int64_t depth() const { return channels * kernel_plane; }
+};
+
+/// How the outputs of a class are cut into strips: several images, or rows and columns of one.
+struct Strips {
+  int64_t images, rows, columns;  // outputs of a strip
+  int64_t batches, down, across;  // strips
+  int64_t in_rows, in_columns;    // what a strip sees
+  bool fits = true;
+  int64_t count() const { return batches * down * across; }
+  int64_t pixels() const { return images * rows * columns; }
+
+  /// `most` pixels; at most `numbers` of what they see, so many for each place.
+  Strips(const Axis& h, const Axis& w, int64_t n, int64_t most, int64_t numbers_of_place, int64_t numbers) {
+    const auto cut = [&](int64_t most_images, int64_t most_rows, int64_t most_columns) {
+      images = larger(most_images, 1);
+      down = ceil_div(h.count, larger(most_rows, 1));
+      rows = ceil_div(h.count, larger(down, 1));
+      across = ceil_div(w.count, larger(most_columns, 1));
+      columns = ceil_div(w.count, larger(across, 1));
+      batches = ceil_div(n, images);
+      in_rows = seen_places(h, rows);
+      in_columns = seen_places(w, columns);
+      return images * in_rows * in_columns * numbers_of_place <= numbers;
+    };
+    cut(most / larger(h.count * w.count, 1), most / larger(smaller(w.count, most), 1), most);
+    while (!cut(images, rows, columns)) {
+      if (images > 1) {
+        images /= 2;
+      } else if (rows > 1) {
+        rows /= 2;
+      } else if (columns > 1) {
+        columns /= 2;
+      } else {
+        fits = false;
+        break;
+      }
+    }
+  }
+};
+
+/// A strip's place in the tensors.
+struct Strip {
+  int64_t n, i, j;  // its first image and output
+  int64_t images, rows, columns;
+  Strip(const Strips& s, int64_t number, const Axis& h, const Axis& w, int64_t n_all) {
+    j = number % s.across * s.columns;
+    i = number / s.across % s.down * s.rows;
+    n = number / s.across / s.down * s.images;
+    images = smaller(s.images, n_all - n);
+    rows = smaller(s.rows, h.count - i);
+    columns = smaller(s.columns, w.count - j);
+  }
+};
+
+/// Blocks of about the same size, at most `most`.
+struct Cut {
+  int64_t size, count;
+  Cut(int64_t all, int64_t most) {
+    count = ceil_div(all, larger(most, 1));
+    size = ceil_div(all, larger(count, 1));
+    count = size == 0 ? 0 : ceil_div(all, size);
+  }
+};
+
+/// Calls f(std::integral_constant V) for a panel of so many channels.
+template <class F>
+void with_panel(int64_t channels, const F& f) {
+  if (channels > kDotLanes) {
+    f(std::integral_constant<int, 2>());
+  } else {
+    f(std::integral_constant<int, 1>());
+  }
+}
+
+// ---- forward and grad_input ----
+
+/// The axes that a strip is planned by: all classes have at most so many outputs and reach at most so far.
+Axis widest(const Conv2dGeometry& g, Pass pass, int dim) {
+  Axis widest = in_memory_order(make_axis(g, pass, dim, 0));
+  for (int64_t cls = 1; cls < axis_classes(g, pass, dim); ++cls) {
+    const Axis a = in_memory_order(make_axis(g, pass, dim, cls));
+    if (reach(a) > reach(widest)) widest.taps = a.taps, widest.offset_step = a.offset_step;
+  }
+  return widest;
+}
+
+/// Tasks are numbered (group, class, block of output channels, strip), so that those with the same weights are together.
+struct Plan {
+  Layer t;
+  Cut blocks;  // of panels
+  Axis h, w;
+  Strips strips;
+  int64_t most_pairs;  // steps of a filter
+
+  Plan(const Conv2dGeometry& g, Pass pass)
+      : t(g, pass),
+        blocks(ceil_div(t.rows, kPanel), kWeightNumbers / (t.depth() * kPanel)),
+        h(widest(g, pass, 0)),
+        w(widest(g, pass, 1)),
+        strips(h, w, g.n, pixels_of_task(), t.channels, t.in_place ? INT64_MAX : kStripNumbers),
+        most_pairs(t.kernel_plane * ceil_div(t.channels, 2)) {}
+  int64_t pixels_of_task() const {
+    const int64_t all = t.n * h.count * w.count * t.groups * t.classes() * blocks.count;
+    return smaller(larger(all / kGoodTasks, kFewPixels), kMostPixels);
+  }
+  int64_t tasks() const { return t.groups * t.classes() * blocks.count * strips.count(); }
+
+  int64_t block_weights() const { return blocks.size * most_pairs * 2 * kPanel; }
+  int64_t lines() const { return t.depth() * kPanel; }
+  int64_t strip() const { return t.in_place ? 0 : round_up(kStripNumbers, 32); }
+  int64_t workspace() const { return (block_weights() + lines() + strip()) / 2 + kPixelRoom * kPanel; }
+};
+
+/// The steps that a filter's taps of one class take through the input.
+Steps filter_steps(const Layer& t, const Axis& h, const Axis& w, int64_t row, int64_t column) {
+  const bool together = w.offset_step == 1 && column == t.channels;
+  return {h.taps, h.offset_step * row,
+          w.taps == 0 ? 0
+          : together  ? 1
+                      : w.taps,
+          w.offset_step * column, together ? w.taps * t.channels : t.channels};
+}
+
+/// lines[r][lane] = number r of the filters of a panel of channels, r in the order in which they lie in memory.
+void gather_lines(const Layer& t, const BFloat16* weight, int64_t lanes, BFloat16* lines) {
+  const int64_t run = t.weight_row == t.depth() ? t.depth() : t.kernel_plane;
+  for (int64_t c = 0; c * run < t.depth(); ++c)
+    for (int64_t r = 0; r < run; r += kDotLanes) {
+      const int64_t count = smaller(kDotLanes, run - r);
+      transpose_words(
+          lanes, count,
+          [&](int64_t i) { return load_words(weight + c * t.weight_channel + i * t.weight_row + r, 0, count); },
+          [&](int64_t j, Vec<uint32_t> words) { store_words(lines + (c * run + r + j) * kPanel, words, kPanel); });
+    }
+}
+
+/// The weights of a panel of output channels in the order of the steps, in pairs.
+template <int V>
+void pack_weights(const Layer& t, const Axis& h, const Axis& w, const Steps& steps, const BFloat16* weight,
+                  int64_t lanes, BFloat16* lines, BFloat16* to) {
+  const bool gathered = t.weight_row != 1;
+  if (gathered) gather_lines(t, weight, lanes, lines);
+  const bool filters = t.weight_row == t.depth();  // lines are whole filters, otherwise one for each channel
+  const int64_t channel = filters ? t.weight_channel : t.kernel_plane, tap = filters ? t.weight_tap : 1;
+  const auto line = [&](int64_t th, int64_t tw, int64_t c) {
+    const int64_t at = (h.k0 + th * h.k_step) * t.kernel_width + w.k0 + tw * w.k_step;
+    return gathered ? load_first_words(lines + (c * channel + at * tap) * kPanel, kPanel)
+                    : load_first_words(weight + c * t.weight_channel + at * t.weight_tap, lanes);
+  };
+  for (int64_t th = 0; th < steps.outer; ++th)
+    for (int64_t j = 0; j < steps.inner; ++j) {
+      int64_t tw = j, c = 0;
+      const auto next = [&](int64_t r) {
+        if (r >= steps.length) return Words{};
+        const Words words = line(th, tw, c);
+        if (++c == t.channels) c = 0, ++tw;
+        return words;
+      };
+      for (int64_t r = 0; r < steps.length; r += 2, to += V * 2 * kDotLanes) {
+        const Words first = next(r);
+        store_pairs<V>(first, next(r + 1), to);
+      }
+    }
+}
+
+/// to[place][c] for `columns` places of a row from w0 on, numbers of a channel or a pixel exchanged as needed.
+void copy_row(const Layer& t, const BFloat16* row, int64_t size, int64_t w0, int64_t columns, BFloat16* to) {
+  const int64_t C = t.channels, begin = smaller(larger(-w0, 0), columns);
+  const int64_t end = larger(smaller(size - w0, columns), begin);
+  if (t.in.column == 1 && C > 1) {
+    for (int64_t c = 0; c < C; c += kPanel)
+      for (int64_t j = 0; j < columns; j += kDotLanes) {
+        const int64_t from = smaller(larger(begin - j, 0), kDotLanes), till = smaller(larger(end - j, from), kDotLanes);
+        transpose_words(
+            smaller(kPanel, C - c), smaller(kDotLanes, columns - j),
+            [&](int64_t i) { return load_words(row + (c + i) * t.in.channel + w0 + j, from, till); },
+            [&](int64_t i, Vec<uint32_t> words) { store_words(to + (j + i) * C + c, words, smaller(kPanel, C - c)); });
+      }
+  } else {
+    __builtin_memset(to, 0, begin * C * sizeof *to);
+    if (t.in.column == C) {
+      __builtin_memcpy(to + begin * C, row + (w0 + begin) * C, (end - begin) * C * sizeof *to);
+    } else {
+      for (int64_t j = begin; j < end; ++j) __builtin_memcpy(to + j * C, row + (w0 + j) * t.in.column, C * sizeof *to);
+    }
+    __builtin_memset(to + end * C, 0, (columns - end) * C * sizeof *to);
+  }
+  if (t.border == Border::zeros) return;
+  for (int64_t j = 0; j < columns; ++j) {
+    if (j == begin && end > begin) j = end;
+    for (int64_t c = 0; c < C && j < columns; ++c)
+      to[j * C + c] = row[pixel_at(w0 + j, size, t.border) * t.in.column + c * t.in.channel];
+  }
+}
+
+void copy_strip(const Layer& t, const Axis& h, const Axis& w, const Strip& s, const BFloat16* in, BFloat16* to) {
+  const int64_t rows = seen_places(h, s.rows), columns = seen_places(w, s.columns);
+  const int64_t h0 = s.i * h.in_step + h.offset0, w0 = s.j * w.in_step + w.offset0;
+  for (int64_t n = s.n; n < s.n + s.images; ++n)
+    for (int64_t i = 0; i < rows; ++i, to += columns * t.channels) {
+      const int64_t row = pixel_at(h0 + i, h.in_size, t.border);
+      if (row < 0) {
+        __builtin_memset(to, 0, columns * t.channels * sizeof *to);
+      } else {
+        copy_row(t, in + n * t.in.image + row * t.in.row, w.in_size, w0, columns, to);
+      }
+    }
+}
+
+/// out[k*line + p*step] = sums[p][V vectors], rounded, plus what the channel's bias adds.
+template <int V>
+void store_transposed(const float* sums, int64_t count, int64_t lanes, const BFloat16* bias, int64_t step, int64_t line,
+                      BFloat16* out) {
+  for (int64_t k = 0; k < lanes; k += kDotLanes)
+    for (int64_t p = 0; p < count; p += kDotLanes) {
+      const int64_t pixels = smaller(kDotLanes, count - p);
+      Vec<float> square[kDotLanes];
+      for (int64_t i = 0; i < kDotLanes; ++i)
+        square[i] = i < pixels ? load(sums + (p + i) * V * kDotLanes + k) : Vec<float>{};
+      transpose<float>(square);
+      for (int64_t i = 0; i < smaller(kDotLanes, lanes - k); ++i) {
+        const Vec<float> y = square[i] + broadcast(bias ? value(bias[k + i]) : 0.0f);
+        BFloat16* to = out + (k + i) * line + p * step;
+        if (step == 1) {
+          store_rounded(to, y, pixels);
+        } else {
+          BFloat16 together[kDotLanes];
+          store_rounded(together, y, kDotLanes);
+          for (int64_t j = 0; j < pixels; ++j) to[j * step] = together[j];
+        }
+      }
+    }
+}
+
+/// All outputs of a strip for one panel of channels.
+template <int V>
+void strip_panel(const Layer& t, const Axis& h, const Axis& w, const Strip& s, const Steps& steps, const BFloat16* base,
+                 const int64_t* offsets, const BFloat16* weights, int64_t lanes, const BFloat16* bias, float* sums,
+                 BFloat16* out) {
+  const int64_t plane = s.rows * s.columns, count = s.images * plane;
+  for (int64_t p = 0; p < count; p += kDotRows) {
+    const BFloat16* rows[kDotRows];
+    for (int64_t m = 0; m < kDotRows; ++m) rows[m] = base + offsets[smaller(p + m, count - 1)];
+    with_rows(count - p, [&](auto m) { dot_tile<m, V>(steps, rows, weights, sums + p * V * kDotLanes, false); });
+  }
+  for (int64_t n = 0; n < s.images; ++n)
+    for (int64_t i = 0; i < s.rows; ++i, sums += s.columns * V * kDotLanes) {
+      BFloat16* row = out + (s.n + n) * t.out.image + (h.first + (s.i + i) * h.step) * t.out.row +
+                      (w.first + s.j * w.step) * t.out.column;
+      if (t.out.column == 1) {  // rows that follow each other are one
+        const bool whole = w.step == 1 && h.step == 1 && s.columns == t.out.row;
+        store_transposed<V>(sums, whole ? plane : s.columns, lanes, bias, w.step, t.out.channel, row);
+        if (!whole) continue;
+        sums += plane * V * kDotLanes;
+        break;
+      }
+      for (int64_t j = 0; j < s.columns; ++j)
+        for (int64_t k = 0; k < lanes; k += kDotLanes) {
+          const int64_t some = smaller(kDotLanes, lanes - k);
+          const Vec<float> add = bias ? load_first(bias + k, some) : Vec<float>{};
+          store_rounded(row + j * w.step * t.out.column + k, load(sums + j * V * kDotLanes + k) + add, some);
+        }
+    }
+}
+
+template <Pass pass>
+void correlate(const Conv2dGeometry& g, const Conv2dOperands<BFloat16>& o, float* workspace, int64_t begin,
+               int64_t end) {
+  const Plan plan(g, pass);
+  const Layer& t = plan.t;
+  float* sums = workspace;
+  BFloat16* weights = reinterpret_cast<BFloat16*>(sums + kPixelRoom * kPanel);
+  BFloat16 *lines = weights + plan.block_weights(), *copy = lines + plan.lines();
+  int64_t packed = -1;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t filters = task / plan.strips.count(), block = filters % plan.blocks.count;
+    const int64_t cls = filters / plan.blocks.count % t.classes(), group = filters / plan.blocks.count / t.classes();
+    const Axis h = in_memory_order(make_axis(g, pass, 0, cls / t.classes_w));
+    const Axis w = in_memory_order(make_axis(g, pass, 1, cls % t.classes_w));
+    const Strip s(plan.strips, task % plan.strips.count(), h, w, g.n);
+    if (s.rows <= 0 || s.columns <= 0) continue;  // a smaller class than class 0
+
+    const int64_t column = t.in_place ? t.in.column : t.channels;
+    const int64_t row = t.in_place ? t.in.row : seen_places(w, s.columns) * column;
+    const int64_t image = t.in_place ? t.in.image : seen_places(h, s.rows) * row;
+    const Steps steps = filter_steps(t, h, w, row, column);
+    const BFloat16* in = o.a + group * t.channels * t.in.channel;
+    const BFloat16* base = copy;
+    if (steps.pairs() == 0) {
+      base = in;
+    } else if (t.in_place) {
+      base = in + s.n * image + (s.i * h.in_step + h.offset0) * row + (s.j * w.in_step + w.offset0) * column;
+    } else {
+      copy_strip(t, h, w, s, in, copy);
+    }
+    int64_t offsets[kMostPixels], p = 0;
+    for (int64_t n = 0; n < s.images; ++n)
+      for (int64_t i = 0; i < s.rows; ++i)
+        for (int64_t j = 0; j < s.columns; ++j) offsets[p++] = n * image + i * h.in_step * row + j * w.in_step * column;
+
+    const int64_t size = steps.pairs() * 2 * kPanel;
+    for (int64_t panel = 0; panel < plan.blocks.size; ++panel) {
+      const int64_t row0 = (block * plan.blocks.size + panel) * kPanel, lanes = smaller(kPanel, t.rows - row0);
+      if (lanes <= 0) break;
+      const int64_t channel = group * t.rows + row0;
+      with_panel(lanes, [&](auto v) {
+        if (packed != filters)
+          pack_weights<v>(t, h, w, steps, o.b + group * t.weight_group + row0 * t.weight_row, lanes, lines,
+                          weights + panel * size);
+        strip_panel<v>(t, h, w, s, steps, base, offsets, weights + panel * size, lanes,
+                       o.bias ? o.bias + channel : nullptr, sums, o.out + channel * t.out.channel);
+      });
+    }
+    packed = filters;
+  }
+}
+
+// ---- grad_weight ----
+
+constexpr int64_t kSumRows = 160;  // weights of one output channel in a task
+constexpr int64_t kSumPanels = 8;  // panels of output channels in a task
+constexpr int64_t kMostTaps = 4096;
+constexpr int64_t kFewTasks = 8;
+constexpr int64_t kSumPixels = 512;         // of a strip
+constexpr int64_t kPlaneNumbers = 1 << 18;  // at most, in a strip of x
+
+/// Tasks are numbered (group, block of output channels, block of channels).
+struct WeightPlan {
+  int64_t n, k_group, c_group, taps, kernel_width;
+  bool planes;
+  Border border;
+  Distances x, gy;
+  Axis h, w;
+  Cut channels, blocks;    // of channels, of panels
+  int64_t phases, beyond;  // columns a stride apart stand together: so many lists, longer than a row of outputs by that
+  Strips strips;
+
+  explicit WeightPlan(const Conv2dGeometry& g)
+      : n(g.n),
+        k_group(g.k / g.groups),
+        c_group(g.c / g.groups),
+        taps(g.kernel[0] * g.kernel[1]),
+        kernel_width(g.kernel[1]),
+        planes(g.layout == Layout::contiguous),
+        border(g.border),
+        x(g.layout, g.c, g.in),
+        gy(g.layout, g.k, g.out),
+        h(make_axis(g, Pass::forward, 0, 0)),
+        w(make_axis(g, Pass::forward, 1, 0)),
+        channels(c_group, kSumRows / taps),
+        blocks(ceil_div(k_group, kPanel), kSumPanels * kSumRows / larger(taps, kSumRows)),
+        phases(smaller(w.in_step, reach(w) + 1)),
+        beyond(reach(w) / w.in_step),
+        strips(h, w, g.n, kSumPixels, channels.size, kPlaneNumbers) {
+    if (g.groups * channels.count * blocks.count < kFewTasks) blocks = Cut(ceil_div(k_group, kPanel), 1);
+  }
+  int64_t tasks(int64_t groups) const { return groups * blocks.count * channels.count; }
+
+  int64_t row(int64_t columns) const { return phases * (columns + beyond); }
+  int64_t image(const Strip& s) const { return seen_places(h, s.rows) * row(s.columns); }
+  /// Where what the first output sees through a tap lies in a plane.
+  int64_t shift(int64_t tap, int64_t columns) const {
+    const int64_t th = tap / kernel_width * h.offset_step, tw = tap % kernel_width * w.offset_step;
+    return th * row(columns) + tw % w.in_step * (columns + beyond) + tw / w.in_step;
+  }
+  /// The rows of outputs of a strip; they are one if no row sees more than its own columns.
+  Steps steps(const Strip& s) const {
+    const bool whole = row(s.columns) == s.columns && h.in_step == 1 && strips.across == 1;
+    return {s.images, image(s), whole ? 1 : s.rows, h.in_step * row(s.columns), whole ? s.rows * s.columns : s.columns};
+  }
+
+  int64_t room_x() const { return round_up(channels.size * strips.images * strips.in_rows * row(strips.columns), 32); }
+  int64_t room_gy() const { return strips.images * strips.rows * round_up(strips.columns, 2) * kPanel; }
+  int64_t room_sums() const { return blocks.size * round_up(channels.size * taps, kDotRows) * kPanel; }
+  int64_t workspace() const { return room_sums() + (room_x() + room_gy()) / 2; }
+};
+
+/// The planes of channels [c0, c0 + channels) that a strip of outputs sees: [c][image][row][column % stride][column].
+void copy_planes(const WeightPlan& t, const Strip& s, const BFloat16* x, int64_t channels, BFloat16* to) {
+  const int64_t length = s.columns + t.beyond, plane = s.images * t.image(s), rows = seen_places(t.h, s.rows);
+  const int64_t h0 = s.i * t.h.in_step + t.h.offset0, w0 = s.j * t.w.in_step + t.w.offset0;
+  for (int64_t n = 0; n < s.images; ++n)
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t phase = 0; phase < t.phases; ++phase, to += length) {
+        const int64_t ih = pixel_at(h0 + i, t.h.in_size, t.border);
+        const BFloat16* row = x + (s.n + n) * t.x.image + ih * t.x.row;
+        const auto column = [&](int64_t j) {
+          return ih < 0 ? -1 : pixel_at(w0 + phase + j * t.w.in_step, t.w.in_size, t.border);
+        };
+        if (t.planes) {
+          const int64_t first = w0 + phase, begin = smaller(larger(-first, 0), length);
+          const int64_t end = larger(smaller(t.w.in_size - first, length), begin);
+          for (int64_t c = 0; c < channels; ++c) {
+            const BFloat16* from = row + c * t.x.channel;
+            BFloat16* line = to + c * plane;
+            const bool straight = t.w.in_step == 1 && ih >= 0;
+            if (straight) __builtin_memcpy(line + begin, from + first + begin, (end - begin) * sizeof *to);
+            for (int64_t j = 0; j < length; ++j) {
+              if (straight && j == begin && end > begin) j = end;
+              if (j < length) line[j] = column(j) < 0 ? BFloat16{} : from[column(j)];
+            }
+          }
+        } else {
+          for (int64_t j = 0; j < length; j += kPanel)
+            for (int64_t c = 0; c < channels; c += kDotLanes) {
+              const int64_t pixels = smaller(kPanel, length - j), some = smaller(kDotLanes, channels - c);
+              transpose_words(
+                  pixels, some,
+                  [&](int64_t i) {
+                    const int64_t iw = column(j + i);
+                    return iw < 0 ? Vec<uint32_t>{} : load_words(row + iw * t.x.column + c, 0, some);
+                  },
+                  [&](int64_t i, Vec<uint32_t> words) { store_words(to + (c + i) * plane + j, words, pixels); });
+            }
+        }
+      }
+}
+
+/// A panel of gy in the order of the steps, in pairs.
+template <int V>
+void pack_gradient(const WeightPlan& t, const Strip& s, const Steps& steps, const BFloat16* gy, int64_t lanes,
+                   BFloat16* to) {
+  for (int64_t n = 0; n < s.images; ++n)
+    for (int64_t i = 0; i < steps.inner; ++i, to += steps.run_pairs() * V * 2 * kDotLanes) {
+      const BFloat16* from = gy + (s.n + n) * t.gy.image + (s.i + i) * t.gy.row + s.j * t.gy.column;
+      if (!t.planes) {
+        for (int64_t p = 0; p < steps.length; p += 2)
+          store_pairs<V>(load_first_words(from + p * t.gy.column, lanes),
+                         p + 1 < steps.length ? load_first_words(from + (p + 1) * t.gy.column, lanes) : Words{},
+                         to + p * V * kDotLanes);
+        continue;
+      }
+      for (int64_t p = 0; p < steps.length; p += 2 * kDotLanes)
+        for (int64_t v = 0; v < V; ++v) {
+          const int64_t count = smaller(2 * kDotLanes, steps.length - p);
+          Vec<uint32_t> square[kDotLanes];
+          for (int64_t k = 0; k < kDotLanes; ++k)
+            square[k] = v * kDotLanes + k < lanes
+                            ? (Vec<uint32_t>)load_first_words(from + (v * kDotLanes + k) * t.gy.channel + p, count)
+                            : Vec<uint32_t>{};
+          transpose<uint32_t>(square);
+          for (int64_t j = 0; 2 * j < count; ++j)
+            store_words(to + ((p / 2 + j) * V + v) * 2 * kDotLanes, square[j], 2 * kDotLanes);
+        }
+    }
+}
+
+/// sums[row][V vectors] to the filters of a panel of output channels, from channel c0 of each on.
+template <int V>
+void store_filters(const WeightPlan& t, const float* sums, int64_t channels, int64_t c0, int64_t lanes, BFloat16* out) {
+  const int64_t runs = t.planes ? 1 : t.taps, length = channels * t.taps / runs;
+  for (int64_t run = 0; run < runs; ++run, sums += length * V * kDotLanes) {
+    BFloat16* to = out + (t.planes ? c0 * t.taps : run * t.c_group + c0);
+    store_transposed<V>(sums, length, lanes, nullptr, 1, t.c_group * t.taps, to);
+  }
+}
+
+void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<BFloat16>& o, float* workspace, int64_t begin,
+                 int64_t end) {
+  const WeightPlan plan(g);
+  float* sums = workspace;
+  BFloat16 *gy = reinterpret_cast<BFloat16*>(sums + plan.room_sums()), *x = gy + plan.room_gy();
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t c0 = task % plan.channels.count * plan.channels.size;
+    const int64_t channels = smaller(plan.channels.size, plan.c_group - c0), rows = channels * plan.taps;
+    const int64_t k0 = task / plan.channels.count % plan.blocks.count * plan.blocks.size * kPanel;
+    const int64_t group = task / plan.channels.count / plan.blocks.count;
+    const int64_t ks = smaller(plan.blocks.size * kPanel, plan.k_group - k0), panel = round_up(rows, kDotRows) * kPanel;
+    const int64_t channel = group * plan.k_group + k0;
+    __builtin_memset(sums, 0, plan.room_sums() * sizeof *sums);
+
+    for (int64_t number = 0; number < plan.strips.count(); ++number) {
+      const Strip s(plan.strips, number, plan.h, plan.w, g.n);
+      const Steps steps = plan.steps(s);
+      copy_planes(plan, s, o.b + (group * plan.c_group + c0) * plan.x.channel, channels, x);
+      for (int64_t k = 0; k < ks; k += kPanel)
+        with_panel(ks - k, [&](auto v) {
+          pack_gradient<v>(plan, s, steps, o.a + (channel + k) * plan.gy.channel, smaller(kPanel, ks - k), gy);
+          for (int64_t r = 0; r < rows; r += kDotRows) {
+            const BFloat16* row[kDotRows];
+            for (int64_t m = 0; m < kDotRows; ++m) {
+              const int64_t at = smaller(r + m, rows - 1);
+              const int64_t c = plan.planes ? at / plan.taps : at % channels;
+              const int64_t tap = plan.planes ? at % plan.taps : at / channels;
+              row[m] = x + c * s.images * plan.image(s) + plan.shift(tap, s.columns);
+            }
+            with_rows(rows - r, [&](auto m) {
+              dot_tile<m, v>(steps, row, gy, sums + k / kPanel * panel + r * v * kDotLanes, true);
+            });
+          }
+        });
+    }
+
+    for (int64_t k = 0; k < ks; k += kPanel)
+      with_panel(ks - k, [&](auto v) {
+        store_filters<v>(plan, sums + k / kPanel * panel, channels, c0, smaller(kPanel, ks - k),
+                         o.out + (channel + k) * plan.c_group * plan.taps);
+      });
+  }
+}
+
+// ---- the row of the table ----
+
+const char* refuses(const Conv2dGeometry& g, Pass pass) {
+  if (!__builtin_cpu_supports("avx512bf16")) return "this processor has no instruction for it, AVX512_BF16";
+  if (pass == Pass::grad_weight) {
+    if (g.kernel[0] * g.kernel[1] > kMostTaps) return "its filters are too large for its scratch memory";
+    return WeightPlan(g).strips.fits ? nullptr : "what an output sees overflows its scratch memory";
+  }
+  const Plan plan(g, pass);
+  if (plan.t.depth() > kMostDepth) return "its filters are too long for its scratch memory";
+  return plan.strips.fits ? nullptr : "what an output sees overflows its scratch memory";
+}
+
+template <Pass pass>
+Conv2dRun<BFloat16> run() {
+  return {[](const Conv2dGeometry& g) { return Plan(g, pass).tasks(); },
+          [](const Conv2dGeometry& g) { return Plan(g, pass).workspace(); }, correlate<pass>};
+}
+
+#endif
+
+}  // namespace
+
+template <class S>
+Conv2dAlgorithm<Conv2dRun<S>> conv2d_dot_products() {
+  Conv2dAlgorithm<Conv2dRun<S>> row{
+      "dot_products",
+      "pairs of bfloat16 numbers multiplied and added by one instruction; AVX512_BF16",
+      [](const Conv2dGeometry&, Pass) -> const char* {
+        return std::is_same_v<S, BFloat16> ? "it needs the instruction set avx512, and a processor with AVX512_BF16"
+                                           : "the processor's instruction for it takes bfloat16 numbers only";
+      },
+      {},
+      {},
+      {}};
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<S, BFloat16>) {
+    row.refuses = refuses;
+    row.forward = run<Pass::forward>();
+    row.grad_input = run<Pass::grad_input>();
+    row.yields = [](const Conv2dGeometry& g, Pass pass) {  // to what lays vectors along pixels, or to `fold`
+      const int64_t produced = (pass == Pass::grad_input ? g.c : g.k) / g.groups;
+      if (g.layout == Layout::contiguous) return produced < 8;
+      return pass == Pass::grad_input && produced <= 4 && g.kernel[0] * g.kernel[1] > 1;
+    };
+    row.grad_weight = {[](const Conv2dGeometry& g) { return WeightPlan(g).tasks(g.groups); },
+                       [](const Conv2dGeometry& g) { return WeightPlan(g).workspace(); }, grad_weight};
+  }
+#endif
+  return row;
+}
+
+template Conv2dAlgorithm<Conv2dRun<float>> conv2d_dot_products();
+template Conv2dAlgorithm<Conv2dRun<double>> conv2d_dot_products();
+template Conv2dAlgorithm<Conv2dRun<BFloat16>> conv2d_dot_products();
+template Conv2dAlgorithm<Conv2dRun<Float16>> conv2d_dot_products();
+
+}  // namespace cnnops::cpu::CNNOPS_ISA
