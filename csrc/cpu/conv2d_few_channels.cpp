@@ -16,7 +16,7 @@
 // of the weight F taps x V vectors, and gy is read once for all of them.
 //
 // A task is a band of rows for at most 64 filters (forward), or the weights of a few filters or taps (grad_weight), whose
-// sums are made for each band from a fresh zero and added in the order of bands and images. Zeros of the border are
+// sums are made for each band, or 128 places of it, from a fresh zero and added in the order of bands and images. Zeros of the border are
 // multiplied: an infinite or NaN weight or gradient gives NaN there, where plain loops would skip it. Refuses the
 // gradient of the input (see `fold`), groups, more than 4 input channels, filters of more than 512 numbers, and layers of which
 // a band of one row overflows the buffer.
@@ -32,6 +32,7 @@ constexpr int64_t kWidestBand = 512;                           // columns; wider
 constexpr int64_t kGoodLines = 1 << 16, kMostLines = 1 << 17;  // numbers of a band
 constexpr int64_t kLongestRow = 1 << 13;                       // numbers of a row of x under a band
 constexpr int64_t kForwardPlaces = 512, kWeightPlaces = 1024;  // about as many in a band
+constexpr int64_t kSumPlaces = 128;                            // of a sum in channels_last
 constexpr int64_t kFewTasks = 4;
 constexpr int kMostPlaces = 12;  // in a tile of channels_last
 
@@ -424,11 +425,13 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* wo
           const S* gy = o.a + (n * plane + first) * g.k + k0;
           with_vectors<T>(filters, [&](auto v) {
             constexpr int most = kSums / v < kMostPlaces ? kSums / v : kMostPlaces;
-            const int64_t tiles = ceil_div(taps, most), size = ceil_div(taps, tiles);
-            for (int64_t t = 0; t < taps; t += size)
-              with_count<most>(smaller(size, taps - t), [&](auto f) {
-                pixels_product<S, f, v>(at + t, lines, gy, g.k, places, filters - (v - 1) * L, totals + t * width);
-              });
+            const int64_t size = ceil_div(taps, ceil_div(taps, most));
+            for (int64_t q = 0; q < places; q += kSumPlaces)
+              for (int64_t t = 0; t < taps; t += size)
+                with_count<most>(smaller(size, taps - t), [&](auto f) {
+                  pixels_product<S, f, v>(at + t, lines + q, gy + q * g.k, g.k, smaller(kSumPlaces, places - q),
+                                          filters - (v - 1) * L, totals + t * width);
+                });
           });
         }
       }
