@@ -264,8 +264,10 @@ void forward(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* worksp
           pack_filters(g, from + k * taps, smaller(m, filters - k), m, weights + k * taps);
         });
       } else {
-        for (int64_t k = 0; k < filters; k += panels.width)
-          pack_filters(g, from + k * taps, smaller(panels.width, filters - k), panels.width, weights + k * taps);
+        for (int64_t k = 0; k < filters; k += panels.width) {
+          const int64_t count = smaller(panels.width, filters - k);
+          pack_filters(g, from + k * taps, count, round_up(count, L), weights + k * taps);
+        }
       }
       packed = k0;
     }
