@@ -90,7 +90,7 @@ void copy_row(const Conv2dGeometry& g, const S* row, int64_t step, int64_t start
               Sum<S>* to) {
   const int64_t stride = g.stride[1], size = g.in[1];
   for (int64_t phase = 0; phase < smaller(stride, columns); ++phase, to += phase_row) {
-    const int64_t first = start + phase, count = ceil_div(columns - phase, stride);
+    const int64_t first = start + phase, count = stride == 1 ? columns : ceil_div(columns - phase, stride);
     if (step == 1 && stride <= 2) {
       copy_padded(row, size, first, stride, count, g.border, to);
       continue;
@@ -113,25 +113,30 @@ void copy_lines(const Conv2dGeometry& g, const Bands& b, const Band& band, const
                 Sum<S>* row, Sum<S>* lines) {
   const bool planes = g.layout == Layout::contiguous;
   const int64_t step = planes ? 1 : g.c, kernel_w = g.kernel[1];
-  for (int64_t c = line0 / kernel_w; c * kernel_w < line1; ++c)
-    for (int64_t r = 0; r < (band.rows - 1) * g.stride[0] + (g.kernel[0] - 1) * g.dilation[0] + 1; ++r) {
-      const int64_t h = pixel_at(band.oh * g.stride[0] + r - g.padding[0], g.in[0], g.border);
-      const int64_t place = (r % g.stride[0] * b.phase_rows + r / g.stride[0]) * band.columns;
-      const int64_t first = larger(line0, c * kernel_w), last = smaller(line1, (c + 1) * kernel_w);
-      if (h < 0) {
-        for (int64_t l = first; l < last; ++l)
-          for (int64_t j = 0; j < band.columns; ++j) lines[l * b.line + place + j] = 0;
-        continue;
+  const int64_t rows = (band.rows - 1) * g.stride[0] + (g.kernel[0] - 1) * g.dilation[0] + 1;
+  const int64_t columns = (band.columns - 1) * g.stride[1] + (kernel_w - 1) * g.dilation[1] + 1;
+  const int64_t h0 = band.oh * g.stride[0] - g.padding[0], w0 = band.ow * g.stride[1] - g.padding[1];
+  int64_t from[kMostTaps];  // where a column of taps begins in a row
+  for (int64_t kw = 0; kw < kernel_w; ++kw) {
+    const int64_t right = kw * g.dilation[1];
+    from[kw] = right % g.stride[1] * b.phase_row + right / g.stride[1];
+  }
+  for (int64_t c = line0 / kernel_w; c * kernel_w < line1; ++c) {
+    const S* channel = image + (planes ? c * g.in[0] * g.in[1] : c);
+    const int64_t kw0 = larger(0, line0 - c * kernel_w), kw1 = smaller(kernel_w, line1 - c * kernel_w);
+    Sum<S>* to = lines + c * kernel_w * b.line;
+    for (int64_t phase = 0; phase < smaller(g.stride[0], rows); ++phase, to += b.phase_rows * band.columns)
+      for (int64_t r = phase, place = 0; r < rows; r += g.stride[0], place += band.columns) {
+        const int64_t h = pixel_at(h0 + r, g.in[0], g.border);
+        if (h < 0) {
+          for (int64_t kw = kw0; kw < kw1; ++kw)
+            for (int64_t j = 0; j < band.columns; ++j) to[kw * b.line + place + j] = 0;
+          continue;
+        }
+        copy_row(g, channel + h * g.in[1] * step, step, w0, columns, b.phase_row, row);
+        for (int64_t kw = kw0; kw < kw1; ++kw) copy_numbers(row + from[kw], band.columns, to + kw * b.line + place);
       }
-      copy_row(g, image + (planes ? c * g.in[0] * g.in[1] : c) + h * g.in[1] * step, step,
-               band.ow * g.stride[1] - g.padding[1],
-               (band.columns - 1) * g.stride[1] + (kernel_w - 1) * g.dilation[1] + 1, b.phase_row, row);
-      for (int64_t l = first; l < last; ++l) {
-        const int64_t right = (l - c * kernel_w) * g.dilation[1];
-        copy_numbers(row + right % g.stride[1] * b.phase_row + right / g.stride[1], band.columns,
-                     lines + l * b.line + place);
-      }
-    }
+  }
 }
 
 // ---- forward ----
@@ -407,13 +412,16 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* wo
     const int64_t line0 = t0 / g.kernel[0], line1 = (t0 + taps - 1) / g.kernel[0] + 1;
     const int64_t width = planes ? tasks.filters : ceil_div(filters, L);  // vectors of a tap's sums
     for (int64_t i = 0; i < taps * width; ++i) totals[i] = Vec<T>{};
+    int64_t at[kMostTaps], columns = -1;
     for (int64_t n = 0; n < g.n; ++n)
       for (int64_t i = 0; i < bands.count(); ++i) {
         const Band band(g, bands, i);
         const int64_t places = band.places(), first = band.oh * g.out[1] + band.ow;
         copy_lines(g, bands, band, o.b + n * g.c * g.in[0] * g.in[1], line0, line1, row, lines);
-        int64_t at[kMostTaps];
-        for (int64_t t = 0; t < taps; ++t) at[t] = line_of(g, bands, t0 + t, band.columns);
+        if (band.columns != columns) {
+          columns = band.columns;
+          for (int64_t t = 0; t < taps; ++t) at[t] = line_of(g, bands, t0 + t, columns);
+        }
         if (planes) {
           const S* gy = o.a + (n * g.k + k0) * plane + first;
           for (int64_t t = 0; t < taps; t += 3)
