@@ -106,6 +106,8 @@ Conv2dAlgorithm<Conv2dRun<S>> conv2d_depthwise();
 template <class S>
 Conv2dAlgorithm<Conv2dRun<S>> conv2d_fold();
 template <class S>
+Conv2dAlgorithm<Conv2dRun<S>> conv2d_few_channels();
+template <class S>
 Conv2dAlgorithm<Conv2dRun<S>> conv2d_im2col();
 template <class S>
 Conv2dAlgorithm<Conv2dRun<S>> conv2d_reference();
