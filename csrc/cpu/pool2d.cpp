@@ -133,7 +133,7 @@ template <class S, class Position>
 Vec<Sum<S>> terms_of(const S* gy, const Position* positions, int64_t out, int64_t place, int64_t begin, int64_t end) {
   using T = Sum<S>;
   const auto won = load_positions<T>(positions + out, begin, end);
-  const Vec<T> terms = end - begin == kLanes<T> ? load(gy + out) : load_between(gy + out, begin, end, T(0));
+  const Vec<T> terms = load_between(gy + out, begin, end, T(0));  // a plain load GCC would mask by `won`, and so delay
   return won == Word<T>(place) ? terms : Vec<T>{};
 }
 
@@ -150,8 +150,9 @@ void max_backward_of_rows(const Pool2dGeometry& g, const S* gy, const Position* 
   };
   Tap taps[2][kMostTaps];  // those that the pixels of sums[0] are seen through, and of sums[1]
   const int64_t s = g.stride[1], width = g.in[1];
+  const int64_t together = width <= s * L ? kRowsTogether : 1;  // in pieces, memory would be walked out of its order
   for (int64_t task = begin; task < end;) {
-    const int64_t image = task / g.in[0], next = smaller(smaller(end, task + kRowsTogether), (image + 1) * g.in[0]);
+    const int64_t image = task / g.in[0], next = smaller(smaller(end, task + together), (image + 1) * g.in[0]);
     for (int64_t i = 0; i < width; i += s * L) {
       const int64_t iw = larger(0, smaller(i, width - s * L));
       int count[2] = {};
