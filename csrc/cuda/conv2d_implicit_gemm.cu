@@ -62,9 +62,11 @@ class Carrier {
   }
 
   __device__ void finish(To& to) const {
-    if (kAsync || whole_) return;
-    CNNOPS_UNROLL
-    for (int i = 0; i < kVectors; ++i) store<kSize>(to.at(row(i), vector(i)), held_[i].lane);
+    if constexpr (!kAsync) {
+      if (whole_) return;
+      CNNOPS_UNROLL
+      for (int i = 0; i < kVectors; ++i) store<kSize>(to.at(row(i), vector(i)), held_[i].lane);
+    }
   }
 
  private:
@@ -85,8 +87,9 @@ class Carrier {
   Vector<S> held_[kVectors];
 };
 
+// Without tensor cores a thread has no registers for operands of 64 rows.
 template <class S, Math kMath>
-using LargeTile = GemmTile<S, 2, 2, true, kMath, 64, 32>;
+using LargeTile = GemmTile<S, 2, 2, true, kMath, kMath == Math::plain ? 32 : 64, 32>;
 template <class S, Math kMath>
 using SmallTile = GemmTile<S, 2, 1, true, kMath>;
 template <class S, Math kMath>
@@ -178,8 +181,9 @@ struct WeightPlan {
 /// The gradient of the weights: rows are output channels, columns taps, and the steps of the sum pixels. `parts`, if there
 /// are several, get their sums instead of o.out.
 template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads) grad_weight_kernel(Conv2dGeometry g, Tensors tensors, WeightPlan plan,
-                                                                     Conv2dOperands<typename Tile::S> o, float* parts) {
+__global__ void __launch_bounds__(Tile::kThreads, 3)
+    grad_weight_kernel(Conv2dGeometry g, Tensors tensors, WeightPlan plan, Conv2dOperands<typename Tile::S> o,
+                       float* parts) {
   using S = typename Tile::S;
   WeightShared<Tile>& shared = *shared_memory<WeightShared<Tile>>();
   const Axes axes(g, Pass::forward, tensors, 0, 0);
