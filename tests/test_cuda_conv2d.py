@@ -290,6 +290,7 @@ def tiled_cases():
         ((1, 16, 11, 9, 24), (3, 3), {"padding": (2, 1), "dilation": (2, 3)}),
         ((2, 8, 12, 11, 72), (2, 2), {"stride": (3, 2)}),
         ((1, 72, 4, 4, 8), (3, 3), {"padding": (1, 1)}),
+        ((2, 20, 6, 5, 12), (2, 3), {"padding": (0, 1)}),  # runs of 4 channels, but no vectors of 8
     ]:
         n, c, h, w, k = sizes
         yield Bordered("x".join(map(str, sizes)), n, c, h, w, k, kernel, **rest)

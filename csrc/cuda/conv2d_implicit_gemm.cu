@@ -10,7 +10,8 @@
 // A block computes a tile of the product (gemm_tile.h). Its operands come to shared memory slice by slice, 64 bytes of
 // steps for each row and column, kStages slices ahead, in the types in which they are stored. A thread brings vectors of
 // 16 bytes (Carrier): with one cp.async if the steps are neighbours in memory, as channels are in channels_last; or else
-// number by number, float32 by cp.async of 4 bytes, 16-bit numbers by way of registers. Which of these, how large the tile
+// number by number, float32 by cp.async of 4 bytes, 16-bit numbers by way of registers, which also transpose them where
+// neighbours are of different rows. Which of these, how large the tile
 // is, and whether addresses are aligned change nothing in the bits: each sum runs over its slices in order. Those of
 // grad_weight run over pixels in parts (parts_for): slices go round the parts like cards.
 //
@@ -32,59 +33,99 @@ namespace {
 constexpr int kStages = 3;
 constexpr int kFew = 8;  // channels per group: fewer would fill little of a tile, or of a slice
 
-/// What a thread brings of kCount rows of a slice, or columns: some vectors of steps.
+/// How an operand comes to shared memory.
+enum class Way {
+  whole,   // a vector of steps that are neighbours in memory, by one cp.async
+  across,  // 16-bit numbers: 4 steps of 4 rows, these being neighbours in memory
+  steps,   // number by number, and neighbouring threads bring neighbouring steps
+  rows,    // likewise, neighbouring rows
+};
+
+/// What a thread brings of kCount rows of a slice, or columns.
 template <class S, int kCount, int kThreads>
 class Carrier {
  public:
   using To = Rows<S, kCount, 4>;
 
-  /// Vectors whose steps are neighbours in memory come whole. Neighbouring threads bring neighbouring steps, or rows.
-  __device__ Carrier(bool whole, bool steps_first) : whole_(whole), steps_first_(whole || steps_first) {}
+  __device__ explicit Carrier(Way way) : way_(way) {}
 
   /// from(row, step) says where a number is; nullptr for zero.
   template <class From>
   __device__ void start(To& to, const From& from) {
-    CNNOPS_UNROLL
-    for (int i = 0; i < kVectors; ++i) {
-      const int at_row = row(i), at_vector = vector(i);
-      if (whole_) {
-        const S* source = from(at_row, at_vector * kSize);
-        copy_async<16>(to.at(at_row, at_vector), source, source ? 16 : 0);
-        continue;
-      }
+    if (way_ == Way::whole) {
       CNNOPS_UNROLL
-      for (int number = 0; number < kSize; ++number) {
-        const S* source = from(at_row, at_vector * kSize + number);
-        if constexpr (kAsync) copy_async<4>(to.at(at_row, at_vector) + number, source, source ? 4 : 0);
-        if constexpr (!kAsync) held_[i].lane[number] = source ? *source : S{};
+      for (int i = 0; i < kVectors; ++i) {
+        const int row = first(i) / 4, vector = first(i) % 4;
+        const S* source = from(row, vector * kSize);
+        copy_async<16>(to.at(row, vector), source, source ? 16 : 0);
+      }
+      return;
+    }
+    if constexpr (kAsync) {
+      CNNOPS_NO_UNROLL
+      for (int i = 0; i < kVectors; ++i) {
+        CNNOPS_UNROLL
+        for (int number = 0; number < kSize; ++number) {
+          const S* source = from(row(i), vector(i) * kSize + number);
+          copy_async<4>(to.at(row(i), vector(i)) + number, source, source ? 4 : 0);
+        }
+      }
+    } else if (way_ == Way::across) {
+      CNNOPS_UNROLL
+      for (int i = 0; i < kFours; ++i) {
+        const S* source = from(first(i / 4) / 8 * 4, first(i / 4) % 8 * 4 + i % 4);
+        held_[i] = source ? load_four(source) : Four{};
+      }
+    } else {
+      CNNOPS_UNROLL
+      for (int i = 0; i < kFours * 4; ++i) {
+        const S* source = from(row(i / kSize), vector(i / kSize) * kSize + i % kSize);
+        held_[i / 4].lane[i % 4] = source ? *source : S{};
       }
     }
   }
 
   __device__ void finish(To& to) const {
     if constexpr (!kAsync) {
-      if (whole_) return;
+      if (way_ == Way::whole) return;
       CNNOPS_UNROLL
-      for (int i = 0; i < kVectors; ++i) store<kSize>(to.at(row(i), vector(i)), held_[i].lane);
+      for (int i = 0; i < kFours; ++i) {
+        if (way_ == Way::across) {
+          const int square = first(i / 4);
+          const Four* held = held_ + i / 4 * 4;
+          const Four steps{held[0].lane[i % 4], held[1].lane[i % 4], held[2].lane[i % 4], held[3].lane[i % 4]};
+          store_four(to.at(square / 8 * 4 + i % 4, square % 8 / 2) + square % 2 * 4, steps);
+        } else {
+          store_four(to.at(row(i / 2), vector(i / 2)) + i % 2 * 4, held_[i]);
+        }
+      }
     }
   }
 
  private:
   static constexpr bool kAsync = sizeof(S) == 4;
   static constexpr int kSize = Vector<S>::size, kVectors = kCount * 4 / kThreads;
-  static_assert(kCount * 4 % kThreads == 0);
+  static constexpr int kFours = kAsync ? 1 : kVectors * kSize / 4;
+  static_assert(kCount * 4 % kThreads == 0 && (kAsync || kVectors % 2 == 0));
 
-  __device__ int row(int i) const {
-    const int number = static_cast<int>(threadIdx.x) + i * kThreads;
-    return steps_first_ ? number / 4 : number % kCount;
+  struct alignas(8) Four {
+    S lane[4];
+  };
+  __device__ static Four load_four(const S* from, Here here = Here::current()) {
+    check_aligned(from, sizeof(Four), here);
+    return *reinterpret_cast<const Four*>(from);
   }
-  __device__ int vector(int i) const {
-    const int number = static_cast<int>(threadIdx.x) + i * kThreads;
-    return steps_first_ ? number % 4 : number / kCount;
+  __device__ static void store_four(S* to, const Four& four, Here here = Here::current()) {
+    check_aligned(to, sizeof(Four), here);
+    *reinterpret_cast<Four*>(to) = four;
   }
 
-  bool whole_, steps_first_;
-  Vector<S> held_[kVectors];
+  __device__ static int first(int i) { return static_cast<int>(threadIdx.x) + i * kThreads; }
+  __device__ int row(int i) const { return way_ == Way::steps ? first(i) / 4 : first(i) % kCount; }
+  __device__ int vector(int i) const { return way_ == Way::steps ? first(i) % 4 : first(i) / kCount; }
+
+  Way way_;
+  Four held_[kFours];
 };
 
 // Without tensor cores a thread has no registers for operands of 64 rows.
@@ -105,7 +146,7 @@ struct CorrelateShared {
 
 struct CorrelatePlan {
   int64_t row_tiles, column_tiles, tiles;
-  bool whole_weights;
+  Way weights;
 };
 
 /// Forward and the gradient of the input. kWhole: vectors of taps are neighbours in memory.
@@ -129,8 +170,8 @@ __global__ void __launch_bounds__(Tile::kThreads)
     }
 
     const S* weights = o.b + group * channels.weight_group + static_cast<int64_t>(column0) * channels.weight_produce;
-    Carrier<S, Tile::kRows, Tile::kThreads> a(kWhole, axes.channels_last);
-    Carrier<S, Tile::kColumns, Tile::kThreads> b(plan.whole_weights, channels.weight_produce != 1);
+    Carrier<S, Tile::kRows, Tile::kThreads> a(kWhole ? Way::whole : axes.channels_last ? Way::steps : Way::rows);
+    Carrier<S, Tile::kColumns, Tile::kThreads> b(plan.weights);
     const auto prepare = [&](int64_t number) {
       const int step = threadIdx.x;
       if (step < kSlice<S>) shared.taps[number % 2][step] = axes.tap(static_cast<int>(number) * kSlice<S> + step);
@@ -175,15 +216,14 @@ struct WeightShared {
 
 struct WeightPlan {
   int64_t row_tiles, column_tiles, parts, tiles, weights;
-  bool whole_gradient;
+  Way gradient, input;
 };
 
 /// The gradient of the weights: rows are output channels, columns taps, and the steps of the sum pixels. `parts`, if there
 /// are several, get their sums instead of o.out.
 template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, 3)
-    grad_weight_kernel(Conv2dGeometry g, Tensors tensors, WeightPlan plan, Conv2dOperands<typename Tile::S> o,
-                       float* parts) {
+__global__ void __launch_bounds__(Tile::kThreads) grad_weight_kernel(Conv2dGeometry g, Tensors tensors, WeightPlan plan,
+                                                                     Conv2dOperands<typename Tile::S> o, float* parts) {
   using S = typename Tile::S;
   WeightShared<Tile>& shared = *shared_memory<WeightShared<Tile>>();
   const Axes axes(g, Pass::forward, tensors, 0, 0);
@@ -197,8 +237,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 3)
     const int64_t part = digits.rest();
     for (int i = threadIdx.x; i < Tile::kColumns; i += Tile::kThreads) shared.taps[i] = axes.tap(column0 + i);
 
-    Carrier<S, Tile::kRows, Tile::kThreads> a(plan.whole_gradient, !axes.channels_last);
-    Carrier<S, Tile::kColumns, Tile::kThreads> b(false, !axes.channels_last);
+    Carrier<S, Tile::kRows, Tile::kThreads> a(plan.gradient);
+    Carrier<S, Tile::kColumns, Tile::kThreads> b(plan.input);
     const auto prepare = [&](int64_t number) {
       const int step = threadIdx.x;
       if (step >= kSlice<S>) return;
@@ -245,6 +285,12 @@ bool aligned(const S* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % sizeof(Vector<S>) == 0;
 }
 
+/// For an operand whose rows are neighbours in memory, in runs of `count`.
+template <class S>
+Way across_rows(const S* pointer, int64_t count) {
+  return sizeof(S) == 2 && count % 4 == 0 && aligned(pointer) ? Way::across : Way::rows;
+}
+
 /// Calls start(math), where math() is a constant: how this device multiplies numbers of type S.
 template <class S, class Start>
 void with_math(bool tf32, const Start& start) {
@@ -269,8 +315,12 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<typename Tile::S>& 
   plan.row_tiles = ceil_div(pixels, Tile::kRows);
   plan.column_tiles = ceil_div(channels.produce, Tile::kColumns);
   plan.tiles = g.groups * axis_classes(g, kPass, 0) * axis_classes(g, kPass, 1) * plan.row_tiles * plan.column_tiles;
-  plan.whole_weights =
-      kPass == Pass::forward && channels.reduce * g.kernel[0] * g.kernel[1] % kSize == 0 && aligned(o.b);
+  if (kPass == Pass::forward) {
+    const bool whole = channels.reduce * g.kernel[0] * g.kernel[1] % kSize == 0 && aligned(o.b);
+    plan.weights = whole ? Way::whole : Way::steps;
+  } else {
+    plan.weights = channels.weight_produce == 1 ? across_rows(o.b, channels.produce) : Way::steps;
+  }
   const bool whole = g.layout == Layout::channels_last && channels.reduce % kSize == 0 && aligned(o.a);
   launch(kPass == Pass::forward ? "conv2d_implicit_gemm forward" : "conv2d_implicit_gemm grad_input",
          whole ? correlate_kernel<Tile, true> : correlate_kernel<Tile, false>, plan.tiles, Tile::kThreads,
@@ -313,7 +363,14 @@ int64_t grad_weight_workspace(const Conv2dGeometry& g) {
 template <class S>
 void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace, Stream stream) {
   WeightPlan plan = plan_grad_weight<S>(g);
-  plan.whole_gradient = g.layout == Layout::contiguous && g.out[0] * g.out[1] % Vector<S>::size == 0 && aligned(o.a);
+  if (g.layout == Layout::contiguous) {
+    const bool whole = g.out[0] * g.out[1] % Vector<S>::size == 0 && aligned(o.a);
+    plan.gradient = whole ? Way::whole : Way::steps;
+    plan.input = Way::steps;
+  } else {
+    plan.gradient = across_rows(o.a, g.k / g.groups);
+    plan.input = across_rows(o.b, g.c / g.groups);
+  }
   with_math<S>(o.tf32, [&](auto math) {
     using Tile = WeightTile<S, math()>;
     launch("conv2d_implicit_gemm grad_weight", grad_weight_kernel<Tile>, plan.tiles, Tile::kThreads,
