@@ -19,6 +19,7 @@ template <class T>
 struct Conv2dOperands {
   const T *a, *b, *bias;
   T* out;
+  bool tf32 = false;  // whether float32 may be rounded to TF32 before it is multiplied: CUDA only
 };
 
 template <class Run>

@@ -59,9 +59,13 @@ def conv2d_operands(case, dtype=torch.float32):
     return [t if t is None or dtype not in HALVES else t.to(dtype).double() for t in (x, w, b, gy)]
 
 
+def rounded_to_tf32(t):
+    return ((t.float().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32).double()
+
+
 @cache
-def conv2d_expected(case, which, dtype=torch.float32):
-    """What is right, and the same over absolute values."""
+def conv2d_expected(case, which, dtype=torch.float32, tf32=False):
+    """What is right, and the same over absolute values. TF32: of products of rounded numbers."""
 
     def of(x, w, b, gy):
         arguments, padding = case.arguments, case.padding
@@ -77,19 +81,21 @@ def conv2d_expected(case, which, dtype=torch.float32):
             return TF.pad(gradient, (-left, -right, -top, -below))
         return gradient
 
-    operands = conv2d_operands(case, dtype)
+    x, w, b, gy = conv2d_operands(case, dtype)
+    if tf32:
+        x, w, gy = map(rounded_to_tf32, (x, w, gy))
+    operands = x, w, b, gy
     return of(*operands), of(*(t if t is None else t.abs() for t in operands))
 
 
-def conv2d(kernels, case, which, algorithm, x, w, b, gy, layout="contiguous"):
+def conv2d(kernels, case, which, algorithm, x, w, b, gy, layout="contiguous", tf32=False, **rest):
     inputs, shape = {
         "forward": ((x, w, b), case.output_shape),
         "grad_input": ((gy, w, None), case.input_shape),
         "grad_weight": ((gy, x, None), case.weight_shape),
     }[which]
-    return kernels.run_in(
-        layout, f"conv2d/{which}/{algorithm}", conv2d_integers(case, layout), inputs, (shape, x.dtype)
-    )
+    integers = [*conv2d_integers(case, layout), tf32]
+    return kernels.run_in(layout, f"conv2d/{which}/{algorithm}", integers, inputs, (shape, x.dtype), **rest)
 
 
 def conv2d_cases():
@@ -104,19 +110,34 @@ def refused(case, which):
     return produce > 32 and reduce * taps > 32
 
 
-def check_conv2d(kernels, case, algorithm, which, dtype, layout):
+def small_groups(case):
+    """What the implicit_gemm algorithm is not for."""
+    return case.groups > 1 and min(case.c, case.k) // case.groups < 8
+
+
+def skip_refused(algorithm, dtype):
+    if algorithm == "implicit_gemm" and dtype == torch.float64:
+        pytest.skip("not for float64: see test_implicit_gemm_is_not_for_float64")
+
+
+def check_conv2d(kernels, case, algorithm, which, dtype, layout, tf32=False, **rest):
+    skip_refused(algorithm, dtype)
     operands = [t if t is None else t.to(dtype) for t in conv2d_operands(case, dtype)]
+    if algorithm == "implicit_gemm" and small_groups(case):
+        with pytest.raises(RuntimeError, match="the implicit_gemm algorithm is for groups of 8 channels or more"):
+            conv2d(kernels, case, which, algorithm, *operands, layout, tf32, **rest)
+        return
     if algorithm == "direct" and refused(case, which):
         with pytest.raises(RuntimeError, match="the direct algorithm is for few channels"):
             conv2d(kernels, case, which, algorithm, *operands, layout)
         return
     try:
-        got = conv2d(kernels, case, which, algorithm, *operands, layout)
+        got = conv2d(kernels, case, which, algorithm, *operands, layout, tf32, **rest)
     except RuntimeError as refusal:
         if algorithm != "direct" or "shared memory" not in str(refusal):
             raise
         pytest.skip(str(refusal))
-    assert_rounds_well(got, *conv2d_expected(case, which, dtype if dtype in HALVES else torch.float32))
+    assert_rounds_well(got, *conv2d_expected(case, which, dtype if dtype in HALVES else torch.float32, tf32))
 
 
 @every_layout
@@ -212,7 +233,10 @@ def test_fold_border(kernels, case, layout, dtype):
 @pytest.mark.parametrize("name", ["stride-3", "stride-over-kernel", "groups"])
 def test_the_gradient_of_the_input_takes_a_bias(kernels, name, algorithm, layout, dtype):
     """As a transposed convolution has one, also where no tap meets an input."""
+    skip_refused(algorithm, dtype)
     case = next(case for case in CONV2D if case.name == name)
+    if algorithm == "implicit_gemm" and small_groups(case):
+        pytest.skip("refused: see check_conv2d")
     _, w, _, gy = (t if t is None else t.to(dtype) for t in conv2d_operands(case, dtype))
     bias = draw(22, case.c).to(dtype)
     name, integers = f"conv2d/grad_input/{algorithm}", conv2d_integers(case, layout)
@@ -227,13 +251,119 @@ def test_the_gradient_of_the_input_takes_a_bias(kernels, name, algorithm, layout
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("name", ["asymmetric", "stride-3", "depthwise-multiplier", "1x1-image-1x1", "row-of-17"])
 def test_conv2d_of_an_image_alone_has_the_bits_it_has_in_a_batch(kernels, name, algorithm, which, dtype, layout):
+    skip_refused(algorithm, dtype)
+    check_alone_and_together(kernels, name, algorithm, which, dtype, layout)
+
+
+def check_alone_and_together(kernels, name, algorithm, which, dtype, layout, tf32=False, **rest):
     case = replace(next(case for case in CONV2D if case.name == name), n=5)
+    if algorithm == "implicit_gemm" and small_groups(case):
+        pytest.skip("refused: see check_conv2d")
     x, w, b, gy = (t if t is None else t.to(dtype) for t in conv2d_operands(case))
-    together = conv2d(kernels, case, which, algorithm, x, w, b, gy, layout)
+    together = conv2d(kernels, case, which, algorithm, x, w, b, gy, layout, tf32, **rest)
     for i in (0, 3):
         image = x[i : i + 1].clone(), w, b, gy[i : i + 1].clone()
-        alone = conv2d(kernels, replace(case, n=1), which, algorithm, *image, layout)
+        alone = conv2d(kernels, replace(case, n=1), which, algorithm, *image, layout, tf32, **rest)
         assert same_bits(alone, together[i : i + 1].contiguous())
+
+
+# How implicit_gemm multiplies: the type of numbers, whether TF32 is allowed, and the GPU.
+MATH = {
+    "split": (torch.float32, False, 80),
+    "tf32": (torch.float32, True, 80),
+    "bfloat16": (torch.bfloat16, False, 80),
+    "float16": (torch.float16, False, 80),
+    "sm_75-float32": (torch.float32, True, 75),
+    "sm_75-bfloat16": (torch.bfloat16, False, 75),
+}
+every_math = pytest.mark.parametrize("math", MATH)
+
+
+def tiled_cases():
+    """What fills tiles, and slices of the sum, and what leaves over a little of each."""
+    for sizes, kernel, rest in [
+        ((2, 16, 9, 9, 32), (3, 3), {"padding": (1, 1)}),  # whole vectors
+        ((1, 8, 21, 21, 40), (1, 1), {}),  # the large tile
+        ((1, 9, 19, 23, 33), (1, 2), {}),  # the large tile, number by number
+        ((2, 24, 9, 8, 24), (3, 3), {"padding": (1, 1), "stride": (2, 2)}),
+        ((3, 32, 5, 6, 48), (2, 3), {"padding": (1, 1), "groups": 2}),
+        ((1, 16, 11, 9, 24), (3, 3), {"padding": (2, 1), "dilation": (2, 3)}),
+        ((2, 8, 12, 11, 72), (2, 2), {"stride": (3, 2)}),
+        ((1, 72, 4, 4, 8), (3, 3), {"padding": (1, 1)}),
+        ((2, 20, 6, 5, 12), (2, 3), {"padding": (0, 1)}),  # runs of 4 channels, but no vectors of 8
+    ]:
+        n, c, h, w, k = sizes
+        yield Bordered("x".join(map(str, sizes)), n, c, h, w, k, kernel, **rest)
+
+
+@every_math
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("which", PASSES)
+@pytest.mark.parametrize("case", [*tiled_cases()], ids=str)
+def test_implicit_gemm(kernels, case, which, layout, math):
+    dtype, tf32, architecture = MATH[math]
+    rounds = tf32 and architecture >= 80
+    check_conv2d(kernels, case, "implicit_gemm", which, dtype, layout, rounds, architecture=architecture)
+
+
+@pytest.mark.parametrize("math, layout", [("split", "channels_last"), ("tf32", "contiguous")])
+@pytest.mark.parametrize("which", PASSES)
+@pytest.mark.parametrize("case", [case for case in conv2d_cases() if not small_groups(case)], ids=str)
+def test_implicit_gemm_of_all_shapes(kernels, case, which, layout, math):
+    test_implicit_gemm(kernels, case, which, layout, math)
+
+
+@every_math
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("border", BORDERS[1:])
+def test_implicit_gemm_beyond_the_border(kernels, border, layout, math):
+    rest = {"padding": (2, 1), "end": (1, 3), "stride": (1, 2), "border": border}
+    case = Bordered(border, 2, 16, 5, 6, 9, (3, 3), **rest)
+    for which in ("forward", "grad_weight"):
+        test_implicit_gemm(kernels, case, which, layout, math)
+
+
+@every_math
+@pytest.mark.parametrize("which", PASSES[:2])
+@pytest.mark.parametrize("name, layout", [("asymmetric", "contiguous"), ("row-of-17", "channels_last")])
+def test_implicit_gemm_of_an_image_alone(kernels, name, which, layout, math):
+    dtype, tf32, architecture = MATH[math]
+    check_alone_and_together(kernels, name, "implicit_gemm", which, dtype, layout, tf32, architecture=architecture)
+
+
+def test_float32_stays_float32(kernels):
+    """Relative L2 errors: without TF32 as small as other algorithms', with it as large as TF32's."""
+    case = Bordered("precision", 1, 64, 6, 6, 16, (3, 3), padding=(1, 1))
+    operands = [t if t is None else t.float() for t in conv2d_operands(case)]
+
+    def error(which, algorithm, tf32=False):
+        got = conv2d(kernels, case, which, algorithm, *operands, "channels_last", tf32, architecture=80)
+        expected, _ = conv2d_expected(case, which)
+        return float((got - expected).norm() / expected.norm())
+
+    for which in PASSES:
+        assert error(which, "implicit_gemm") < 1.5 * error(which, "im2col")
+        assert 1e-4 < error(which, "implicit_gemm", tf32=True) < 4e-4
+
+
+def test_implicit_gemm_is_not_for_float64(kernels):
+    for which in PASSES:
+        case = CONV2D[0]
+        with pytest.raises(RuntimeError, match="implicit_gemm algorithm is for float32, bfloat16 and float16"):
+            conv2d(kernels, case, which, "implicit_gemm", *conv2d_operands(case))
+
+
+@pytest.mark.parametrize("which", PASSES)
+def test_auto_takes_implicit_gemm_where_there_are_channels(kernels, which):
+    """Its TF32 tells it apart."""
+    for c, k, taken in [(8, 8, True), (7, 8, False), (8, 7, False)]:
+        case = Bordered("auto", 1, c, 5, 5, k, (3, 3))
+        operands = [t if t is None else t.float() for t in conv2d_operands(case)]
+        exact, rounds = (
+            conv2d(kernels, case, which, "auto", *operands, "contiguous", tf32, architecture=80)
+            for tf32 in (False, True)
+        )
+        assert same_bits(exact, rounds) != taken
 
 
 def test_algorithms(kernels):
@@ -253,7 +383,7 @@ def test_workspace_is_bounded_and_does_not_look_at_the_batch(kernels):
 def test_an_image_too_large_for_32_bits_is_refused(kernels):
     case = replace(CONV2D[0], h=2**17, w=2**17)
     operand = torch.zeros(1)
-    for algorithm in ("direct", "im2col"):
+    for algorithm in ("implicit_gemm", "direct", "im2col"):
         with pytest.raises(RuntimeError, match=f"the {algorithm} algorithm counts within an image in 32 bits"):
             kernels.call(
                 f"conv2d/forward/{algorithm}", conv2d_integers(case), (operand, operand, None), ((1,), operand.dtype)
@@ -264,7 +394,7 @@ def test_an_image_too_large_for_32_bits_is_refused(kernels):
 def test_an_empty_batch(kernels, dtype):
     case = replace(CONV2D[0], n=0)
     x, w, b, gy = (t if t is None else t.to(dtype) for t in conv2d_operands(case))
-    for algorithm in ALGORITHMS:
+    for algorithm in ALGORITHMS[dtype == torch.float64 :]:  # implicit_gemm is not for that
         for which in PASSES:
             got = conv2d(kernels, case, which, algorithm, x, w, b, gy)
             assert bool((got == 0).all())

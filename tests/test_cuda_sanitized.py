@@ -47,6 +47,14 @@ def test_conv2d(sanitized, algorithm, which):
     conv2d.check_conv2d(sanitized, case_of(CONV2D, "asymmetric"), algorithm, which, dtype, LAYOUTS[number % 2])
 
 
+@pytest.mark.parametrize("which", PASSES)
+@pytest.mark.parametrize("math", ["split", "tf32", "float16"])
+def test_implicit_gemm(sanitized, which, math):
+    layout = LAYOUTS[sanitized.sanitizer == "thread"]
+    case = conv2d.Bordered("sanitized", 1, 16, 5, 7, 16, (2, 3), padding=(1, 1), stride=(2, 1))
+    conv2d.test_implicit_gemm(sanitized, case, which, layout, math)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_border(sanitized, layout):
     case = case_of(conv2d.bordered_cases(), "reflect-strided")

@@ -28,29 +28,18 @@
 // gives NaN, as inf * 0 does.
 #include "conv2d.h"
 #include "launchers.h"
+#include "unfolded.h"
 
 namespace cnnops::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kDepth = 8;             // steps of a slice
-constexpr int kTable = 128;           // steps whose taps or pixels are worked out at a time
-constexpr int kNowhere = -(1 << 30);  // a height outside of every tensor, also after adding a tap's or a pixel's
+constexpr int kDepth = 8;    // steps of a slice
+constexpr int kTable = 128;  // steps whose taps or pixels are worked out at a time
 
 /// Blocks that should fit a processor together, by their registers: as many as spill none.
 template <class S>
 constexpr int kBlocks = sizeof(Sum<S>) == 4 ? 3 : 2;
-
-/// Where a tap's weight is, and what it adds to its pixel's place in the unfolded tensor.
-struct alignas(16) Tap {
-  int weight, x, h, w;
-};
-
-/// A pixel's first input; h and w to test for borders.
-struct alignas(16) Pixel {
-  int64_t x;
-  int h, w;
-};
 
 /// Which elements of a slice a thread brings: number i is column(i) of step(i).
 struct Place {
@@ -138,63 +127,6 @@ struct Tile {
   }
 };
 
-/// What a product's taps and pixels are, along both axes.
-template <Layout kLayout>
-struct Axes {
-  SmallAxis h, w;
-  Channels channels;
-  const Tensors& tensors;
-  Border border;
-
-  __device__ Axes(const Conv2dGeometry& g, Pass pass, const Tensors& tensors, int64_t class_h, int64_t class_w)
-      : h(make_axis(g, pass, 0, class_h)),
-        w(make_axis(g, pass, 1, class_w)),
-        channels(g, pass),
-        tensors(tensors),
-        border(g.border) {}
-
-  __device__ int taps() const { return channels.reduce * h.taps * w.taps; }
-
-  __device__ Tap tap(int number) const {
-    if (number >= taps()) return {-1, 0, kNowhere, 0};
-    constexpr bool kLast = kLayout == Layout::channels_last;
-    const int c = kLast ? number % channels.reduce : number / (h.taps * w.taps);
-    const int tap = kLast ? number / channels.reduce : number % (h.taps * w.taps);
-    const int kh = tap / w.taps, kw = tap % w.taps, tap_h = kh * h.offset_step, tap_w = kw * w.offset_step;
-    const int weight = c * channels.weight_reduce + (h.k0 + kh * h.k_step) * channels.weight_h +
-                       (w.k0 + kw * w.k_step) * channels.weight_w;
-    return {weight, c * tensors.x.c + tap_h * tensors.x.h + tap_w * tensors.x.w, tap_h, tap_w};
-  }
-
-  /// The class's pixel of this number, and where its first output is: -1 if there is no such pixel.
-  __device__ void find(int64_t number, int64_t count, int group, Pixel& pixel, int64_t& out) const {
-    pixel = {0, kNowhere, 0};
-    out = -1;
-    if (number >= count) return;
-    Digits digits(number);
-    const int j = static_cast<int>(digits.next(w.count)), i = static_cast<int>(digits.next(h.count));
-    const int64_t n = digits.rest(), in_h = i * h.in_step + h.offset0, in_w = j * w.in_step + w.offset0;
-    pixel.x = n * tensors.x.n + group * channels.reduce * tensors.x.c + in_h * tensors.x.h + in_w * tensors.x.w;
-    pixel.h = static_cast<int>(in_h);
-    pixel.w = static_cast<int>(in_w);
-    out = n * tensors.y.n + group * channels.produce * tensors.y.c + (h.first + i * h.step) * tensors.y.h +
-          (w.first + j * w.step) * tensors.y.w;
-  }
-
-  template <class S>
-  __device__ S unfolded(const S* x, const Pixel& pixel, const Tap& tap) const {
-    const int at_h = pixel.h + tap.h, at_w = pixel.w + tap.w;
-    int64_t at = pixel.x + tap.x;
-    bool inside = 0 <= at_h && at_h < h.in_size && 0 <= at_w && at_w < w.in_size;
-    if (border != Border::zeros && at_h > kNowhere / 2) {
-      const int shown_h = tensors.h.pixel(at_h, h.in_size), shown_w = tensors.w.pixel(at_w, w.in_size);
-      at += static_cast<int64_t>(shown_h - at_h) * tensors.x.h + static_cast<int64_t>(shown_w - at_w) * tensors.x.w;
-      inside = shown_h >= 0 && shown_w >= 0;
-    }
-    return inside ? x[at] : S{};
-  }
-};
-
 template <class S, Layout kLayout>
 using CorrelateTile = Tile<S, 64, sizeof(Sum<S>) == 4 ? 128 : 64, kLayout == Layout::channels_last>;
 
@@ -219,7 +151,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>)
     const int64_t column0 = digits.next(column_tiles) * Product::kColumns;
     const int64_t class_w = digits.next(axis_classes(g, pass, 1)), class_h = digits.next(axis_classes(g, pass, 0));
     const int group = static_cast<int>(digits.rest());
-    const Axes<kLayout> axes(g, pass, tensors, class_h, class_w);
+    const Axes axes(g, pass, tensors, class_h, class_w);
     const Channels& channels = axes.channels;
     const int64_t pixels = g.n * axes.h.count * axes.w.count;
     for (int i = threadIdx.x; i < Product::kColumns; i += kThreads) {
@@ -311,7 +243,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>)
     grad_weight_kernel(Conv2dGeometry g, Tensors tensors, WeightPlan plan, Conv2dOperands<S> o, Sum<S>* parts) {
   using Product = WeightTile<S>;
   WeightShared<S>& shared = *shared_memory<WeightShared<S>>();
-  const Axes<kLayout> axes(g, Pass::forward, tensors, 0, 0);
+  const Axes axes(g, Pass::forward, tensors, 0, 0);
   const Channels& channels = axes.channels;
   const int64_t pixels = g.n * g.out[0] * g.out[1];
   const Place place_a = kLayout == Layout::channels_last ? columns_first(Product::kRows) : steps_first();

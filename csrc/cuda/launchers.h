@@ -8,6 +8,8 @@ namespace cnnops::cuda {
 template <class S>
 Conv2dAlgorithm<Conv2dRun<S>> conv2d_direct();
 template <class S>
+Conv2dAlgorithm<Conv2dRun<S>> conv2d_implicit_gemm();
+template <class S>
 Conv2dAlgorithm<Conv2dRun<S>> conv2d_im2col();
 template <class S>
 Conv2dAlgorithm<Conv2dRun<S>> conv2d_reference();

@@ -22,10 +22,11 @@ bool nothing_to_do(const Conv2dGeometry& g, const Tensor& out) { return g.n == 0
 template <class S>
 void run_pass(const Conv2dGeometry& g, Pass pass, const std::string& algorithm, const Tensor& a, const Tensor& b,
               const Tensor& bias, const Tensor& out) {
-  const Conv2dOperands<S> operands{data_of<S>(a), data_of<S>(b), bias.defined() ? data_of<S>(bias) : nullptr,
-                                   mutable_data_of<S>(out)};
+  Conv2dOperands<S> operands{data_of<S>(a), data_of<S>(b), bias.defined() ? data_of<S>(bias) : nullptr,
+                             mutable_data_of<S>(out)};
   if (a.is_cuda()) {
 #ifdef CNNOPS_CUDA
+    operands.tf32 = !wants_accurate(algorithm) && at::globalContext().allowTF32CuDNN(at::Float32Op::CONV);
     const c10::cuda::CUDAGuard guard(a.device());
     const auto& row = choose_or_throw(cuda::kernels<S>().conv2d, g, pass, algorithm);
     if (nothing_to_do(g, out)) return;

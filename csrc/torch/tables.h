@@ -21,14 +21,21 @@ inline std::atomic<bool>& accurate() {
   return on;
 }
 
-/// Raises ValueError unless `name` is "auto", "accurate" or a row of the CPU's table; CUDA's has the same names.
+/// Raises ValueError unless `name` is "auto", "accurate" or a row of a table, be it another device's.
 inline void check_algorithm(const std::string& name) {
   if (name == "auto" || name == "accurate") return;
   std::string known = "auto, accurate";
-  for (const auto& row : cpu_kernels<float>().conv2d) {
-    if (name == row.name) return;
-    known += std::string(", ") + row.name;
-  }
+  const auto has = [&](const auto& table) {
+    for (const auto& row : table) {
+      if (name == row.name) return true;
+      if (known.find(row.name) == std::string::npos) known += std::string(", ") + row.name;
+    }
+    return false;
+  };
+  if (has(cpu_kernels<float>().conv2d)) return;
+#ifdef CNNOPS_CUDA
+  if (has(cuda::kernels<float>().conv2d)) return;
+#endif
   TORCH_CHECK_VALUE(false, "unknown algorithm '", name, "'; known are ", known);
 }
 
@@ -36,10 +43,12 @@ inline const char* pass_name(Pass pass) {
   return pass == Pass::forward ? "forward" : pass == Pass::grad_input ? "grad_input" : "grad_weight";
 }
 
+inline bool wants_accurate(const std::string& name) { return name == "accurate" || (name == "auto" && accurate()); }
+
 /// The row to run, or an error with the row's own sentence.
 template <class Row>
 const Row& choose_or_throw(const Table<Row>& table, const Conv2dGeometry& g, Pass pass, const std::string& name) {
-  const Choice<Row> choice = choose(table, g, pass, name == "auto" && accurate() ? "accurate" : name.c_str());
+  const Choice<Row> choice = choose(table, g, pass, wants_accurate(name) ? "accurate" : name.c_str());
   TORCH_CHECK(choice.row, "algorithm '", name, "' refuses this convolution (", pass_name(pass),
               "): ", choice.refusal ? choice.refusal : "no such algorithm on this device");
   return *choice.row;

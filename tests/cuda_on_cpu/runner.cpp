@@ -33,7 +33,8 @@ void start(void (*launcher)(Parameters...), const Given&... arguments) {
   launcher(arguments..., nullptr);
 }
 
-/// integers: n, c, k, groups, then pairs: in, out, kernel, stride, padding, dilation; then layout, border.
+/// integers: n, c, k, groups, then pairs: in, out, kernel, stride, padding, dilation; then layout, border; and for the
+/// operands, whether TF32 is allowed.
 Conv2dGeometry conv2d_geometry(const int64_t* i) {
   return {i[0],
           i[1],
@@ -58,7 +59,7 @@ void conv2d(const std::string& algorithm, Pass pass, const Arguments& in) {
   const auto& run = choice.row->run(pass);
   const std::size_t size = static_cast<std::size_t>(run.workspace(g));
   const emulation::Guarded workspace("the workspace", size * sizeof(Sum<S>));
-  run.run(g, {in.pointer<S>(0), in.pointer<S>(1), in.pointer<S>(2), in.pointer<S>(3)},
+  run.run(g, {in.pointer<S>(0), in.pointer<S>(1), in.pointer<S>(2), in.pointer<S>(3), in.integers[18] != 0},
           static_cast<Sum<S>*>(workspace.data()), nullptr);
   workspace.check();
 }
@@ -171,7 +172,7 @@ struct Call {
     read(reals);
     read(inputs);
     read(outputs);
-    integers.resize(std::max<std::size_t>(integers.size(), 18));
+    integers.resize(std::max<std::size_t>(integers.size(), 19));
     reals.resize(2);
     return std::cin.get() == '\n';
   }

@@ -1,0 +1,429 @@
+// Convolution as a matrix product on tensor cores, the matrix never made.
+//
+// The product is conv2d_im2col.cu's, turned round: pixels are rows, since they are many, and channels columns.
+//
+//   forward      y[pixel, k]  = sum over taps   of unfolded[pixel, tap] * w[k, tap]
+//   grad_input   the same with gy for x, k for c; the pixels of a strided gradient fall apart into classes that share
+//                their taps, each a product of its own (correlation.h)
+//   grad_weight  gw[k, tap]   = sum over pixels of gy[pixel, k] * unfolded[pixel, tap]
+//
+// A block computes a tile of the product (gemm_tile.h). Its operands come to shared memory slice by slice, 64 bytes of
+// steps for each row and column, kStages slices ahead, in the types in which they are stored. A thread brings vectors of
+// 16 bytes (Carrier): with one cp.async if the steps are neighbours in memory, as channels are in channels_last; or else
+// number by number, float32 by cp.async of 4 bytes, 16-bit numbers by way of registers, which also transpose them where
+// neighbours are of different rows. Which of these, how large the tile
+// is, and whether addresses are aligned change nothing in the bits: each sum runs over its slices in order. Those of
+// grad_weight run over pixels in parts (parts_for): slices go round the parts like cards.
+//
+// How numbers are multiplied:
+//
+//   float32    three products of TF32 numbers, about as exact as float32 (Math::split); one, if torch's switches allow
+//              TF32 for convolutions. On sm_75 plain multiply-adds.
+//   16 bits    exact products, summed in float32, rounded once. On sm_75 plain multiply-adds for bfloat16.
+//
+// Refused: float64, groups of few channels, and what does not fit 32-bit counts within an image. An infinite weight at a tap that falls on padding
+// gives NaN, as inf * 0 does; with split float32 any infinity gives NaN, since what its big part leaves over is none.
+#include "gemm_tile.h"
+#include "launchers.h"
+#include "unfolded.h"
+
+namespace cnnops::cuda {
+namespace {
+
+constexpr int kStages = 3;
+constexpr int kFew = 8;  // channels per group: fewer would fill little of a tile, or of a slice
+
+/// How an operand comes to shared memory.
+enum class Way {
+  whole,   // a vector of steps that are neighbours in memory, by one cp.async
+  across,  // 16-bit numbers: 4 steps of 4 rows, these being neighbours in memory
+  steps,   // number by number, and neighbouring threads bring neighbouring steps
+  rows,    // likewise, neighbouring rows
+};
+
+/// What a thread brings of kCount rows of a slice, or columns.
+template <class S, int kCount, int kThreads>
+class Carrier {
+ public:
+  using To = Rows<S, kCount, 4>;
+
+  __device__ explicit Carrier(Way way) : way_(way) {}
+
+  /// from(row, step) says where a number is; nullptr for zero.
+  template <class From>
+  __device__ void start(To& to, const From& from) {
+    if (way_ == Way::whole) {
+      CNNOPS_UNROLL
+      for (int i = 0; i < kVectors; ++i) {
+        const int row = first(i) / 4, vector = first(i) % 4;
+        const S* source = from(row, vector * kSize);
+        copy_async<16>(to.at(row, vector), source, source ? 16 : 0);
+      }
+      return;
+    }
+    if constexpr (kAsync) {
+      CNNOPS_NO_UNROLL
+      for (int i = 0; i < kVectors; ++i) {
+        CNNOPS_UNROLL
+        for (int number = 0; number < kSize; ++number) {
+          const S* source = from(row(i), vector(i) * kSize + number);
+          copy_async<4>(to.at(row(i), vector(i)) + number, source, source ? 4 : 0);
+        }
+      }
+    } else if (way_ == Way::across) {
+      CNNOPS_UNROLL
+      for (int i = 0; i < kFours; ++i) {
+        const S* source = from(first(i / 4) / 8 * 4, first(i / 4) % 8 * 4 + i % 4);
+        held_[i] = source ? load_four(source) : Four{};
+      }
+    } else {
+      CNNOPS_UNROLL
+      for (int i = 0; i < kFours * 4; ++i) {
+        const S* source = from(row(i / kSize), vector(i / kSize) * kSize + i % kSize);
+        held_[i / 4].lane[i % 4] = source ? *source : S{};
+      }
+    }
+  }
+
+  __device__ void finish(To& to) const {
+    if constexpr (!kAsync) {
+      if (way_ == Way::whole) return;
+      CNNOPS_UNROLL
+      for (int i = 0; i < kFours; ++i) {
+        if (way_ == Way::across) {
+          const int square = first(i / 4);
+          const Four* held = held_ + i / 4 * 4;
+          const Four steps{held[0].lane[i % 4], held[1].lane[i % 4], held[2].lane[i % 4], held[3].lane[i % 4]};
+          store_four(to.at(square / 8 * 4 + i % 4, square % 8 / 2) + square % 2 * 4, steps);
+        } else {
+          store_four(to.at(row(i / 2), vector(i / 2)) + i % 2 * 4, held_[i]);
+        }
+      }
+    }
+  }
+
+ private:
+  static constexpr bool kAsync = sizeof(S) == 4;
+  static constexpr int kSize = Vector<S>::size, kVectors = kCount * 4 / kThreads;
+  static constexpr int kFours = kAsync ? 1 : kVectors * kSize / 4;
+  static_assert(kCount * 4 % kThreads == 0 && (kAsync || kVectors % 2 == 0));
+
+  struct alignas(8) Four {
+    S lane[4];
+  };
+  __device__ static Four load_four(const S* from, Here here = Here::current()) {
+    check_aligned(from, sizeof(Four), here);
+    return *reinterpret_cast<const Four*>(from);
+  }
+  __device__ static void store_four(S* to, const Four& four, Here here = Here::current()) {
+    check_aligned(to, sizeof(Four), here);
+    *reinterpret_cast<Four*>(to) = four;
+  }
+
+  __device__ static int first(int i) { return static_cast<int>(threadIdx.x) + i * kThreads; }
+  __device__ int row(int i) const { return way_ == Way::steps ? first(i) / 4 : first(i) % kCount; }
+  __device__ int vector(int i) const { return way_ == Way::steps ? first(i) % 4 : first(i) / kCount; }
+
+  Way way_;
+  Four held_[kFours];
+};
+
+// Without tensor cores a thread has no registers for operands of 64 rows.
+template <class S, Math kMath>
+using LargeTile = GemmTile<S, 2, 2, true, kMath, kMath == Math::plain ? 32 : 64, 32>;
+template <class S, Math kMath>
+using SmallTile = GemmTile<S, 2, 1, true, kMath>;
+template <class S, Math kMath>
+using WeightTile = GemmTile<S, 2, 2, true, kMath>;
+
+template <class Tile>
+struct CorrelateShared {
+  typename Tile::Slice stages[kStages];
+  Tap taps[2][kSlice<typename Tile::S>];  // of the slice that is brought, and of the next
+  Pixel pixels[Tile::kRows];
+  int64_t outs[Tile::kRows];
+};
+
+struct CorrelatePlan {
+  int64_t row_tiles, column_tiles, tiles;
+  Way weights;
+};
+
+/// Forward and the gradient of the input. kWhole: vectors of taps are neighbours in memory.
+template <class Tile, bool kWhole>
+__global__ void __launch_bounds__(Tile::kThreads)
+    correlate_kernel(Conv2dGeometry g, Pass pass, Tensors tensors, CorrelatePlan plan,
+                     Conv2dOperands<typename Tile::S> o) {
+  using S = typename Tile::S;
+  CorrelateShared<Tile>& shared = *shared_memory<CorrelateShared<Tile>>();
+  for (int64_t tile = blockIdx.x; tile < plan.tiles; tile += gridDim.x) {
+    Digits digits(tile);
+    const int column0 = static_cast<int>(digits.next(plan.column_tiles)) * Tile::kColumns;
+    const int64_t row0 = digits.next(plan.row_tiles) * Tile::kRows;
+    const int64_t class_w = digits.next(axis_classes(g, pass, 1)), class_h = digits.next(axis_classes(g, pass, 0));
+    const int group = static_cast<int>(digits.rest());
+    const Axes axes(g, pass, tensors, class_h, class_w);
+    const Channels& channels = axes.channels;
+    const int64_t pixels = g.n * axes.h.count * axes.w.count;
+    for (int i = threadIdx.x; i < Tile::kRows; i += Tile::kThreads) {
+      axes.find(row0 + i, pixels, group, shared.pixels[i], shared.outs[i]);
+    }
+
+    const S* weights = o.b + group * channels.weight_group + static_cast<int64_t>(column0) * channels.weight_produce;
+    Carrier<S, Tile::kRows, Tile::kThreads> a(kWhole ? Way::whole : axes.channels_last ? Way::steps : Way::rows);
+    Carrier<S, Tile::kColumns, Tile::kThreads> b(plan.weights);
+    const auto prepare = [&](int64_t number) {
+      const int step = threadIdx.x;
+      if (step < kSlice<S>) shared.taps[number % 2][step] = axes.tap(static_cast<int>(number) * kSlice<S> + step);
+    };
+    const auto start = [&](typename Tile::Slice& slice, int64_t number) {
+      const Tap* taps = shared.taps[number % 2];
+      a.start(slice.a, [&](int row, int step) { return axes.place(o.a, shared.pixels[row], taps[step]); });
+      b.start(slice.b, [&](int column, int step) {
+        const int weight = taps[step].weight;
+        return weight >= 0 && column0 + column < channels.produce ? weights + column * channels.weight_produce + weight
+                                                                  : nullptr;
+      });
+    };
+    const auto finish = [&](typename Tile::Slice& slice) {
+      a.finish(slice.a);
+      b.finish(slice.b);
+    };
+    Tile product;
+    product.multiply(shared.stages, ceil_div(axes.taps(), kSlice<S>), start, finish, prepare);
+
+    product.each([&](int row, int column, float first, float second) {
+      const int64_t out = shared.outs[row];
+      const auto put = [&](int k, float sum) {
+        if (out < 0 || k >= channels.produce) return;
+        const float bias = o.bias ? value(o.bias[group * channels.produce + k]) : 0.0f;
+        o.out[out + static_cast<int64_t>(k) * tensors.y.c] = rounded<S>(sum + bias);
+      };
+      put(column0 + column, first);
+      put(column0 + column + 1, second);
+    });
+    sync_block();
+  }
+}
+
+template <class Tile>
+struct WeightShared {
+  typename Tile::Slice stages[kStages];
+  Tap taps[Tile::kColumns];
+  Pixel pixels[2][kSlice<typename Tile::S>];
+  int64_t outs[2][kSlice<typename Tile::S>];
+};
+
+struct WeightPlan {
+  int64_t row_tiles, column_tiles, parts, tiles, weights;
+  Way gradient, input;
+};
+
+/// The gradient of the weights: rows are output channels, columns taps, and the steps of the sum pixels. `parts`, if there
+/// are several, get their sums instead of o.out.
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads) grad_weight_kernel(Conv2dGeometry g, Tensors tensors, WeightPlan plan,
+                                                                     Conv2dOperands<typename Tile::S> o, float* parts) {
+  using S = typename Tile::S;
+  WeightShared<Tile>& shared = *shared_memory<WeightShared<Tile>>();
+  const Axes axes(g, Pass::forward, tensors, 0, 0);
+  const Channels& channels = axes.channels;
+  const int64_t pixels = g.n * g.out[0] * g.out[1], slices = ceil_div(pixels, kSlice<S>);
+  for (int64_t tile = blockIdx.x; tile < plan.tiles; tile += gridDim.x) {
+    Digits digits(tile);
+    const int row0 = static_cast<int>(digits.next(plan.row_tiles)) * Tile::kRows;
+    const int column0 = static_cast<int>(digits.next(plan.column_tiles)) * Tile::kColumns;
+    const int group = static_cast<int>(digits.next(channels.groups));
+    const int64_t part = digits.rest();
+    for (int i = threadIdx.x; i < Tile::kColumns; i += Tile::kThreads) shared.taps[i] = axes.tap(column0 + i);
+
+    Carrier<S, Tile::kRows, Tile::kThreads> a(plan.gradient);
+    Carrier<S, Tile::kColumns, Tile::kThreads> b(plan.input);
+    const auto prepare = [&](int64_t number) {
+      const int step = threadIdx.x;
+      if (step >= kSlice<S>) return;
+      axes.find((part + number * plan.parts) * kSlice<S> + step, pixels, group, shared.pixels[number % 2][step],
+                shared.outs[number % 2][step]);
+    };
+    const auto start = [&](typename Tile::Slice& slice, int64_t number) {
+      const Pixel* pixels = shared.pixels[number % 2];
+      const int64_t* outs = shared.outs[number % 2];
+      a.start(slice.a, [&](int row, int step) {
+        const int64_t gy = outs[step];
+        return gy >= 0 && row0 + row < channels.produce ? o.a + gy + static_cast<int64_t>(row0 + row) * tensors.y.c
+                                                        : nullptr;
+      });
+      b.start(slice.b, [&](int column, int step) { return axes.place(o.b, pixels[step], shared.taps[column]); });
+    };
+    const auto finish = [&](typename Tile::Slice& slice) {
+      a.finish(slice.a);
+      b.finish(slice.b);
+    };
+    Tile product;
+    product.multiply(shared.stages, part < slices ? ceil_div(slices - part, plan.parts) : 0, start, finish, prepare);
+
+    const int columns = axes.taps();
+    product.each([&](int row, int column, float first, float second) {
+      const int64_t weight = (static_cast<int64_t>(group) * channels.produce + row0 + row) * columns;
+      const auto put = [&](int at, float sum) {
+        if (row0 + row >= channels.produce || at >= columns) return;
+        if (plan.parts > 1) {
+          parts[part * plan.weights + weight + at] = sum;
+        } else {
+          o.out[weight + at] = rounded<S>(sum);
+        }
+      };
+      put(column0 + column, first);
+      put(column0 + column + 1, second);
+    });
+    sync_block();
+  }
+}
+
+template <class S>
+bool aligned(const S* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % sizeof(Vector<S>) == 0;
+}
+
+/// For an operand whose rows are neighbours in memory, in runs of `count`.
+template <class S>
+Way across_rows(const S* pointer, int64_t count) {
+  return sizeof(S) == 2 && count % 4 == 0 && aligned(pointer) ? Way::across : Way::rows;
+}
+
+/// Calls start(math), where math() is a constant: how this device multiplies numbers of type S.
+template <class S, class Start>
+void with_math(bool tf32, const Start& start) {
+  const bool tensor_cores = architecture() >= 80;
+  if constexpr (std::is_same_v<S, Float16>) {
+    start(std::integral_constant<Math, Math::tensor>{});
+  } else if (!tensor_cores) {
+    start(std::integral_constant<Math, Math::plain>{});
+  } else if (std::is_same_v<S, BFloat16> || tf32) {
+    start(std::integral_constant<Math, Math::tensor>{});
+  } else if constexpr (std::is_same_v<S, float>) {
+    start(std::integral_constant<Math, Math::split>{});
+  }
+}
+
+template <class Tile, Pass kPass>
+void correlate(const Conv2dGeometry& g, const Conv2dOperands<typename Tile::S>& o, Stream stream) {
+  constexpr int kSize = Vector<typename Tile::S>::size;
+  const Channels channels(g, kPass);
+  const int64_t pixels = g.n * make_axis(g, kPass, 0, 0).count * make_axis(g, kPass, 1, 0).count;
+  CorrelatePlan plan{};
+  plan.row_tiles = ceil_div(pixels, Tile::kRows);
+  plan.column_tiles = ceil_div(channels.produce, Tile::kColumns);
+  plan.tiles = g.groups * axis_classes(g, kPass, 0) * axis_classes(g, kPass, 1) * plan.row_tiles * plan.column_tiles;
+  if (kPass == Pass::forward) {
+    const bool whole = channels.reduce * g.kernel[0] * g.kernel[1] % kSize == 0 && aligned(o.b);
+    plan.weights = whole ? Way::whole : Way::steps;
+  } else {
+    plan.weights = channels.weight_produce == 1 ? across_rows(o.b, channels.produce) : Way::steps;
+  }
+  const bool whole = g.layout == Layout::channels_last && channels.reduce % kSize == 0 && aligned(o.a);
+  launch(kPass == Pass::forward ? "conv2d_implicit_gemm forward" : "conv2d_implicit_gemm grad_input",
+         whole ? correlate_kernel<Tile, true> : correlate_kernel<Tile, false>, plan.tiles, Tile::kThreads,
+         sizeof(CorrelateShared<Tile>), stream, g, kPass, Tensors(g, kPass), plan, o);
+}
+
+template <class S, Pass kPass>
+void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>*, Stream stream) {
+  with_math<S>(o.tf32, [&](auto math) {
+    using Large = LargeTile<S, math()>;
+    const int64_t produce = Channels(g, kPass).produce;
+    const int64_t outputs = produce * make_axis(g, kPass, 0, 0).count * make_axis(g, kPass, 1, 0).count;
+    if (produce > Large::kColumns / 2 && outputs >= 2 * Large::kRows * Large::kColumns) {
+      correlate<Large, kPass>(g, o, stream);
+    } else {
+      correlate<SmallTile<S, math()>, kPass>(g, o, stream);
+    }
+  });
+}
+
+template <class S>
+WeightPlan plan_grad_weight(const Conv2dGeometry& g) {
+  using Tile = WeightTile<S, Math::tensor>;  // all Math has this size
+  const int64_t columns = g.c / g.groups * g.kernel[0] * g.kernel[1];
+  WeightPlan plan{};
+  plan.row_tiles = ceil_div(g.k / g.groups, Tile::kRows);
+  plan.column_tiles = ceil_div(columns, Tile::kColumns);
+  plan.parts = parts_for(g.groups * plan.row_tiles * plan.column_tiles);
+  plan.tiles = plan.parts * g.groups * plan.row_tiles * plan.column_tiles;
+  plan.weights = g.k * columns;
+  return plan;
+}
+
+template <class S>
+int64_t grad_weight_workspace(const Conv2dGeometry& g) {
+  const WeightPlan plan = plan_grad_weight<S>(g);
+  return plan.parts > 1 ? plan.parts * plan.weights : 0;
+}
+
+template <class S>
+void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace, Stream stream) {
+  WeightPlan plan = plan_grad_weight<S>(g);
+  if (g.layout == Layout::contiguous) {
+    const bool whole = g.out[0] * g.out[1] % Vector<S>::size == 0 && aligned(o.a);
+    plan.gradient = whole ? Way::whole : Way::steps;
+    plan.input = Way::steps;
+  } else {
+    plan.gradient = across_rows(o.a, g.k / g.groups);
+    plan.input = across_rows(o.b, g.c / g.groups);
+  }
+  with_math<S>(o.tf32, [&](auto math) {
+    using Tile = WeightTile<S, math()>;
+    launch("conv2d_implicit_gemm grad_weight", grad_weight_kernel<Tile>, plan.tiles, Tile::kThreads,
+           sizeof(WeightShared<Tile>), stream, g, Tensors(g, Pass::grad_weight), plan, o, workspace);
+  });
+  if (plan.parts > 1) {
+    launch_items("conv2d_implicit_gemm add_parts", add_parts<S>, plan.weights, stream, workspace, plan.parts,
+                 plan.weights, o.out);
+  }
+}
+
+bool yields(const Conv2dGeometry& g, Pass) { return g.c / g.groups < kFew || g.k / g.groups < kFew; }
+
+const char* refuses(const Conv2dGeometry& g, Pass pass) {
+  if (!small(g)) {
+    return "the implicit_gemm algorithm counts within an image in 32 bits, and this image or kernel is larger";
+  }
+  if (g.groups > 1 && yields(g, pass)) {
+    return "the implicit_gemm algorithm is for groups of 8 channels or more on either side: of fewer, its tiles would "
+           "be "
+           "almost empty";
+  }
+  return nullptr;
+}
+
+int64_t no_workspace(const Conv2dGeometry&) { return 0; }
+
+}  // namespace
+
+template <class S>
+Conv2dRow<S> conv2d_implicit_gemm() {
+  constexpr const char* name = "implicit_gemm";
+  constexpr const char* summary = "a matrix product on tensor cores, its operands copied straight from the tensors";
+  if constexpr (std::is_same_v<S, double>) {
+    const auto refuses_double = [](const Conv2dGeometry&, Pass) {
+      return "the implicit_gemm algorithm is for float32, bfloat16 and float16";
+    };
+    return {name, summary, refuses_double, {no_workspace, nullptr}, {no_workspace, nullptr}, {no_workspace, nullptr}};
+  } else {
+    return {name,
+            summary,
+            refuses,
+            {no_workspace, correlate<S, Pass::forward>},
+            {no_workspace, correlate<S, Pass::grad_input>},
+            {grad_weight_workspace<S>, grad_weight<S>},
+            true,
+            yields};
+  }
+}
+
+template Conv2dRow<float> conv2d_implicit_gemm();
+template Conv2dRow<double> conv2d_implicit_gemm();
+template Conv2dRow<BFloat16> conv2d_implicit_gemm();
+template Conv2dRow<Float16> conv2d_implicit_gemm();
+
+}  // namespace cnnops::cuda
