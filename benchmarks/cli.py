@@ -30,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
     add("--threads", type=int, default=torch.get_num_threads())
     add("--peers", action="store_true", help=f"forward also by torch.compile, and {libraries} where installed")
     add("--quick", action="store_true", help="few rounds: a look, not a measurement")
+    add("--seconds", type=float, default=measure.Effort.seconds, help="of rounds, per workload and pass")
     add("--keep-memory", action="store_true", help="let glibc keep freed memory: no page faults in the times")
     add("--save", type=Path, metavar="DIR", help="write bench.json, after every row, and bench.png")
     add("--write-docs", type=Path, metavar="JSON", help="only write docs/performance.md and the README's table")
@@ -49,7 +50,7 @@ def selected(options) -> list[Workload]:
 
 
 def run(loads: list[Workload], options, console: Console) -> dict:
-    effort = measure.QUICK if options.quick else measure.Effort()
+    effort = measure.QUICK if options.quick else measure.Effort(options.seconds)
     data = {"machine": measure.machine(), "ceilings": measure.ceilings(), "quick": options.quick, "results": []}
     console.print(report.machine(data), soft_wrap=True)
     if float(load := data["machine"]["load before"]) > 0.5:

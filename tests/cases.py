@@ -237,6 +237,7 @@ CONV2D = [
         ("depthwise-dilated", 2, 5, 17, 19, 5, (3, 3), {"dilation": (3, 4), "padding": (3, 4), "groups": 5}),
         ("depthwise-7x7", 1, 17, 9, 21, 17, (7, 7), {"padding": (3, 3), "groups": 17}),
         ("depthwise-5x5-strided", 2, 18, 12, 11, 18, (5, 5), {"stride": (2, 2), "padding": (2, 2), "groups": 18}),
+        ("depthwise-strided-whole", 1, 2, 6, 32, 2, (3, 3), {"stride": (2, 2), "padding": (1, 1), "groups": 2}),
         ("depthwise-many", 2, 211, 3, 6, 211, (3, 3), {"padding": (1, 1), "groups": 211}),
         ("depthwise-wide", 1, 2, 3, 270, 2, (3, 3), {"padding": (1, 1), "groups": 2}),
         ("kernel-over-64-wide", 1, 2, 2, 80, 3, (1, 70), {}),

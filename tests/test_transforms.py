@@ -48,6 +48,9 @@ def samples():
             lambda gy, x: ops.conv2d_grad_weight(gy, x, (3, 2), *CONV, "circular"), gy, x),
         "conv_transpose2d": (lambda x, w, b: ops.conv_transpose2d(x, w, b, 2, 1, (1, 0)), x, numbers(2, 3, 3, 2),
                              numbers(3)),
+        "conv_relu_max_pool2d": (
+            lambda x, w, b: ops.conv_relu_max_pool2d(x, w, b, *CONV, "zeros", "leaky_relu", 0.1, 2, (), 0, 1, False)[0],
+            x, w, b),
         "channel_sum": (ops.channel_sum, x),
         "max_pool2d": (lambda x: ops.max_pool2d(x, *WINDOW)[0], x),
         "max_pool2d, unbatched": (lambda x: ops.max_pool2d(x, *WINDOW)[0], x[0]),

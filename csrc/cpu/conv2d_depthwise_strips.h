@@ -95,7 +95,8 @@ void part_columns(const T* line, int64_t count, int64_t step, int64_t phase, T* 
   const int64_t each = ceil_div(count, step);
   if (step == 2) {
     constexpr auto lanes = std::make_integer_sequence<int, int(L)>();
-    for (int64_t j = 0; j < each; j += L) {
+    // From the last: what its vector of the first phase spills into the second is written over.
+    for (int64_t j = (each - 1) / L * L; j >= 0; j -= L) {
       const T* from = line + 2 * j;
       store(to + j, even_places<T>(load(from), load(from + L - 1), lanes));
       store(to + phase + j, even_places<T>(load(from + 1), load(from + L), lanes));
