@@ -128,12 +128,17 @@ void max_pool2d_gather(const Pool2dGeometry& g, const S* x, const Position* posi
 
 // ---- backward: a pixel's terms are added up in the order of the taps ----
 
-/// What lanes [begin, end) of a vector get from the outputs `out`, out + 1, ... if these found their maxima at tap `place`.
-template <class S, class Position>
+/// What lanes [begin, end) of a vector, or all if it is `whole`, get from the outputs `out`, out + 1, ... if these found
+/// their maxima at tap `place`.
+template <bool whole, class S, class Position>
 Vec<Sum<S>> terms_of(const S* gy, const Position* positions, int64_t out, int64_t place, int64_t begin, int64_t end) {
   using T = Sum<S>;
-  const auto won = load_positions<T>(positions + out, begin, end);
-  const Vec<T> terms = load_between(gy + out, begin, end, T(0));  // a plain load GCC would mask by `won`, and so delay
+  const auto won =
+      whole ? load_positions<T>(positions + out, 0, kLanes<T>) : load_positions<T>(positions + out, begin, end);
+  Vec<T> terms = whole ? load(gy + out) : load_between(gy + out, begin, end, T(0));
+#if defined(__AVX512F__)
+  asm("" : "+v"(terms));  // or GCC masks the load by `won`: slow, as such a load waits for its mask
+#endif
   return won == Word<T>(place) ? terms : Vec<T>{};
 }
 
@@ -150,32 +155,37 @@ void max_backward_of_rows(const Pool2dGeometry& g, const S* gy, const Position* 
   };
   Tap taps[2][kMostTaps];  // those that the pixels of sums[0] are seen through, and of sums[1]
   const int64_t s = g.stride[1], width = g.in[1];
-  const int64_t together = width <= s * L ? kRowsTogether : 1;  // in pieces, memory would be walked out of its order
   for (int64_t task = begin; task < end;) {
-    const int64_t image = task / g.in[0], next = smaller(smaller(end, task + together), (image + 1) * g.in[0]);
+    const int64_t image = task / g.in[0], next = smaller(smaller(end, task + kRowsTogether), (image + 1) * g.in[0]);
     for (int64_t i = 0; i < width; i += s * L) {
       const int64_t iw = larger(0, smaller(i, width - s * L));
       int count[2] = {};
+      bool all_whole = true;
       for (int64_t kw = 0; kw < g.kernel[1]; ++kw) {
         const int64_t reach = iw + g.padding[1] - kw * g.dilation[1], odd = s == 2 ? reach & 1 : 0;
         const int64_t start = s == 2 ? (reach + odd) >> 1 : reach;
         const Lanes lanes = lanes_inside<T>(start, g.out[1]);
         if (lanes.begin < lanes.end) taps[odd][count[odd]++] = {kw, start, lanes};
+        all_whole &= lanes.end - lanes.begin == L;
       }
-      for (int64_t row = task; row < next; ++row) {
-        const int64_t ih = row - image * g.in[0];
-        Vec<T> sums[2] = {};
-        for_outputs_over(g, 0, ih, outputs_over(g, 0, ih), [&](int64_t oh, int64_t kh) {
-          const int64_t out = (image * g.out[0] + oh) * g.out[1], place = kh * g.kernel[1];
-          const auto add = [&](Vec<T>& sum, const Tap& tap) {
-            sum += terms_of(gy, positions, out + tap.start, place + tap.kw, tap.lanes.begin, tap.lanes.end);
-          };
-          for (int k = 0; k < count[0]; ++k) add(sums[0], taps[0][k]);
-          for (int k = 0; k < count[1]; ++k) add(sums[1], taps[1][k]);
-        });
-        put_by_turns(gx + row * width + iw, sums, s, pixels_to_put<T>(g, iw, end - row),
-                     std::make_integer_sequence<int, int(L)>());
-      }
+      const auto run = [&](auto whole) {
+        for (int64_t row = task; row < next; ++row) {
+          const int64_t ih = row - image * g.in[0];
+          Vec<T> sums[2] = {};
+          for_outputs_over(g, 0, ih, outputs_over(g, 0, ih), [&](int64_t oh, int64_t kh) {
+            const int64_t out = (image * g.out[0] + oh) * g.out[1], place = kh * g.kernel[1];
+            const auto add = [&](Vec<T>& sum, const Tap& tap) {
+              sum +=
+                  terms_of<whole.value>(gy, positions, out + tap.start, place + tap.kw, tap.lanes.begin, tap.lanes.end);
+            };
+            for (int k = 0; k < count[0]; ++k) add(sums[0], taps[0][k]);
+            for (int k = 0; k < count[1]; ++k) add(sums[1], taps[1][k]);
+          });
+          put_by_turns(gx + row * width + iw, sums, s, pixels_to_put<T>(g, iw, end - row),
+                       std::make_integer_sequence<int, int(L)>());
+        }
+      };
+      all_whole ? run(std::true_type()) : run(std::false_type());
     }
     task = next;
   }
@@ -218,7 +228,7 @@ void max_backward_by_pixels(const Pool2dGeometry& g, const S* gy, const Position
       for_outputs_over(g, 0, ih, rows, [&](int64_t oh, int64_t kh) {
         for_outputs_over(g, 1, iw, columns, [&](int64_t ow, int64_t kw) {
           const int64_t out = (first_output + oh * g.out[1] + ow) * g.c + c;
-          sum += terms_of(gy, positions, out, kh * g.kernel[1] + kw, 0, channels);
+          sum += terms_of<false>(gy, positions, out, kh * g.kernel[1] + kw, 0, channels);
         });
       });
       store_first(gx + iw * g.c + c, sum, channels);
