@@ -286,7 +286,7 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* wo
 
 // ---- the row of the table ----
 
-/// A buffer of 2^17 numbers at most, and in grad_weight a vector for each of 512 taps at most: 1.1 MiB. What is accepted
+/// A buffer of 2^17 numbers at most, and in grad_weight a vector for each of 512 taps at most: about 2 MiB. What is accepted
 /// forwards is accepted backwards, where borders other than zeros are written out (conv2d_border.cpp).
 template <class T>
 const char* refuses(const Conv2dGeometry& g, Pass) {
