@@ -218,7 +218,8 @@ def page(data: dict) -> str:
     about = data["machine"]
     return f"""## Whole models
 
-`python -m benchmarks.models`; memory {about["memory"]}; cnnops {about["commit"]}. Milliseconds; *ratio* is the best
+`python -m benchmarks.models`; memory {about["memory"]};
+cnnops {about["commit"]}{"; few rounds" * data["quick"]}. Milliseconds; *ratio* is the best
 other's time over our best. Training steps are forward, cross entropy, backward and SGD; *fused* is `convert` with
 `fuse=True`, for inference with `inference=True`; torch.compile is frozen for inference. Dropout is left out. *error*:
 relative L2 against float64, of outputs, or of all gradients of a step.
