@@ -253,7 +253,8 @@ void average_backward_by_vectors(const Pool2dGeometry& g, const Divisor& d, Rang
   const T* of_row[kRowsTogether];
   const int64_t s = g.stride[1], shift = s - 1, width = g.in[1];
   for (int64_t task = begin; task < end;) {
-    const int64_t image = task / g.in[0], next = smaller(smaller(end, task + kRowsTogether), (image + 1) * g.in[0]);
+    const int64_t image = task / g.in[0],
+                  next = smaller(smaller(end, task + rows_together<T>(g)), (image + 1) * g.in[0]);
     for (int64_t from = 0; from < width; from += kPixels) {
       const int64_t to = smaller(from + kPixels, width), last_block = larger(from, to - s * L);
       const int64_t first = (from + g.padding[1] - g.kernel[1] + s) >> shift;

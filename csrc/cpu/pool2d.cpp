@@ -159,7 +159,8 @@ void max_backward_of_rows(const Pool2dGeometry& g, const S* gy, const Position* 
   Tap taps[2][kMostTaps];  // those that the pixels of sums[0] are seen through, and of sums[1]
   const int64_t s = g.stride[1], width = g.in[1];
   for (int64_t task = begin; task < end;) {
-    const int64_t image = task / g.in[0], next = smaller(smaller(end, task + kRowsTogether), (image + 1) * g.in[0]);
+    const int64_t image = task / g.in[0],
+                  next = smaller(smaller(end, task + rows_together<T>(g)), (image + 1) * g.in[0]);
     for (int64_t i = 0; i < width; i += s * L) {
       const int64_t iw = larger(0, smaller(i, width - s * L));
       int count[2] = {};
