@@ -13,19 +13,16 @@ is no GPU; what cannot be there says so.
 """
 
 import argparse
-import os
-import signal
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 from benchmarks.gpu import stage, summary
 
 SECONDS = 560  # of ten minutes
+LEAST = 10  # of a stage, while there are as many
 # Shares of the time.
-WEIGHTS = {"build": 140, "facts": 20, "tests": 130, "sanitizer": 60, "timings": 150, "training": 60}
+WEIGHTS = {"build": 140, "facts": 20, "tests": 110, "sanitizer": 80, "timings": 150, "training": 60}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,32 +37,19 @@ def parser() -> argparse.ArgumentParser:
 
 def run_stage(name: str, command: list[str], seconds: float, folder: Path) -> dict:
     """Its JSON, and how it ended. A process that is not done in time is stopped, with all that it started."""
-    started = time.monotonic()
-    with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(
-            command, cwd=stage.ROOT, stdout=output, stderr=subprocess.STDOUT, preexec_fn=os.setpgrp
-        )
-        late = False
-        try:
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            late = True
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        output.seek(0)
-        said = output.read().decode(errors="replace")[-3000:]
-    data = stage.read(folder, name) or {"stage": name}
+    started, path = time.monotonic(), folder / f"{name}.json"
+    path.unlink(missing_ok=True)  # an earlier run's
+    code, said = stage.run_command(command, seconds)
+    data = stage.read(folder, name) or {"stage": name, "status": "failed", "why": "it found nothing"}
     data |= {"spent": time.monotonic() - started, "limit": seconds}
-    if late:
+    if code is None:
         data |= {"status": "cut", "why": f"stopped after {seconds:.0f} s"}
-    elif process.returncode:
-        why = data.get("why") or (said.strip().splitlines() or [f"ended with {process.returncode}"])[-1]
+    elif code:
+        why = data.get("why") or (said.strip().splitlines() or [f"ended with {code}"])[-1]
         data |= {"status": "failed", "why": why}
     if data["status"] in ("cut", "failed"):
-        data.setdefault("said", said)
-    stage.write(folder / f"{name}.json", data)
+        data.setdefault("said", said[-3000:])
+    stage.write(path, data)
     return data
 
 
@@ -74,7 +58,11 @@ def run(options) -> dict:
     rest = ["--save", str(options.save.resolve()), "--device", options.device, "--case", *options.case]
     for at, name in enumerate(options.stage):
         weights = [WEIGHTS[other] for other in options.stage[at:]]
-        seconds = (end - time.monotonic()) * weights[0] / sum(weights)
+        left = end - time.monotonic()
+        seconds = min(left, max(LEAST, left * weights[0] / sum(weights)))
+        if seconds <= 0:
+            print(f"{name}: no time is left")
+            continue
         print(f"{name}: at most {seconds:.0f} s", flush=True)
         command = [sys.executable, "-m", f"benchmarks.gpu.{name}", "--seconds", str(seconds), *rest]
         data = run_stage(name, command, seconds, options.save)

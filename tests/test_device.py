@@ -113,6 +113,7 @@ def test_conv2d(device, algorithm, case, math, layout, allow_tf32):
             assert_rounds_well(got, *expected)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif("cuda" not in DEVICES, reason="needs a GPU")
 @every_pass
 def test_float32_stays_float32(which):

@@ -5,8 +5,6 @@ import subprocess
 import sys
 import time
 
-import torch
-
 from benchmarks.gpu import stage
 
 
@@ -34,6 +32,8 @@ def run(stage_: stage.Stage, options) -> None:
         return stage_.skip("a CPU needs no CUDA; the extension is what `make build` made")
     if there["cuda"] and fresh(there["file"]):
         return stage_.skip(f"the extension is there already, built by nvcc {there['cuda']}")
+    import torch
+
     capability = "{}.{}".format(*torch.cuda.get_device_capability())
     environment = {"CNNOPS_CUDA": "1", "TORCH_CUDA_ARCH_LIST": capability, **os.environ}
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]

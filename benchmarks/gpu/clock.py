@@ -15,7 +15,7 @@ import torch
 from benchmarks import measure
 
 SAMPLE = 1e-3  # seconds
-LONGEST_GRAPH = 1000  # calls
+LONGEST_GRAPH = 200  # calls
 COPIES = 32  # at most
 Sampler = Callable[[], float]  # seconds per call
 

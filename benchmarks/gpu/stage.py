@@ -2,6 +2,10 @@
 
 import argparse
 import json
+import os
+import signal
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +41,25 @@ class Stage:
     def save(self) -> None:
         write(self.path, self.data)
         self.saved = time.monotonic()
+
+
+def run_command(command: list[str], seconds: float, **settings) -> tuple[int | None, str]:
+    """Its exit status, or nothing if it was stopped with all that it started, and what it said."""
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, **settings
+        )
+        code = None
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        output.seek(0)
+        return code, output.read().decode(errors="replace")
 
 
 def write(path: Path, data: dict) -> None:

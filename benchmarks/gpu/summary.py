@@ -217,6 +217,7 @@ def failures(data: dict) -> list[str]:
 def show(data: dict) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console(width=170)
     for header, lines, title in [
@@ -227,7 +228,7 @@ def show(data: dict) -> None:
     ]:
         shown = Table(*header, title=title)
         for line in lines:
-            shown.add_row(*line)
+            shown.add_row(*map(Text, line))
         console.print(shown)
     console.print(about(data), soft_wrap=True)
     for line in failures(data):

@@ -105,7 +105,7 @@ class Measurement:
         return {
             "workload": load.name,
             "kind": load.kind,
-            "groups": load.groups or replace(load, dtype=torch.float32).groups,
+            "groups": replace(load, dtype=torch.float32).groups,
             "precision": name,
             "input": list(load.case.input_shape),
             "pass": which,
