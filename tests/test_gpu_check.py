@@ -235,7 +235,10 @@ def test_cudnn_searches_in_a_thread_of_its_own(cuda_clock, monkeypatch, tmp_path
 
     monkeypatch.setattr(operators, "calls", calls)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
-    options = SimpleNamespace(device="cuda", case=["two-layer-1-n64"], save=tmp_path, seconds=20)
+    monkeypatch.setattr(clock.CudaClock, "copies", lambda self, size: 1)
+    monkeypatch.setattr(clock, "LONGEST_GRAPH", 2)
+    monkeypatch.setattr(timings, "LEAST", 0)
+    options = SimpleNamespace(device="cuda", case=["two-layer-1-n64"], save=tmp_path, seconds=4)
     found = stage.Stage("timings", options)
     timings.run(found, options)
     rows = found.data["rows"]
