@@ -61,7 +61,7 @@ def run(options) -> dict:
         left = end - time.monotonic()
         seconds = min(left, max(LEAST, left * weights[0] / sum(weights)))
         if seconds <= 0:
-            print(f"{name}: no time is left")
+            stage.write(options.save / f"{name}.json", {"stage": name, "status": "skipped", "why": "no time was left"})
             continue
         print(f"{name}: at most {seconds:.0f} s", flush=True)
         command = [sys.executable, "-m", f"benchmarks.gpu.{name}", "--seconds", str(seconds), *rest]

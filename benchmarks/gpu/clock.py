@@ -20,7 +20,7 @@ COPIES = 32  # at most
 Sampler = Callable[[], float]  # seconds per call
 
 
-def rounds(seconds: float, least: int = 5, most: int = 50) -> Iterator[int]:
+def rounds(seconds: float, least: int = 5, most: int = 20) -> Iterator[int]:
     end = time.monotonic() + seconds
     for turn in range(most):
         if turn >= least and time.monotonic() > end:
