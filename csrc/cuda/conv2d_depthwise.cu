@@ -28,7 +28,7 @@ namespace {
 
 constexpr int kMostFilters = 8;
 constexpr int kMostCells = 8;  // of a strip
-constexpr int kTurns = 4;  // outputs of a thread of loop_kernel
+constexpr int kTurns = 4;      // outputs of a thread of loop_kernel
 
 /// How cells lie in the input. kWindow: rows and columns that a cell sees; kMove: how far on the next cell's are; kMade: a
 /// cell's outputs along either axis; kOpen: cells of a column whose windows share a row, at most.
@@ -60,9 +60,10 @@ struct StripPlan {
   Spread spread;
   Tensors tensors;
   CellAxis h, w;
-  int strip, channels, positions;  // cells of a strip; positions of strips, of all channels if contiguous, or else of one
-  int weight0, weight_step;        // backwards for the gradient at stride 1
-  bool pairs;                      // of outputs side by side are aligned
+  int strip, channels,
+      positions;             // cells of a strip; positions of strips, of all channels if contiguous, or else of one
+  int weight0, weight_step;  // backwards for the gradient at stride 1
+  bool pairs;                // of outputs side by side are aligned
   int64_t blocks;
   Divider by_columns, by_strips, by_blocks, by_filters;
 };
@@ -128,7 +129,6 @@ template <class S, class Shape, int kLanes, bool kLast>
 __global__ void __launch_bounds__(kDepthwiseThreads, kDepthwiseBlocks<S, Shape::kKernel>)
     strip_kernel(StripPlan plan, Conv2dOperands<S> o) {
   using T = Sum<S>;
-  using Lanes = Pack<S, kLanes>;
   constexpr int kTaps = Shape::kTaps, kMove = Shape::kMove, kMade = Shape::kMade, kWindow = Shape::kWindow;
   const Strides<int>&x = plan.tensors.x, &y = plan.tensors.y;
   S* staged = shared_memory<S>();
@@ -154,14 +154,15 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kDepthwiseBlocks<S, Shape::
     const int plane = plan.by_strips.divide(strip);
     if constexpr (!kLast) channel = plane;
 
+    const S* filter = o.b + static_cast<int64_t>(channel) * kTaps + plan.weight0;
     T weights[kTaps][kLanes];
     CNNOPS_UNROLL
     for (int tap = 0; tap < kTaps; ++tap) {
-      const auto held = Lanes::load(kLast ? staged + tap * kBlockChannels + vector * kLanes
-                                          : o.b + static_cast<int64_t>(channel) * kTaps + plan.weight0 +
-                                                tap * plan.weight_step);
+      S held[kLanes];
+      load_whole<kLanes>(held,
+                         kLast ? staged + tap * kBlockChannels + vector * kLanes : filter + tap * plan.weight_step);
       CNNOPS_UNROLL
-      for (int i = 0; i < kLanes; ++i) weights[tap][i] = value(held.lane[i]);
+      for (int i = 0; i < kLanes; ++i) weights[tap][i] = value(held[i]);
     }
     T bias[kLanes];
     CNNOPS_UNROLL
@@ -188,11 +189,12 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kDepthwiseBlocks<S, Shape::
         T seen[kWindow][kLanes];
         CNNOPS_UNROLL
         for (int kw = 0; kw < kWindow; ++kw) {
-          Lanes held{};
+          S held[kLanes] = {};
           const int h = h0 + row0 + r;
-          if (0 <= h && h < h_end && inside(w0 + kw, plan.w.in)) held = Lanes::load(from + kw * (kLast ? x.w : 1));
+          if (0 <= h && h < h_end && inside(w0 + kw, plan.w.in))
+            load_whole<kLanes>(held, from + kw * (kLast ? x.w : 1));
           CNNOPS_UNROLL
-          for (int i = 0; i < kLanes; ++i) seen[kw][i] = value(held.lane[i]);
+          for (int i = 0; i < kLanes; ++i) seen[kw][i] = value(held[i]);
         }
         CNNOPS_UNROLL
         for (int ahead = 1 - Shape::kOpen; ahead < Shape::kOpen; ++ahead) {  // of row0's cell
@@ -204,23 +206,23 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kDepthwiseBlocks<S, Shape::
           const int cell = row0 / kMove + ahead;
           CNNOPS_UNROLL
           for (int i = 0; i < kMade; ++i) {
-            Lanes first, second;
+            S sides[2][kLanes];
             CNNOPS_UNROLL
             for (int lane = 0; lane < kLanes; ++lane) {
               const S one = rounded<S>(of[i][0][lane] + bias[lane]);
               const S two = rounded<S>(of[i][kMade - 1][lane] + bias[lane]);
-              first.lane[lane] = plan.w.odd ? two : one;
-              second.lane[lane] = plan.w.odd ? one : two;
+              sides[0][lane] = plan.w.odd ? two : one;
+              sides[1][lane] = plan.w.odd ? one : two;
               of[i][0][lane] = of[i][kMade - 1][lane] = 0;
             }
             const int row = cell * kMade + i;
             if (cell < 0 || cell >= cells || !inside(oh0 + row, plan.h.out)) continue;
             S* place = to + static_cast<int64_t>(row) * y.h;
             if (kMade == 2 && !kLast && plan.pairs) {
-              Pack<S, 2>{first.lane[0], second.lane[0]}.store(place);
+              store_whole<2 * kLanes>(place, sides[0]);
             } else {
-              first.store(place);
-              if (kMade == 2 && ow + 1 < plan.w.out) second.store(place + y.w);
+              store_whole<kLanes>(place, sides[0]);
+              if (kMade == 2 && ow + 1 < plan.w.out) store_whole<kLanes>(place + y.w, sides[1]);
             }
           }
         }
@@ -301,10 +303,10 @@ bool correlate_in(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Stream st
   };
   if (kPass == Pass::grad_input && g.k != g.c) return false;
   if (g.layout == Layout::contiguous) {
-    return start(strip_kernel<S, Shape, 1, false>, 1, g.in[1] % 2 == 0 && Pack<S, 2>::fits(o.out));
+    return start(strip_kernel<S, Shape, 1, false>, 1, g.in[1] % 2 == 0 && aligned<2>(o.out));
   }
   constexpr int kCount = kLanes<S, Shape::kKernel>;
-  if (g.k != g.c || g.c % kCount != 0 || !Pack<S, kCount>::fits(o.a) || !Pack<S, kCount>::fits(o.out)) return false;
+  if (g.k != g.c || g.c % kCount != 0 || !aligned<kCount>(o.a, o.out)) return false;
   return start(strip_kernel<S, Shape, kCount, true>, kCount, false);
 }
 

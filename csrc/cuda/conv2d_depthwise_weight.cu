@@ -12,14 +12,13 @@
 // As in conv2d_depthwise.cu, strips are for usual kernels. Vectors that are not aligned are read number by number. All
 // other geometries go pixel by pixel, a few taps at a time.
 #include "depthwise.h"
-#include "warp.h"
 
 namespace cnnops::cuda {
 namespace {
 
-constexpr int kMostRows = 8;   // of gy in a strip
-constexpr int kLoopTaps = 8;   // that a thread of loop_kernel adds up
-constexpr int kSlice = 5;      // taps that a block adds up at once
+constexpr int kMostRows = 8;  // of gy in a strip
+constexpr int kLoopTaps = 8;  // that a thread of loop_kernel adds up
+constexpr int kSums = 20;     // how many of its sums a thread adds to others' at a time
 
 struct WeightPlan {
   Spread spread;
@@ -60,12 +59,12 @@ WeightPlan make_plan(const Conv2dGeometry& g, int lanes, int most_rows, int taps
 
 /// Where a thread works: its channel, or the first of some; and the positions first, first + step, ... of strips.
 struct Work {
-  int tap0, channel;
+  int vector, place, tap0, channel;
   int64_t part, first, step;
 
   __device__ Work(const WeightPlan& plan, int64_t block, int lanes) {
-    int vector = static_cast<int>(threadIdx.x);
-    const int place = plan.spread.by_vectors.divide(vector);
+    vector = static_cast<int>(threadIdx.x);
+    place = plan.spread.by_vectors.divide(vector);
     Digits digits(block);
     tap0 = static_cast<int>(digits.next(plan.tap_blocks)) * kLoopTaps;
     const auto channel_block = static_cast<int>(digits.next(plan.channel_blocks));
@@ -77,43 +76,42 @@ struct Work {
   }
 };
 
-/// Adds up what the threads of a block have for each tap and channel.
+/// Adds up what the threads of a block have for each tap and channel: some taps at a time, sixteen places, then those sums.
 template <class S, int kTaps, int kCount>
 __device__ inline void put(Sum<S> (&sum)[kTaps][kCount], const WeightPlan& plan, const Work& work, S* out,
                            Sum<S>* parts) {
   using T = Sum<S>;
+  constexpr int kSlice = kSums / kCount, kTogether = 16;
   T* shared = shared_memory<T>();
-  const int vectors = plan.spread.vectors, width = vectors * kCount;
-  const int thread = static_cast<int>(threadIdx.x), vector = thread % vectors;
-  // Threads all of one channel first add up by warps.
-  const bool warps = vectors == 1;
-  const int places = warps ? kDepthwiseThreads / kWarp : plan.spread.places;
-  const int place = warps ? thread / kWarp : thread / vectors;
-  const bool has = warps ? thread % kWarp == 0 : place < places;
-  const int channel0 = work.channel - vector * kCount;
-  if (warps) {
-    CNNOPS_UNROLL
-    for (int tap = 0; tap < kTaps; ++tap) {
-      CNNOPS_UNROLL
-      for (int i = 0; i < kCount; ++i) sum[tap][i] = reduce_add(sum[tap][i]);
-    }
-  }
+  const int width = plan.spread.vectors * kCount, thread = static_cast<int>(threadIdx.x);
   CNNOPS_UNROLL
   for (int tap0 = 0; tap0 < kTaps; tap0 += kSlice) {
+    const int taps = smaller(kSlice, kTaps - tap0), items = taps * width;
     sync_block();
     CNNOPS_UNROLL
-    for (int tap = tap0; tap < smaller(tap0 + kSlice, kTaps); ++tap) {
+    for (int tap = 0; tap < taps; ++tap) {
       CNNOPS_UNROLL
       for (int i = 0; i < kCount; ++i) {
-        if (has) shared[(place * kSlice + tap - tap0) * width + vector * kCount + i] = sum[tap][i];
+        if (work.place >= plan.spread.places) continue;
+        shared[work.place * items + tap * width + work.vector * kCount + i] = sum[tap0 + tap][i];
       }
     }
     sync_block();
-    for (int i = thread; i < smaller(kSlice, kTaps - tap0) * width; i += kDepthwiseThreads) {
-      const int tap = work.tap0 + tap0 + i / width, channel = channel0 + i % width;
+    const int groups = (plan.spread.places + kTogether - 1) / kTogether;
+    for (int i = thread; i < groups * items; i += kDepthwiseThreads) {
+      const int place0 = i / items * kTogether;
+      T* first = shared + place0 * items + i % items;
+      T total = *first;
+      for (int other = 1; other < smaller(kTogether, plan.spread.places - place0); ++other)
+        total += first[other * items];
+      *first = total;
+    }
+    sync_block();
+    for (int i = thread; i < items; i += kDepthwiseThreads) {
+      T total = shared[i];
+      for (int group = 1; group < groups; ++group) total += shared[group * kTogether * items + i];
+      const int tap = work.tap0 + tap0 + i / width, channel = work.channel - work.vector * kCount + i % width;
       if (tap >= plan.taps || channel >= plan.channels) continue;
-      T total = 0;
-      for (int other = 0; other < places; ++other) total += shared[other * kSlice * width + i];
       const int64_t weight = static_cast<int64_t>(channel) * plan.taps + tap;
       if (plan.parts > 1) {
         parts[work.part * plan.weights + weight] = total;
@@ -125,14 +123,15 @@ __device__ inline void put(Sum<S> (&sum)[kTaps][kCount], const WeightPlan& plan,
   sync_block();
 }
 
-/// kWhole: vectors are aligned.
-template <class S, int kCount, bool kWhole>
-__device__ inline Pack<S, kCount> load(const S* from) {
-  if constexpr (kWhole) return Pack<S, kCount>::load(from);
-  Pack<S, kCount> pack;
-  CNNOPS_UNROLL
-  for (int i = 0; i < kCount; ++i) pack.lane[i] = from[i];
-  return pack;
+/// kWhole: `from` is aligned.
+template <int kCount, bool kWhole, class S>
+__device__ inline void bring(S (&to)[kCount], const S* from) {
+  if constexpr (kWhole) {
+    load_whole<kCount>(to, from);
+  } else {
+    CNNOPS_UNROLL
+    for (int i = 0; i < kCount; ++i) to[i] = from[i];
+  }
 }
 
 /// `parts`, if there are several, get their sums instead of o.out.
@@ -140,7 +139,6 @@ template <class S, int kKernel, int kMove, int kCount, bool kLast, bool kWhole>
 __global__ void __launch_bounds__(kDepthwiseThreads, kDepthwiseBlocks<S, kKernel>)
     strip_kernel(WeightPlan plan, Conv2dOperands<S> o, Sum<S>* parts) {
   using T = Sum<S>;
-  using Lanes = Pack<S, kCount>;
   constexpr int kOpen = (kKernel + kMove - 1) / kMove, kRound = kOpen * kMove;
   const Strides<int>&x = plan.tensors.x, &y = plan.tensors.y;
   const auto inside = [](int i, int end) { return static_cast<unsigned>(i) < static_cast<unsigned>(end); };
@@ -166,21 +164,21 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kDepthwiseBlocks<S, kKernel
         CNNOPS_UNROLL
         for (int r = 0; r < kRound; ++r, from_x += x.h) {
           if (r % kMove == 0) {
-            Lanes held{};
-            if ((row0 + r) / kMove < cells) held = load<S, kCount, kWhole>(from_y);
+            S held[kCount] = {};
+            if ((row0 + r) / kMove < cells) bring<kCount, kWhole>(held, from_y);
             CNNOPS_UNROLL
-            for (int i = 0; i < kCount; ++i) gy[r / kMove][i] = value(held.lane[i]);
+            for (int i = 0; i < kCount; ++i) gy[r / kMove][i] = value(held[i]);
             from_y += y.h;
           }
           T seen[kKernel][kCount];
           CNNOPS_UNROLL
           for (int kw = 0; kw < kKernel; ++kw) {
-            Lanes held{};
+            S held[kCount] = {};
             if (inside(h0 + row0 + r, plan.in_h) && row0 + r < rows && inside(w0 + kw, plan.in_w)) {
-              held = load<S, kCount, kWhole>(from_x + kw * (kLast ? x.w : 1));
+              bring<kCount, kWhole>(held, from_x + kw * (kLast ? x.w : 1));
             }
             CNNOPS_UNROLL
-            for (int i = 0; i < kCount; ++i) seen[kw][i] = value(held.lane[i]);
+            for (int i = 0; i < kCount; ++i) seen[kw][i] = value(held[i]);
           }
           CNNOPS_UNROLL
           for (int ahead = 1 - kOpen; ahead < kOpen; ++ahead) {  // of row0's cell
@@ -240,20 +238,72 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2)
   }
 }
 
-/// Whether strips do it: for all addresses, or bits would depend on them.
+/// How many channels strips take at once; 0 if a loop does it. Addresses are not looked at, as that decides the bits.
 template <class S>
-bool in_strips(const Conv2dGeometry& g) {
-  const int64_t lanes = g.kernel[0] == 3 ? kLanes<S, 3> : g.kernel[0] == 5 ? kLanes<S, 5> : kLanes<S, 7>;
-  const bool shape = square(g, 3, 1) || square(g, 3, 2) || square(g, 5, 1) || square(g, 5, 2) || square(g, 7, 1);
-  return shape && (g.layout == Layout::contiguous || (g.k == g.c && g.c % lanes == 0));
+int strip_lanes(const Conv2dGeometry& g) {
+  const bool usual = square(g, 3, 1) || square(g, 3, 2) || square(g, 5, 1) || square(g, 5, 2) || square(g, 7, 1);
+  const int lanes = g.layout == Layout::contiguous ? 1
+                    : g.kernel[0] == 3             ? kLanes<S, 3>
+                    : g.kernel[0] == 5             ? kLanes<S, 5>
+                                                   : kLanes<S, 7>;
+  return usual && (g.layout == Layout::contiguous || (g.k == g.c && g.c % lanes == 0)) ? lanes : 0;
 }
 
-/// Calls start(kernel, stride, lanes), constants.
-template <class S, class Start>
-void with_strips(const Conv2dGeometry& g, const Start& start) {
-  const auto with = [&](auto kernel) {
+template <class S>
+WeightPlan plan_grad_weight(const Conv2dGeometry& g) {
+  const int lanes = strip_lanes<S>(g);
+  return lanes > 0 ? make_plan(g, lanes, kMostRows, static_cast<int>(g.kernel[0] * g.kernel[1]))
+                   : make_plan(g, 1, 1, kLoopTaps);
+}
+
+template <class S>
+constexpr std::size_t kShared = kDepthwiseThreads * kSums * sizeof(Sum<S>);
+constexpr const char* kName = "conv2d_depthwise grad_weight";
+
+/// Whether this is the kernel's size and stride.
+template <class S, int kKernel, int kMove>
+bool start_strips(const Conv2dGeometry& g, const WeightPlan& plan, const Conv2dOperands<S>& o, Sum<S>* parts,
+                  Stream stream) {
+  if (!square(g, kKernel, kMove)) return false;
+  const auto start = [&](auto kernel) {
+    launch(kName, kernel, plan.blocks, kDepthwiseThreads, kShared<S>, stream, plan, o, parts);
+    return true;
   };
+  constexpr int kCount = kLanes<S, kKernel>;
+  if (g.layout == Layout::contiguous) return start(strip_kernel<S, kKernel, kMove, 1, false, true>);
+  if (aligned<kCount>(o.a, o.b)) return start(strip_kernel<S, kKernel, kMove, kCount, true, true>);
+  return start(strip_kernel<S, kKernel, kMove, kCount, true, kCount == 1>);
 }
 
 }  // namespace
+
+template <class S>
+int64_t depthwise_weight_workspace(const Conv2dGeometry& g) {
+  const WeightPlan plan = plan_grad_weight<S>(g);
+  return plan.parts > 1 ? plan.parts * plan.weights : 0;
+}
+
+template <class S>
+void depthwise_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* parts, Stream stream) {
+  const WeightPlan plan = plan_grad_weight<S>(g);
+  const bool started =
+      strip_lanes<S>(g) > 0 &&
+      (start_strips<S, 3, 1>(g, plan, o, parts, stream) || start_strips<S, 5, 1>(g, plan, o, parts, stream) ||
+       start_strips<S, 7, 1>(g, plan, o, parts, stream) || start_strips<S, 3, 2>(g, plan, o, parts, stream) ||
+       start_strips<S, 5, 2>(g, plan, o, parts, stream));
+  if (!started) {
+    launch(kName, loop_kernel<S>, plan.blocks, kDepthwiseThreads, kShared<S>, stream, g, plan, o, parts);
+  }
+  if (plan.parts > 1) sum_parts("conv2d_depthwise sum_parts", parts, plan.parts, plan.weights, o.out, stream);
+}
+
+template int64_t depthwise_weight_workspace<float>(const Conv2dGeometry&);
+template int64_t depthwise_weight_workspace<double>(const Conv2dGeometry&);
+template int64_t depthwise_weight_workspace<BFloat16>(const Conv2dGeometry&);
+template int64_t depthwise_weight_workspace<Float16>(const Conv2dGeometry&);
+template void depthwise_weight(const Conv2dGeometry&, const Conv2dOperands<float>&, float*, Stream);
+template void depthwise_weight(const Conv2dGeometry&, const Conv2dOperands<double>&, double*, Stream);
+template void depthwise_weight(const Conv2dGeometry&, const Conv2dOperands<BFloat16>&, float*, Stream);
+template void depthwise_weight(const Conv2dGeometry&, const Conv2dOperands<Float16>&, float*, Stream);
+
 }  // namespace cnnops::cuda

@@ -40,22 +40,6 @@ class Divider {
   uint32_t magic_;
 };
 
-/// Neighbours in memory, read or written by one instruction.
-template <class S, int kCount>
-struct alignas(sizeof(S) * kCount) Pack {
-  S lane[kCount];
-
-  __device__ static Pack load(const S* from, Here here = Here::current()) {
-    check_aligned(from, sizeof(Pack), here);
-    return *reinterpret_cast<const Pack*>(from);
-  }
-  __device__ void store(S* to, Here here = Here::current()) const {
-    check_aligned(to, sizeof(Pack), here);
-    *reinterpret_cast<Pack*>(to) = *this;
-  }
-  static bool fits(const S* pointer) { return reinterpret_cast<uintptr_t>(pointer) % sizeof(Pack) == 0; }
-};
-
 /// The channels that a thread takes in channels_last: as many as it has registers for the weights of.
 template <class S, int kKernel>
 constexpr int kLanes = kKernel > 5 ? 1 : (kKernel > 3 ? 8 : 16) / static_cast<int>(sizeof(Sum<S>));
