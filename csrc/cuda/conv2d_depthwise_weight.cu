@@ -59,12 +59,12 @@ WeightPlan make_plan(const Conv2dGeometry& g, int lanes, int most_rows, int taps
 
 /// Where a thread works: its channel, or the first of some; and the positions first, first + step, ... of strips.
 struct Work {
-  int vector, place, tap0, channel;
+  int tap0, channel;
   int64_t part, first, step;
 
   __device__ Work(const WeightPlan& plan, int64_t block, int lanes) {
-    vector = static_cast<int>(threadIdx.x);
-    place = plan.spread.by_vectors.divide(vector);
+    int vector = static_cast<int>(threadIdx.x);
+    const int place = plan.spread.by_vectors.divide(vector);
     Digits digits(block);
     tap0 = static_cast<int>(digits.next(plan.tap_blocks)) * kLoopTaps;
     const auto channel_block = static_cast<int>(digits.next(plan.channel_blocks));
@@ -78,12 +78,14 @@ struct Work {
 
 /// Adds up what the threads of a block have for each tap and channel: some taps at a time, sixteen places, then those sums.
 template <class S, int kTaps, int kCount>
-__device__ inline void put(Sum<S> (&sum)[kTaps][kCount], const WeightPlan& plan, const Work& work, S* out,
-                           Sum<S>* parts) {
+__device__ inline void put(Sum<S> (&sum)[kTaps][kCount], const WeightPlan& plan, int64_t block, S* out, Sum<S>* parts) {
   using T = Sum<S>;
+  const Work work(plan, block, kCount);
   constexpr int kSlice = kSums / kCount, kTogether = 16;
   T* shared = shared_memory<T>();
   const int width = plan.spread.vectors * kCount, thread = static_cast<int>(threadIdx.x);
+  int vector = thread;
+  const int place = plan.spread.by_vectors.divide(vector);
   CNNOPS_UNROLL
   for (int tap0 = 0; tap0 < kTaps; tap0 += kSlice) {
     const int taps = smaller(kSlice, kTaps - tap0), items = taps * width;
@@ -92,25 +94,27 @@ __device__ inline void put(Sum<S> (&sum)[kTaps][kCount], const WeightPlan& plan,
     for (int tap = 0; tap < taps; ++tap) {
       CNNOPS_UNROLL
       for (int i = 0; i < kCount; ++i) {
-        if (work.place >= plan.spread.places) continue;
-        shared[work.place * items + tap * width + work.vector * kCount + i] = sum[tap0 + tap][i];
+        if (place >= plan.spread.places) continue;
+        shared[place * items + tap * width + vector * kCount + i] = sum[tap0 + tap][i];
       }
     }
     sync_block();
     const int groups = (plan.spread.places + kTogether - 1) / kTogether;
+    CNNOPS_NO_UNROLL
     for (int i = thread; i < groups * items; i += kDepthwiseThreads) {
       const int place0 = i / items * kTogether;
       T* first = shared + place0 * items + i % items;
       T total = *first;
-      for (int other = 1; other < smaller(kTogether, plan.spread.places - place0); ++other)
-        total += first[other * items];
+      const int places = smaller(kTogether, plan.spread.places - place0);
+      for (int other = 1; other < places; ++other) total += first[other * items];
       *first = total;
     }
     sync_block();
+    CNNOPS_NO_UNROLL
     for (int i = thread; i < items; i += kDepthwiseThreads) {
       T total = shared[i];
       for (int group = 1; group < groups; ++group) total += shared[group * kTogether * items + i];
-      const int tap = work.tap0 + tap0 + i / width, channel = work.channel - work.vector * kCount + i % width;
+      const int tap = work.tap0 + tap0 + i / width, channel = work.channel - vector * kCount + i % width;
       if (tap >= plan.taps || channel >= plan.channels) continue;
       const int64_t weight = static_cast<int64_t>(channel) * plan.taps + tap;
       if (plan.parts > 1) {
@@ -196,7 +200,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kDepthwiseBlocks<S, kKernel
         }
       }
     }
-    put<S>(sum, plan, work, o.out, parts);
+    put<S>(sum, plan, block, o.out, parts);
   }
 }
 
@@ -234,7 +238,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2)
         sum[i][0] += inside ? gy * value(from[h * x.h + w * x.w]) : T(0);
       }
     }
-    put<S>(sum, plan, work, o.out, parts);
+    put<S>(sum, plan, block, o.out, parts);
   }
 }
 

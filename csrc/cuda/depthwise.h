@@ -5,7 +5,7 @@
 
 namespace cnnops::cuda {
 
-constexpr int kDepthwiseThreads = 192;
+constexpr int kDepthwiseThreads = 128;
 constexpr int kBlockChannels = 48;  // that neighbouring threads share out in channels_last, at most
 
 /// Divides by a number that is known before the kernel starts: numbers of 31 bits by one multiplication.
@@ -46,7 +46,7 @@ constexpr int kLanes = kKernel > 5 ? 1 : (kKernel > 3 ? 8 : 16) / static_cast<in
 
 /// Blocks that should fit a processor together, by their registers: as many as spill none.
 template <class S, int kKernel>
-constexpr int kDepthwiseBlocks = kKernel > 5 && sizeof(S) == 8 ? 1 : 2;
+constexpr int kDepthwiseBlocks = kKernel > 3 && (sizeof(S) == 2 || kKernel * sizeof(S) > 40) ? 2 : 3;
 
 /// How a block's threads spread over an image: in channels_last over `vectors` of `size` channels, times places; in the
 /// contiguous layout over places alone, and a place has its channel.
