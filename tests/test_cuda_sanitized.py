@@ -49,7 +49,7 @@ def test_conv2d(sanitized, algorithm, which):
 
 @pytest.mark.parametrize("which", PASSES)
 def test_depthwise(sanitized, which):
-    for number, case in enumerate(conv2d.depthwise_cases()):
+    for number, case in enumerate([*conv2d.depthwise_cases()][::3]):
         layout = LAYOUTS[(number + (sanitized.sanitizer == "thread")) % 2]
         conv2d.test_depthwise(sanitized, case, which, layout, [torch.float32, torch.bfloat16][number // 2 % 2])
 

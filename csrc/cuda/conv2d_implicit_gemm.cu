@@ -382,13 +382,18 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* wo
   }
 }
 
-bool yields(const Conv2dGeometry& g, Pass) { return g.c / g.groups < kFew || g.k / g.groups < kFew; }
+/// Few channels to sum over do, where their taps fill slices, as in the 7x7 of three colours that many networks begin with.
+bool yields(const Conv2dGeometry& g, Pass pass) {
+  const Channels channels(g, pass);
+  const bool short_sum = channels.reduce < kFew && channels.reduce * g.kernel[0] * g.kernel[1] < 64;
+  return channels.produce < kFew || short_sum;
+}
 
-const char* refuses(const Conv2dGeometry& g, Pass pass) {
+const char* refuses(const Conv2dGeometry& g, Pass) {
   if (!small(g)) {
     return "the implicit_gemm algorithm counts within an image in 32 bits, and this image or kernel is larger";
   }
-  if (g.groups > 1 && yields(g, pass)) {
+  if (g.groups > 1 && (g.c / g.groups < kFew || g.k / g.groups < kFew)) {
     return "the implicit_gemm algorithm is for groups of 8 channels or more on either side: of fewer, its tiles would "
            "be "
            "almost empty";
