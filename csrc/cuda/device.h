@@ -123,9 +123,10 @@ __global__ void nothing_kernel() {}
 
 /// Less than the device's own where that was not compiled for: sm_80's code runs on sm_86, and the portable code of any
 /// on all later ones. What a kernel leaves out for an older architecture is then missing on a newer device, too.
-inline int architecture() {
+template <class Any = void>  // so that the kernel is there only where this is called
+int architecture() {
   cudaFuncAttributes attributes{};
-  check(cudaFuncGetAttributes(&attributes, nothing_kernel<void>), "(none yet)");
+  check(cudaFuncGetAttributes(&attributes, nothing_kernel<Any>), "(none yet)");
   return attributes.ptxVersion;
 }
 
