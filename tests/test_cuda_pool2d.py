@@ -100,14 +100,16 @@ def indices_seen(case):
     return (TF.max_pool2d(ones, **case.max_arguments) == 1).expand(case.output_shape)
 
 
-WAYS = ["lecture", "vgg", "alexnet", "odd-sizes", "overlapping-padded", "asymmetric-ceil", "dilated-strided"]
-WAYS += ["window-of-289"]
+WAYS = ["lecture", "vgg", "resnet-stem", "alexnet", "odd-sizes", "overlapping-padded", "asymmetric-ceil"]
+WAYS += ["dilated-strided", "window-of-289"]
+_ways = [replace(case, n=1, c=16) for case in MAX_POOL2D if case.name in WAYS]
+_ways += [replace(case, name=f"{case.name}-in-vectors", w=case.w // 8 * 8 + 8) for case in _ways if case.w % 8]
 
 
 @real_dtypes
-@pytest.mark.parametrize("case", [replace(case, n=1, c=16) for case in MAX_POOL2D if case.name in WAYS], ids=str)
+@pytest.mark.parametrize("case", _ways, ids=str)
 def test_the_bits_do_not_show_how_many_numbers_a_thread_takes(kernels, case, dtype):
-    """Vectors of a pixel's channels, tiles under two rows, or one number: by layout, and by each operand's address."""
+    """Vectors of channels or of a row, tiles under two rows, or one number: by layout and by addresses."""
     x, gy = draw(29, *case.input_shape).to(dtype), draw(30, *case.output_shape).to(dtype)
     wide = case.kernel[0] * case.kernel[1] > 256
     family, position = ("max_pool2d_wide", torch.int32) if wide else ("max_pool2d", torch.uint8)

@@ -8,9 +8,9 @@ namespace cnnops::cuda {
 namespace {
 
 /// What window (oh, ow) is divided by.
-template <class T, class Index>
-__device__ inline T divide_by(const Windows<Index>& height, const Windows<Index>& width, Divisor divisor, Index oh,
-                              Index ow) {
+template <class T, class W>
+__device__ inline T divide_by(const W& height, const W& width, Divisor divisor, typename W::Index oh,
+                              typename W::Index ow) {
   if (divisor.divisor_override != 0) return static_cast<T>(divisor.divisor_override);
   return static_cast<T>(height.counted(oh, divisor.count_include_pad) * width.counted(ow, divisor.count_include_pad));
 }
@@ -21,24 +21,20 @@ T tile_divisor(Divisor divisor) {
   return static_cast<T>(divisor.divisor_override != 0 ? divisor.divisor_override : 4);
 }
 
-template <int kWidth, class S, class Index>
-__global__ void avg_kernel(Pool2dGeometry g, Index pixel_size, int64_t size, Divisor divisor, const S* x, S* y) {
-  const Windows<Index> height(g, 0), width(g, 1);
+template <int kWidth, class W, class S>
+__global__ void avg_kernel(Pool2dGeometry g, typename W::Index pixel_size, int64_t size, Divisor divisor, const S* x,
+                           S* y) {
+  const W height(g, 0), width(g, 1);
   CNNOPS_NO_UNROLL
   for (int64_t item : Items(size / kWidth)) {
-    const Place<Index> place(item * kWidth, pixel_size, height.out, width.out);
+    const Place<typename W::Index> place(item * kWidth, pixel_size, height.out, width.out);
     const S* plane = x + place.plane * height.in * width.in * pixel_size + place.number;
-    const Index h0 = height.start(place.row), w0 = width.start(place.column);
-    const Index h_end = smaller<Index>(h0 + height.taps(place.row), height.in);
-    const Index w_end = smaller<Index>(w0 + width.taps(place.column), width.in);
     Sum<S> sums[kWidth] = {};
-    for (Index h = larger<Index>(h0, 0); h < h_end; ++h) {
-      for (Index w = larger<Index>(w0, 0); w < w_end; ++w) {
-        S here[kWidth];
-        load_whole<kWidth>(here, plane + (h * width.in + w) * pixel_size);
-        for (int lane = 0; lane < kWidth; ++lane) sums[lane] += value(here[lane]);
-      }
-    }
+    each_pixel(height, width, place.row, place.column, [&](auto pixel, auto) {
+      S here[kWidth];
+      load_whole<kWidth>(here, plane + pixel * pixel_size);
+      for (int lane = 0; lane < kWidth; ++lane) sums[lane] += value(here[lane]);
+    });
     const Sum<S> by = divide_by<Sum<S>>(height, width, divisor, place.row, place.column);
     S results[kWidth];
     for (int lane = 0; lane < kWidth; ++lane) results[lane] = rounded<S>(sums[lane] / by);
@@ -65,10 +61,11 @@ __global__ void avg_tiles_kernel(Index columns, int64_t size, Sum<S> by, const S
   }
 }
 
-template <int kWidth, class S, class Index>
-__global__ void avg_backward_kernel(Pool2dGeometry g, Index pixel_size, int64_t size, Divisor divisor, const S* gy,
-                                    S* gx) {
-  const Windows<Index> height(g, 0), width(g, 1);
+template <int kWidth, class W, class S>
+__global__ void avg_backward_kernel(Pool2dGeometry g, typename W::Index pixel_size, int64_t size, Divisor divisor,
+                                    const S* gy, S* gx) {
+  using Index = typename W::Index;
+  const W height(g, 0), width(g, 1);
   CNNOPS_NO_UNROLL
   for (int64_t item : Items(size / kWidth)) {
     const Place<Index> place(item * kWidth, pixel_size, height.in, width.in);
@@ -84,6 +81,36 @@ __global__ void avg_backward_kernel(Pool2dGeometry g, Index pixel_size, int64_t 
         load_whole<kWidth>(here, plane + (oh * width.out + ow) * pixel_size);
         const Sum<S> by = divide_by<Sum<S>>(height, width, divisor, oh, ow);
         for (int lane = 0; lane < kWidth; ++lane) sums[lane] += value(here[lane]) / by;
+      }
+    }
+    S results[kWidth];
+    for (int lane = 0; lane < kWidth; ++lane) results[lane] = rounded<S>(sums[lane]);
+    store_whole<kWidth>(gx + item * kWidth, results);
+  }
+}
+
+/// The same along_rows(): a window's share, found once, is added to those of the thread's inputs that it covers.
+template <class W, class S>
+__global__ void avg_rows_backward_kernel(Pool2dGeometry g, int64_t size, Divisor divisor, const S* gy, S* gx) {
+  using Index = typename W::Index;
+  constexpr int kWidth = Vector<S>::size;
+  const W height(g, 0), width(g, 1);
+  CNNOPS_NO_UNROLL
+  for (int64_t item : Items(size / kWidth)) {
+    const Place<Index> place(item * kWidth, 1, height.in, width.in);
+    const S* plane = gy + place.plane * height.out * width.out;
+    const Index first_w = width.first_over(place.column), last_w = width.last_over(place.column + kWidth - 1);
+    const Index last_h = height.last_over(place.row);
+    Sum<S> sums[kWidth] = {};
+    CNNOPS_NO_UNROLL
+    for (Index oh = height.first_over(place.row); oh <= last_h; ++oh) {
+      CNNOPS_NO_UNROLL
+      for (Index ow = first_w; ow <= last_w; ++ow) {
+        const Sum<S> share = value(plane[oh * width.out + ow]) / divide_by<Sum<S>>(height, width, divisor, oh, ow);
+        const Index begin = width.start(ow) - place.column, end = begin + width.taps(ow);
+        for (int lane = 0; lane < kWidth; ++lane) {
+          if (begin <= lane && lane < end) sums[lane] += share;
+        }
       }
     }
     S results[kWidth];
@@ -111,18 +138,18 @@ void avg_forward(const Pool2dGeometry& g, Divisor divisor, const S* x, S* y, Str
   constexpr int kWidth = Vector<S>::size;
   constexpr const char* name = "avg_pool2d";
   const int64_t size = outputs(g);
-  with_index(g, [&](auto pixel_size) {
-    using Index = decltype(pixel_size);
-    const auto start = [&](auto kernel, int count) {
-      launch_items(name, kernel, size / count, stream, g, pixel_size, size, divisor, x, y);
-    };
-    if (tiled(g, x, y)) {
-      launch_items(name, avg_tiles_kernel<S, Index>, size / (kWidth / 2), stream, static_cast<Index>(g.in[1]), size,
+  if (tiled(g, x, y)) {
+    return with_index(g, [&](auto pixel_size) {
+      launch_items(name, avg_tiles_kernel<S, decltype(pixel_size)>, size / (kWidth / 2), stream, g.in[1], size,
                    tile_divisor<Sum<S>>(divisor), x, y);
-    } else if (across(g, x, y)) {
-      start(avg_kernel<kWidth, S, Index>, kWidth);
+    });
+  }
+  with_windows(g, [&](auto windows) {
+    using W = typename decltype(windows)::type;
+    if (across(g, x, y)) {
+      launch_items(name, avg_kernel<kWidth, W, S>, size / kWidth, stream, g, pixel_size(g), size, divisor, x, y);
     } else {
-      start(avg_kernel<1, S, Index>, 1);
+      launch_items(name, avg_kernel<1, W, S>, size, stream, g, pixel_size(g), size, divisor, x, y);
     }
   });
 }
@@ -132,18 +159,21 @@ void avg_backward(const Pool2dGeometry& g, Divisor divisor, const S* gy, S* gx, 
   constexpr int kWidth = Vector<S>::size;
   constexpr const char* name = "avg_pool2d_backward";
   const int64_t size = inputs(g);
-  with_index(g, [&](auto pixel_size) {
-    using Index = decltype(pixel_size);
-    const auto start = [&](auto kernel, int count) {
-      launch_items(name, kernel, size / count, stream, g, pixel_size, size, divisor, gy, gx);
-    };
-    if (tiled(g, gx, gy)) {
-      launch_items(name, avg_tiles_backward_kernel<S, Index>, outputs(g) / (kWidth / 2), stream,
-                   static_cast<Index>(g.in[1]), outputs(g), tile_divisor<Sum<S>>(divisor), gy, gx);
-    } else if (across(g, gx, gy)) {
-      start(avg_backward_kernel<kWidth, S, Index>, kWidth);
+  if (tiled(g, gx, gy)) {
+    return with_index(g, [&](auto pixel_size) {
+      launch_items(name, avg_tiles_backward_kernel<S, decltype(pixel_size)>, outputs(g) / (kWidth / 2), stream, g.in[1],
+                   outputs(g), tile_divisor<Sum<S>>(divisor), gy, gx);
+    });
+  }
+  with_windows(g, [&](auto windows) {
+    using W = typename decltype(windows)::type;
+    if (across(g, gx, gy)) {
+      launch_items(name, avg_backward_kernel<kWidth, W, S>, size / kWidth, stream, g, pixel_size(g), size, divisor, gy,
+                   gx);
+    } else if (along_rows(g, gx)) {
+      launch_items(name, avg_rows_backward_kernel<W, S>, size / kWidth, stream, g, size, divisor, gy, gx);
     } else {
-      start(avg_backward_kernel<1, S, Index>, 1);
+      launch_items(name, avg_backward_kernel<1, W, S>, size, stream, g, pixel_size(g), size, divisor, gy, gx);
     }
   });
 }

@@ -70,30 +70,20 @@ __device__ inline void store_largest(const Largest<S> (&largest)[kCount], int64_
   positions.store(first, found);
 }
 
-template <int kWidth, class S, class Index>
-__global__ void max_kernel(Pool2dGeometry g, Index pixel_size, int64_t size, const S* x, S* y, Positions positions) {
-  const Windows<Index> height(g, 0), width(g, 1);
+template <int kWidth, class W, class S>
+__global__ void max_kernel(Pool2dGeometry g, typename W::Index pixel_size, int64_t size, const S* x, S* y,
+                           Positions positions) {
+  const W height(g, 0), width(g, 1);
   CNNOPS_NO_UNROLL
   for (int64_t item : Items(size / kWidth)) {
-    const Place<Index> place(item * kWidth, pixel_size, height.out, width.out);
+    const Place<typename W::Index> place(item * kWidth, pixel_size, height.out, width.out);
     const S* plane = x + place.plane * height.in * width.in * pixel_size + place.number;
-    const Index h0 = height.start(place.row), w0 = width.start(place.column);
-    const Index taps_h = height.taps(place.row), taps_w = width.taps(place.column);
-    const Index first_h = height.first_tap(h0), first_w = width.first_tap(w0);
     Largest<S> largest[kWidth];
-    for (Index kh = first_h; kh < taps_h; ++kh) {
-      const Index h = h0 + kh * height.dilation;
-      if (h >= height.in) break;
-      for (Index kw = first_w; kw < taps_w; ++kw) {
-        const Index w = w0 + kw * width.dilation;
-        if (w >= width.in) break;
-        S here[kWidth];
-        load_whole<kWidth>(here, plane + (h * width.in + w) * pixel_size);
-        for (int lane = 0; lane < kWidth; ++lane) {
-          largest[lane].see(here[lane], static_cast<int32_t>(kh * width.kernel + kw));
-        }
-      }
-    }
+    each_pixel(height, width, place.row, place.column, [&](auto pixel, auto tap) {
+      S here[kWidth];
+      load_whole<kWidth>(here, plane + pixel * pixel_size);
+      for (int lane = 0; lane < kWidth; ++lane) largest[lane].see(here[lane], static_cast<int32_t>(tap));
+    });
     store_largest(largest, item * kWidth, y, positions);
   }
 }
@@ -115,10 +105,11 @@ __global__ void max_tiles_kernel(Index columns, int64_t size, const S* x, S* y, 
   }
 }
 
-template <int kWidth, class S, class Index>
-__global__ void max_backward_kernel(Pool2dGeometry g, Index pixel_size, int64_t size, const S* gy, Positions positions,
-                                    S* gx) {
-  const Windows<Index> height(g, 0), width(g, 1);
+template <int kWidth, class W, class S>
+__global__ void max_backward_kernel(Pool2dGeometry g, typename W::Index pixel_size, int64_t size, const S* gy,
+                                    Positions positions, S* gx) {
+  using Index = typename W::Index;
+  const W height(g, 0), width(g, 1);
   CNNOPS_NO_UNROLL
   for (int64_t item : Items(size / kWidth)) {
     const Place<Index> place(item * kWidth, pixel_size, height.in, width.in);
@@ -140,6 +131,41 @@ __global__ void max_backward_kernel(Pool2dGeometry g, Index pixel_size, int64_t 
           const bool mine = kh >= 0 && kw >= 0 && static_cast<Index>(won[lane]) == kh * width.kernel + kw;
           if (mine) sums[lane] += value(kWidth > 1 ? here[lane] : gy[i]);
         }
+      }
+    }
+    S results[kWidth];
+    for (int lane = 0; lane < kWidth; ++lane) results[lane] = rounded<S>(sums[lane]);
+    store_whole<kWidth>(gx + item * kWidth, results);
+  }
+}
+
+/// The same along_rows(): a window's gradient is added to that one of the thread's inputs which it names, if any.
+template <class W, class S>
+__global__ void max_rows_backward_kernel(Pool2dGeometry g, int64_t size, const S* gy, Positions positions, S* gx) {
+  using Index = typename W::Index;
+  constexpr int kWidth = Vector<S>::size;
+  const W height(g, 0), width(g, 1);
+  CNNOPS_NO_UNROLL
+  for (int64_t item : Items(size / kWidth)) {
+    const Place<Index> place(item * kWidth, 1, height.in, width.in);
+    const Index plane = place.plane * height.out * width.out;
+    const Index first_w = width.first_over(place.column), last_w = width.last_over(place.column + kWidth - 1);
+    const Index last_h = height.last_over(place.row);
+    Sum<S> sums[kWidth] = {};
+    CNNOPS_NO_UNROLL
+    for (Index oh = height.first_over(place.row); oh <= last_h; ++oh) {
+      const Index kh = height.tap(oh, place.row);
+      CNNOPS_NO_UNROLL
+      for (Index ow = first_w; ow <= last_w; ++ow) {
+        const Index i = plane + oh * width.out + ow;
+        int32_t won[1];
+        positions.load(won, i);
+        const Sum<S> here = value(gy[i]);
+        const Index kw = static_cast<Index>(won[0]) - kh * width.kernel;
+        const bool in_row = kh >= 0 && 0 <= kw && kw < width.kernel;
+        const Index mine = width.start(ow) + kw * width.dilation - place.column;
+        // Not `if (lane == mine)`: of that the compiler makes sums[mine], in memory. And adding 0 changes no sum from 0 on.
+        for (int lane = 0; lane < kWidth; ++lane) sums[lane] += in_row && lane == mine ? here : 0;
       }
     }
     S results[kWidth];
@@ -216,18 +242,19 @@ void max_forward(const Pool2dGeometry& g, const S* x, S* y, Position* positions,
   constexpr int kWidth = Vector<S>::size;
   constexpr const char* name = "max_pool2d";
   const int64_t size = outputs(g);
-  with_index(g, [&](auto pixel_size) {
-    using Index = decltype(pixel_size);
-    const auto start = [&](auto kernel, int count) {
-      launch_items(name, kernel, size / count, stream, g, pixel_size, size, x, y, Positions(positions));
-    };
-    if (tiled(g, x, y, positions)) {
-      launch_items(name, max_tiles_kernel<S, Index>, size / (kWidth / 2), stream, static_cast<Index>(g.in[1]), size, x,
-                   y, Positions(positions));
-    } else if (across(g, x, y, positions)) {
-      start(max_kernel<kWidth, S, Index>, kWidth);
+  const Positions found(positions);
+  if (tiled(g, x, y, positions)) {
+    return with_index(g, [&](auto pixel_size) {
+      launch_items(name, max_tiles_kernel<S, decltype(pixel_size)>, size / (kWidth / 2), stream, g.in[1], size, x, y,
+                   found);
+    });
+  }
+  with_windows(g, [&](auto windows) {
+    using W = typename decltype(windows)::type;
+    if (across(g, x, y, positions)) {
+      launch_items(name, max_kernel<kWidth, W, S>, size / kWidth, stream, g, pixel_size(g), size, x, y, found);
     } else {
-      start(max_kernel<1, S, Index>, 1);
+      launch_items(name, max_kernel<1, W, S>, size, stream, g, pixel_size(g), size, x, y, found);
     }
   });
 }
@@ -237,18 +264,22 @@ void max_backward(const Pool2dGeometry& g, const S* gy, const Position* position
   constexpr int kWidth = Vector<S>::size;
   constexpr const char* name = "max_pool2d_backward";
   const int64_t size = inputs(g);
-  with_index(g, [&](auto pixel_size) {
-    using Index = decltype(pixel_size);
-    const auto start = [&](auto kernel, int count) {
-      launch_items(name, kernel, size / count, stream, g, pixel_size, size, gy, Positions(positions), gx);
-    };
-    if (tiled(g, gx, gy, positions)) {
-      launch_items(name, max_tiles_backward_kernel<S, Index>, outputs(g) / (kWidth / 2), stream,
-                   static_cast<Index>(g.in[1]), outputs(g), gy, Positions(positions), gx);
-    } else if (across(g, gx, gy, positions)) {
-      start(max_backward_kernel<kWidth, S, Index>, kWidth);
+  const Positions found(positions);
+  if (tiled(g, gx, gy, positions)) {
+    return with_index(g, [&](auto pixel_size) {
+      launch_items(name, max_tiles_backward_kernel<S, decltype(pixel_size)>, outputs(g) / (kWidth / 2), stream, g.in[1],
+                   outputs(g), gy, found, gx);
+    });
+  }
+  with_windows(g, [&](auto windows) {
+    using W = typename decltype(windows)::type;
+    if (across(g, gx, gy, positions)) {
+      launch_items(name, max_backward_kernel<kWidth, W, S>, size / kWidth, stream, g, pixel_size(g), size, gy, found,
+                   gx);
+    } else if (along_rows(g, gx)) {
+      launch_items(name, max_rows_backward_kernel<W, S>, size / kWidth, stream, g, size, gy, found, gx);
     } else {
-      start(max_backward_kernel<1, S, Index>, 1);
+      launch_items(name, max_backward_kernel<1, W, S>, size, stream, g, pixel_size(g), size, gy, found, gx);
     }
   });
 }
