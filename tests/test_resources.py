@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import resources  # noqa: E402
+from benchmarks.report import with_block  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not shutil.which("c++filt"), reason="needs c++filt")
 
@@ -72,6 +73,12 @@ def test_the_command(folder, monkeypatch, capsys):
     (folder / "pool2d.cuda.o.resources").write_text(entry() + entry(stores=8, loads=8))
     with pytest.raises(SystemExit, match="^pool2d.cu: map_kernel<4, float> on sm_90 spills registers"):
         run(monkeypatch, folder)
+
+
+def test_the_document_has_a_place_for_the_table(folder):
+    table = resources.table(resources.collect(folder))
+    page = (ROOT / "docs" / "kernels_cuda.md").read_text()
+    assert table in with_block(page, "resources", table + "\n")
 
 
 def test_reports_that_are_missing_or_unreadable_are_no_success(folder, monkeypatch, tmp_path):
