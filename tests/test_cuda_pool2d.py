@@ -13,8 +13,12 @@ from cuda_helpers import (
     assert_same,
     draw,
     every_dtype,
+    from_memory,
     needs_compiler,
     real_dtypes,
+    same_bits,
+    shape_in_memory,
+    to_memory,
 )
 from torch.nn import functional as TF
 
@@ -94,6 +98,45 @@ def indices_seen(case):
     """Which windows see an input at all: dilation can jump over a small one. Torch's indices of others mean nothing."""
     ones = torch.ones(1, 1, case.h, case.w)
     return (TF.max_pool2d(ones, **case.max_arguments) == 1).expand(case.output_shape)
+
+
+WAYS = ["lecture", "vgg", "resnet-stem", "alexnet", "odd-sizes", "overlapping-padded", "asymmetric-ceil"]
+WAYS += ["dilated-strided", "window-of-289"]
+_ways = [replace(case, n=1, c=16) for case in MAX_POOL2D if case.name in WAYS]
+_ways += [replace(case, name=f"{case.name}-in-vectors", w=case.w // 8 * 8 + 8) for case in _ways if case.w % 8]
+
+
+@real_dtypes
+@pytest.mark.parametrize("case", _ways, ids=str)
+def test_the_bits_do_not_show_how_many_numbers_a_thread_takes(kernels, case, dtype):
+    """Vectors of channels or of a row, tiles under two rows, or one number: by layout and by addresses."""
+    x, gy = draw(29, *case.input_shape).to(dtype), draw(30, *case.output_shape).to(dtype)
+    wide = case.kernel[0] * case.kernel[1] > 256
+    family, position = ("max_pool2d_wide", torch.int32) if wide else ("max_pool2d", torch.uint8)
+    outputs = (case.output_shape, position), (case.output_shape, dtype)
+    special = max_pool2d_input(case, dtype, "special")
+    positions, _ = run_every_way(kernels, f"{family}/forward", case, (special,), outputs)
+    run_every_way(kernels, f"{family}/backward", case, (gy, positions), [(case.input_shape, dtype)])
+    if case.dilation == (1, 1):
+        run_every_way(kernels, "avg_pool2d", case, (x,), [(case.output_shape, dtype)])
+        run_every_way(kernels, "avg_pool2d_backward", case, (gy,), [(case.input_shape, dtype)])
+
+
+def run_every_way(kernels, name, case, inputs, outputs):
+    every = []
+    for layout in LAYOUTS:
+        integers = pool2d_integers(case, layout)
+        got = kernels.run_in(layout, name, integers, inputs, *outputs)
+        every.append([got] if len(outputs) == 1 else got)
+        operands = [t.dtype for t in inputs] + [dtype for _, dtype in outputs]
+        there = [(shape_in_memory(shape, layout), dtype) for shape, dtype in outputs]
+        for number, dtype in enumerate(operands):
+            offsets = [dtype.itemsize * (i == number) for i in range(len(operands))]
+            moved = kernels.call(name, integers, [to_memory(t, layout) for t in inputs], *there, offsets=offsets)
+            every.append([from_memory(t, layout) for t in moved])
+    for others in every[1:]:
+        assert all(same_bits(a, b) for a, b in zip(every[0], others, strict=True))
+    return every[0]
 
 
 @every_dtype

@@ -12,11 +12,11 @@ def words(*shape, seed=1):
     return torch.randint(-(2**31), 2**31 - 1, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
 
 
-def warp(kernels, name, lanes):
+def warp(kernels, name, lanes, architecture=80):
     """Runs a collective: 32 lanes with 64 words each go in, 32 with 8 come out, as int32."""
-    return kernels.run(f"collectives/{name}", [], (lanes.view(torch.float32),), ((32, 8), torch.float32)).view(
-        torch.int32
-    )
+    output = ((32, 8), torch.float32)
+    got = kernels.run(f"collectives/{name}", [], (lanes.view(torch.float32),), output, architecture=architecture)
+    return got.view(torch.int32)
 
 
 # Fragments, by the formulas of the PTX ISA ("Matrix Fragments for mma.m16n8k8" and its like), one by one. PTX numbers
@@ -154,7 +154,7 @@ def test_a_matrix_product_with_tensor_cores(kernels, dtype, sizes, stages, steps
     check_gemm(kernels, dtype, sizes, stages, steps_first)
 
 
-def check_gemm(kernels, dtype, sizes, stages, steps_first, **rest):
+def check_gemm(kernels, dtype, sizes, stages, steps_first, architecture=80):
     m, n, k = sizes
     vector = 16 // dtype.itemsize
     a, b = draw(1, m, k), draw(2, k, n)
@@ -169,15 +169,22 @@ def check_gemm(kernels, dtype, sizes, stages, steps_first, **rest):
 
     a_rows, b_rows = padded(a), padded(b.T if steps_first else b)
     integers = [m, n, k, a_rows.shape[1], b_rows.shape[1], steps_first, stages]
-    got = kernels.run("gemm", integers, (a_rows, b_rows), ((m, n), torch.float32), **rest)
+    got = kernels.run("gemm", integers, (a_rows, b_rows), ((m, n), torch.float32), architecture=architecture)
     a, b = a.to(dtype).double(), b.to(dtype).double()
     error, magnitude = (got.double() - a @ b).abs(), a.abs() @ b.abs()
     assert bool((error <= 2**-22 * magnitude).all()), f"{(error / magnitude).max():.1e}"
 
 
 def test_more_shared_memory_than_48_kilobytes(kernels):
-    check_gemm(kernels, torch.float16, (64, 64, 300), 8, True)
-    check_gemm(kernels, torch.float16, (64, 64, 300), 8, True, architecture=90)
+    for architecture in 75, 90:
+        check_gemm(kernels, torch.float16, (64, 64, 300), 8, True, architecture)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tensor_cores_that_an_architecture_has_not(kernels, dtype):
+    """On a GPU they stop the kernel, also when a newer one runs code that was compiled for sm_75."""
+    with pytest.raises(RuntimeError, match=r"multiplies what tensor cores of sm_75 cannot, .*gemm_tile.h:\d+"):
+        check_gemm(kernels, dtype, (64, 64, 32), 2, True, architecture=75)
 
 
 # What finds each mistake: words of the message; DIFFERS and UNWRITTEN are about results, and no message.

@@ -3,6 +3,7 @@
 import inspect
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +106,48 @@ def test_the_instruction_set_can_come_from_the_environment():
 
 def test_base_is_always_there():
     assert "base" in cnnops.settings.instruction_sets
+
+
+# --- what is built for a GPU ---
+
+# Of all that CUDA 13 compiles for.
+GPUS = "7.5 8.0 8.6 8.7 8.8 8.9 9.0 10.0 10.3 11.0 12.0 12.1".split()
+
+
+@pytest.fixture(scope="module")
+def building():
+    pytest.importorskip("ninja")
+    return runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
+
+
+def code_for(gpu, flags):
+    """What a GPU would run: machine code for a GPU of the same major number that is not newer, or portable code."""
+    (major, minor), found = map(int, gpu.split(".")), None
+    for kind, number in re.findall(r"code=(sm|compute)_(\d+)", flags):
+        theirs = int(number[:-1]), int(number[-1])
+        if theirs <= (major, minor) and (kind == "compute" or theirs[0] == major):
+            found = max(found or (), (kind == "sm", *theirs))
+    return found
+
+
+@pytest.mark.parametrize("gpu", [*GPUS, "13.0", "15.5"])
+def test_every_gpu_finds_code(building, gpu):
+    """Those that nobody has seen yet, too."""
+    assert code_for(gpu, building["architecture_flags"](building["ARCHITECTURES"]))
+
+
+def test_architecture_lists(building):
+    flags = building["architecture_flags"]
+    assert flags("8.0") == "-gencode=arch=compute_80,code=sm_80"
+    assert flags(" 7.5; 9.0+PTX") == flags("7.5 9.0+PTX")
+    assert flags("7.5 9.0+PTX").split() == [
+        "-gencode=arch=compute_75,code=sm_75",
+        "-gencode=arch=compute_90,code=sm_90",
+        "-gencode=arch=compute_90,code=compute_90",
+    ]
+    assert code_for("8.9", flags("8.0")) == (True, 8, 0)
+    assert code_for("9.0", flags("8.0")) is None and code_for("9.0", flags("8.0+PTX")) == (False, 8, 0)
+    assert code_for("7.5", flags("8.0+PTX")) is None
 
 
 # --- importing ---

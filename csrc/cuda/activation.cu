@@ -19,8 +19,13 @@
 namespace cnnops::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kSumThreads = 512, kUnroll = 4;
+constexpr int kThreads = 256, kSumThreads = 512, kUnroll = 4;
+
+/// How many vectors of a width a thread takes at once.
+template <int kWidth>
+constexpr int kVectors = kWidth == 1 ? 4 : 2;
+template <int kWidth>
+constexpr int64_t kBlock = kThreads * kVectors<kWidth> * kWidth;
 
 /// A number's place: number `lane` of the vector that begins at number `first`.
 struct Place {
@@ -31,19 +36,18 @@ struct Place {
 /// y[i] = function(a[i], b[i], its place) for all i, by vectors of kWidth. y may be a or b.
 template <int kWidth, class S, class Function>
 __global__ void __launch_bounds__(kThreads) map_kernel(int64_t size, Function function, const S* a, const S* b, S* y) {
-  constexpr int kVectors = kWidth == 1 ? 4 : 2;
-  constexpr int64_t kBlock = kThreads * kVectors * kWidth;
-  for (int64_t block = blockIdx.x * kBlock; block < size; block += gridDim.x * kBlock) {
-    S from_a[kVectors][kWidth], from_b[kVectors][kWidth];
+  constexpr int kCount = kVectors<kWidth>;
+  for (int64_t block = blockIdx.x * kBlock<kWidth>; block < size; block += gridDim.x * kBlock<kWidth>) {
+    S from_a[kCount][kWidth], from_b[kCount][kWidth];
     const auto first = [&](int v) { return block + (v * kThreads + static_cast<int>(threadIdx.x)) * kWidth; };
     CNNOPS_UNROLL
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < kCount; ++v) {
       if (first(v) + kWidth > size) continue;
       load_whole<kWidth>(from_a[v], a + first(v));
       load_whole<kWidth>(from_b[v], b + first(v));
     }
     CNNOPS_UNROLL
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < kCount; ++v) {
       if (first(v) + kWidth > size) continue;
       S results[kWidth];
       for (int lane = 0; lane < kWidth; ++lane) {
@@ -58,8 +62,8 @@ __global__ void __launch_bounds__(kThreads) map_kernel(int64_t size, Function fu
 
 template <int kWidth, class S, class Function>
 void launch_map(const char* name, const Function& function, const S* a, const S* b, S* y, int64_t size, Stream stream) {
-  const int64_t block = int64_t{kThreads} * (kWidth == 1 ? 4 : 2) * kWidth;
-  launch(name, map_kernel<kWidth, S, Function>, ceil_div(size, block), kThreads, 0, stream, size, function, a, b, y);
+  launch(name, map_kernel<kWidth, S, Function>, ceil_div(size, kBlock<kWidth>), kThreads, 0, stream, size, function, a,
+         b, y);
 }
 
 /// A function of one tensor gets it twice: what it does not look at is not read. `vectors`: whether it knows what to do

@@ -78,7 +78,7 @@ using emulation::check_aligned;
 using emulation::Here;
 using emulation::sync_block;
 
-/// That of the current device, as in sm_75.
+/// The architecture, as in sm_75, that the code which the current device runs was compiled for.
 inline int architecture() { return emulation::settings.architecture; }
 
 inline bool hidden(bool condition) { return condition; }
@@ -113,16 +113,21 @@ __device__ inline void check_aligned(const void*, std::size_t, const Here&) {}
 inline void check(cudaError_t error, const char* name) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // an error reported here is not to be found again by the next launch
-  throw std::runtime_error(std::string("cnnops: CUDA kernel ") + name + ": " + cudaGetErrorString(error));
+  const bool missing = error == cudaErrorNoKernelImageForDevice || error == cudaErrorUnsupportedPtxVersion;
+  throw std::runtime_error(std::string("cnnops: CUDA kernel ") + name + ": " + cudaGetErrorString(error) +
+                           (missing ? "; build cnnops with the GPU's architecture in TORCH_CUDA_ARCH_LIST" : ""));
 }
 
-/// That of the current device, as in sm_75.
-inline int architecture() {
-  int device = 0, major = 0, minor = 0;
-  check(cudaGetDevice(&device), "(none yet)");
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "(none yet)");
-  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "(none yet)");
-  return major * 10 + minor;
+template <class>
+__global__ void nothing_kernel() {}
+
+/// Less than the device's own where that was not compiled for: sm_80's code runs on sm_86, and the portable code of any
+/// on all later ones. What a kernel leaves out for an older architecture is then missing on a newer device, too.
+template <class Any = void>  // so that the kernel is there only where this is called
+int architecture() {
+  cudaFuncAttributes attributes{};
+  check(cudaFuncGetAttributes(&attributes, nothing_kernel<Any>), "(none yet)");
+  return attributes.ptxVersion;
 }
 
 /// A condition that stays the same through a loop, but hidden from the compiler: it would make a copy of the loop for

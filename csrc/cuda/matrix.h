@@ -121,6 +121,10 @@ __device__ inline void mma(float (&c)[4], const uint32_t (&a)[2 * kSteps], const
                            Here here = Here::current()) {
   static_assert(kSteps == 1 || kSteps == 2);
 #ifdef CNNOPS_EMULATE
+  if (!std::is_same_v<S, Float16> && architecture() < 80) {
+    emulation::fail_thread("multiplies what tensor cores of sm_" + std::to_string(architecture()) + " cannot, " +
+                           emulation::text(here));
+  }
   struct Operands {
     uint32_t a[2 * kSteps], b[kSteps];
   } mine;

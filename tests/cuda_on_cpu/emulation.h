@@ -44,7 +44,7 @@ struct Settings {
   Copies copies = Copies::eager;
   int64_t grid_limit = 0x7fffffff;   // cuts grids short, so that few blocks do the work of many
   int64_t index_limit = 0x7fffffff;  // makes small tensors count as large, and be indexed with 64 bits
-  int architecture = 75;             // whose shared memory may be asked for
+  int architecture = 75;             // that kernels were compiled for: whose shared memory and tensor cores there are
 };
 inline Settings settings;
 
