@@ -232,10 +232,6 @@ struct WeightShared {
   int64_t outs[kTable];
 };
 
-struct WeightPlan {
-  int64_t row_tiles, column_tiles, parts, tiles, weights;
-};
-
 /// The gradient of the weights: rows are output channels, columns taps, and the steps of the sum pixels. Chunks of
 /// kTable pixels go round the parts like cards. `parts`, if there are several, get their sums instead of o.out.
 template <class S, Layout kLayout>
@@ -292,12 +288,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>)
       CNNOPS_UNROLL
       for (int j = 0; j < Product::kWidth; ++j) {
         const int column = column0 + Product::column(j);
-        if (column >= columns) continue;
-        if (plan.parts > 1) {
-          parts[part * plan.weights + weight + column] = total.sum[i][j];
-        } else {
-          o.out[weight + column] = rounded<S>(total.sum[i][j]);
-        }
+        if (column < columns) plan.put(part, weight + column, total.sum[i][j], parts, o.out);
       }
     }
     sync_block();
@@ -306,20 +297,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>)
 
 template <class S>
 WeightPlan plan_grad_weight(const Conv2dGeometry& g) {
-  const int64_t columns = g.c / g.groups * g.kernel[0] * g.kernel[1];
-  WeightPlan plan{};
-  plan.row_tiles = ceil_div(g.k / g.groups, WeightTile<S>::kRows);
-  plan.column_tiles = ceil_div(columns, WeightTile<S>::kColumns);
-  plan.parts = parts_for(g.groups * plan.row_tiles * plan.column_tiles);
-  plan.tiles = plan.parts * g.groups * plan.row_tiles * plan.column_tiles;
-  plan.weights = g.k * columns;
-  return plan;
+  return {g, WeightTile<S>::kRows, WeightTile<S>::kColumns};
 }
 
 template <class S>
 int64_t grad_weight_workspace(const Conv2dGeometry& g) {
-  const WeightPlan plan = plan_grad_weight<S>(g);
-  return plan.parts > 1 ? plan.parts * plan.weights : 0;
+  return plan_grad_weight<S>(g).workspace();
 }
 
 template <class S>
@@ -329,10 +312,7 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* wo
     launch("conv2d_im2col grad_weight", grad_weight_kernel<S, layout()>, plan.tiles, kThreads, sizeof(WeightShared<S>),
            stream, g, Tensors(g, Pass::grad_weight), plan, o, workspace);
   });
-  if (plan.parts > 1) {
-    launch_items("conv2d_im2col add_parts", add_parts<S>, plan.weights, stream, workspace, plan.parts, plan.weights,
-                 o.out);
-  }
+  add_up("conv2d_im2col add_parts", plan, workspace, o.out, stream);
 }
 
 const char* refuses(const Conv2dGeometry& g, Pass) {
