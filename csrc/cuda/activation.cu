@@ -12,7 +12,7 @@
 //
 // A sum is one block per channel: each thread adds every 512th element in 4 interleaved sums, and a tree adds up the
 // threads. Which element goes where depends on the shape alone.
-#include "device.h"
+#include "epilogue.h"
 #include "launchers.h"
 
 namespace cnnops::cuda {
@@ -59,10 +59,7 @@ template <class S>
 struct Hardtanh {
   const S* x;
   Sum<S> low, high;
-  __device__ S operator()(int64_t i) const {
-    const Sum<S> here = value(x[i]);
-    return here < low ? rounded<S>(low) : here > high ? rounded<S>(high) : x[i];
-  }
+  __device__ S operator()(int64_t i) const { return clipped(x[i], low, high); }
 };
 
 template <class S>
@@ -75,14 +72,12 @@ struct HardtanhBackward {
   }
 };
 
-/// values[i] where kept[i] > 0, a fraction of it elsewhere: leaky_relu forward (both x) and backward.
+/// leaky_relu forward, where both are x, and backward.
 template <class S>
 struct Leaky {
   const S *values, *kept;
   Sum<S> slope;
-  __device__ S operator()(int64_t i) const {
-    return value(kept[i]) > 0 ? values[i] : rounded<S>(value(values[i]) * slope);
-  }
+  __device__ S operator()(int64_t i) const { return leaky(values[i], kept[i], slope); }
 };
 
 /// The same with a slope per channel; Index is wide enough for every element.
@@ -92,8 +87,7 @@ struct ChannelLeaky {
   int64_t channels, inner;
   __device__ S operator()(int64_t i) const {
     const Index channel = static_cast<Index>(i) / static_cast<Index>(inner) % static_cast<Index>(channels);
-    const S here = values[i], slope = slopes[channel];
-    return value(kept[i]) > 0 ? here : rounded<S>(value(here) * value(slope));
+    return leaky(values[i], kept[i], value(slopes[channel]));
   }
 };
 

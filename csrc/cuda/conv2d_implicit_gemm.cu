@@ -22,6 +22,7 @@
 // tap that falls on padding gives NaN, as inf * 0 does; with split float32 any infinity gives NaN, since what its big part
 // leaves over is none.
 #include "carrier.h"
+#include "epilogue.h"
 #include "launchers.h"
 #include "unfolded.h"
 
@@ -39,6 +40,16 @@ using SmallTile = GemmTile<S, 2, 1, true, kMath>;
 template <class S, Math kMath>
 using WeightTile = GemmTile<S, 2, 2, true, kMath>;
 
+/// Blocks that should fit a processor together, by their registers: as many as spill none. 0 leaves it to the compiler.
+template <class Tile>
+constexpr int kBlocks = 0;
+template <>
+constexpr int kBlocks<SmallTile<float, Math::plain>> = 6;
+template <class Tile>
+constexpr int kWeightBlocks = 0;
+template <>
+constexpr int kWeightBlocks<WeightTile<float, Math::split>> = 3;
+
 template <class Tile>
 struct CorrelateShared {
   typename Tile::Slice stages[kStages];
@@ -48,16 +59,19 @@ struct CorrelateShared {
 };
 
 struct CorrelatePlan {
+  int side;  // of a window of pixels that make one output
   int64_t row_tiles, column_tiles, tiles;
   Way weights;
 };
 
-/// Forward and the gradient of the input. kWhole: vectors of taps are neighbours in memory.
+/// Forward and the gradient of the input. kWhole: vectors of taps are neighbours in memory. Where the epilogue pools, a
+/// lane has all four results of a window.
 template <class Tile, bool kWhole>
-__global__ void __launch_bounds__(Tile::kThreads)
+__global__ void __launch_bounds__(Tile::kThreads, kBlocks<Tile>)
     correlate_kernel(Conv2dGeometry g, Pass pass, Tensors tensors, CorrelatePlan plan,
-                     Conv2dOperands<typename Tile::S> o) {
+                     Conv2dOperands<typename Tile::S> o, Epilogue<typename Tile::S> epilogue) {
   using S = typename Tile::S;
+  const bool pooled = epilogue.positions;
   CorrelateShared<Tile>& shared = *shared_memory<CorrelateShared<Tile>>();
   for (int64_t tile = blockIdx.x; tile < plan.tiles; tile += gridDim.x) {
     Digits digits(tile);
@@ -67,9 +81,9 @@ __global__ void __launch_bounds__(Tile::kThreads)
     const int group = static_cast<int>(digits.rest());
     const Axes axes(g, pass, tensors, class_h, class_w);
     const Channels& channels = axes.channels;
-    const int64_t pixels = g.n * axes.h.count * axes.w.count;
+    const int64_t pixels = g.n * (axes.h.count / plan.side) * (axes.w.count / plan.side);
     for (int i = threadIdx.x; i < Tile::kRows; i += Tile::kThreads) {
-      axes.find(row0 + i, pixels, group, shared.pixels[i], shared.outs[i]);
+      axes.find(row0 + i, pixels, group, shared.pixels[i], shared.outs[i], pooled);
     }
 
     const S* weights = o.b + group * channels.weight_group + static_cast<int64_t>(column0) * channels.weight_produce;
@@ -95,16 +109,28 @@ __global__ void __launch_bounds__(Tile::kThreads)
     Tile product;
     product.multiply(shared.stages, ceil_div(axes.taps(), kSlice<S>), start, finish, prepare);
 
-    product.each([&](int row, int column, float first, float second) {
+    /// Calls use(where the outputs of row and column go, a function that makes one of a sum), if there are such.
+    const auto finish_sums = [&](int row, int column, const auto& use) {
       const int64_t out = shared.outs[row];
-      const auto put = [&](int k, float sum) {
-        if (out < 0 || k >= channels.produce) return;
-        const float bias = o.bias ? value(o.bias[group * channels.produce + k]) : 0.0f;
-        o.out[out + static_cast<int64_t>(k) * tensors.y.c] = rounded<S>(sum + bias);
-      };
-      put(column0 + column, first);
-      put(column0 + column + 1, second);
-    });
+      const int k = column0 + column;
+      if (out < 0 || k >= channels.produce) return;
+      const float bias = o.bias ? value(o.bias[group * channels.produce + k]) : 0.0f;
+      use(out + static_cast<int64_t>(k) * tensors.y.c,
+          [&](float sum) { return activated(rounded<S>(sum + bias), epilogue); });
+    };
+    if (pooled) {
+      product.each_four([&](int row, int column, const float (&sums)[4]) {
+        finish_sums(row, column, [&](int64_t at, const auto& finished) {
+          const S window[] = {finished(sums[0]), finished(sums[1]), finished(sums[2]), finished(sums[3])};
+          pool(window, o.out + at, epilogue.positions + at);
+        });
+      });
+    } else {
+      product.each([&](int row, int column, float first, float second) {
+        finish_sums(row, column, [&](int64_t at, const auto& finished) { o.out[at] = finished(first); });
+        finish_sums(row, column + 1, [&](int64_t at, const auto& finished) { o.out[at] = finished(second); });
+      });
+    }
     sync_block();
   }
 }
@@ -124,7 +150,7 @@ struct WeightWays {
 /// The gradient of the weights: rows are output channels, columns taps, and the steps of the sum pixels. `parts`, if there
 /// are several, get their sums instead of o.out.
 template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads)
+__global__ void __launch_bounds__(Tile::kThreads, kWeightBlocks<Tile>)
     grad_weight_kernel(Conv2dGeometry g, Tensors tensors, WeightPlan plan, WeightWays ways,
                        Conv2dOperands<typename Tile::S> o, float* parts) {
   using S = typename Tile::S;
@@ -194,12 +220,15 @@ void with_math(bool tf32, const Start& start) {
 }
 
 template <class Tile, Pass kPass>
-void correlate(const Conv2dGeometry& g, const Conv2dOperands<typename Tile::S>& o, Stream stream) {
+void correlate(const Conv2dGeometry& g, const Conv2dOperands<typename Tile::S>& o,
+               const Epilogue<typename Tile::S>& epilogue, Stream stream) {
   constexpr int kSize = Vector<typename Tile::S>::size;
   const Channels channels(g, kPass);
-  const int64_t pixels = g.n * make_axis(g, kPass, 0, 0).count * make_axis(g, kPass, 1, 0).count;
   CorrelatePlan plan{};
-  plan.row_tiles = ceil_div(pixels, Tile::kRows);
+  plan.side = epilogue.positions ? 2 : 1;
+  const int64_t outputs =
+      g.n * (make_axis(g, kPass, 0, 0).count / plan.side) * (make_axis(g, kPass, 1, 0).count / plan.side);
+  plan.row_tiles = ceil_div(outputs, Tile::kRows / (plan.side * plan.side));
   plan.column_tiles = ceil_div(channels.produce, Tile::kColumns);
   plan.tiles = g.groups * axis_classes(g, kPass, 0) * axis_classes(g, kPass, 1) * plan.row_tiles * plan.column_tiles;
   if (kPass == Pass::forward) {
@@ -211,21 +240,27 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<typename Tile::S>& 
   const bool whole = g.layout == Layout::channels_last && channels.reduce % kSize == 0 && aligned(o.a);
   launch(kPass == Pass::forward ? "conv2d_implicit_gemm forward" : "conv2d_implicit_gemm grad_input",
          whole ? correlate_kernel<Tile, true> : correlate_kernel<Tile, false>, plan.tiles, Tile::kThreads,
-         sizeof(CorrelateShared<Tile>), stream, g, kPass, Tensors(g, kPass), plan, o);
+         sizeof(CorrelateShared<Tile>), stream, g, kPass, Tensors(g, kPass, plan.side), plan, o, epilogue);
 }
 
 template <class S, Pass kPass>
-void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>*, Stream stream) {
+void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, const Epilogue<S>& epilogue, Sum<S>*,
+               Stream stream) {
   with_math<S>(o.tf32, [&](auto math) {
     using Large = LargeTile<S, math()>;
     const int64_t produce = Channels(g, kPass).produce;
     const int64_t outputs = produce * make_axis(g, kPass, 0, 0).count * make_axis(g, kPass, 1, 0).count;
     if (produce > Large::kColumns / 2 && outputs >= 2 * Large::kRows * Large::kColumns) {
-      correlate<Large, kPass>(g, o, stream);
+      correlate<Large, kPass>(g, o, epilogue, stream);
     } else {
-      correlate<SmallTile<S, math()>, kPass>(g, o, stream);
+      correlate<SmallTile<S, math()>, kPass>(g, o, epilogue, stream);
     }
   });
+}
+
+template <class S, Pass kPass>
+void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace, Stream stream) {
+  correlate<S, kPass>(g, o, Epilogue<S>{}, workspace, stream);
 }
 
 template <class S>
@@ -285,7 +320,7 @@ Conv2dRow<S> conv2d_implicit_gemm() {
     return {name,
             summary,
             refuses,
-            {no_workspace, correlate<S, Pass::forward>},
+            {no_workspace, correlate<S, Pass::forward>, correlate<S, Pass::forward>},
             {no_workspace, correlate<S, Pass::grad_input>},
             {grad_weight_workspace<S>, grad_weight<S>},
             true,

@@ -122,6 +122,25 @@ struct GemmTile {
     }
   }
 
+  /// use(row, column, sums) for each four results of a column that are 8 rows apart, `row` being the first: a lane has
+  /// those.
+  template <class Use>
+  __device__ void each_four(const Use& use) const {
+    static_assert(kHeight % 32 == 0);
+    const int row = warp_row() + lane() / 4, column = warp_column() + lane() % 4 * 2;
+    CNNOPS_UNROLL
+    for (int i = 0; i < kHeight / 16; i += 2) {
+      CNNOPS_UNROLL
+      for (int j = 0; j < kWidth / 8; ++j) {
+        CNNOPS_UNROLL
+        for (int next = 0; next < 2; ++next) {
+          const float four[] = {sum[i][j][next], sum[i][j][2 + next], sum[i + 1][j][next], sum[i + 1][j][2 + next]};
+          use(row + 16 * i, column + 8 * j + next, four);
+        }
+      }
+    }
+  }
+
  private:
   /// A slice's vectors are two operands of mma() one after the other, 32 bytes of steps each.
   __device__ void multiply_tensor(const Slice& slice) {

@@ -17,7 +17,7 @@
 // bits (`Index`) unless the tensors are larger.
 #include <limits>
 
-#include "device.h"
+#include "epilogue.h"
 #include "launchers.h"
 
 namespace cnnops::cuda {
@@ -132,7 +132,7 @@ __global__ void max_kernel(Pool2dGeometry g, Index pixel_size, int64_t size, con
         const Index w = w0 + kw * width.dilation;
         if (w >= width.in) break;
         const Sum<S> here = value(plane[(h * width.in + w) * pixel_size]);
-        if (position < 0 || here > best || here != here) {  // NaN wins over everything, as in torch
+        if (position < 0 || wins(here, best)) {
           best = here;
           position = kh * width.kernel + kw;
         }

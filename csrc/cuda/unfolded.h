@@ -53,14 +53,19 @@ struct Axes {
     return {weight, c * tensors.x.c + tap_h * tensors.x.h + tap_w * tensors.x.w, tap_h, tap_w};
   }
 
-  /// The class's pixel of this number, and where its first output is: -1 if there is no such pixel.
-  __device__ void find(int64_t number, int64_t count, int group, Pixel& pixel, int64_t& out) const {
+  /// The class's pixel of this number, and where its first output is: -1 if there is no such pixel. If `pooled`, they are
+  /// counted in windows of 2 x 2, the pixels of which are 8 numbers apart, as GemmTile::each_four() wants them.
+  __device__ void find(int64_t number, int64_t count, int group, Pixel& pixel, int64_t& out,
+                       bool pooled = false) const {
     pixel = {0, kNowhere, 0};
     out = -1;
-    if (number >= count) return;
-    Digits digits(number);
-    const int j = static_cast<int>(digits.next(w.count)), i = static_cast<int>(digits.next(h.count));
-    const int64_t n = digits.rest(), in_h = i * h.in_step + h.offset0, in_w = j * w.in_step + w.offset0;
+    const int64_t window = pooled ? number / 32 * 8 + number % 8 : number;
+    if (window >= count) return;
+    const int side = pooled ? 2 : 1, place = pooled ? static_cast<int>(number % 32 / 8) : 0;
+    Digits digits(window);
+    const int j = static_cast<int>(digits.next(w.count / side)), i = static_cast<int>(digits.next(h.count / side));
+    const int64_t n = digits.rest(), in_h = (i * side + place / 2) * h.in_step + h.offset0,
+                  in_w = (j * side + place % 2) * w.in_step + w.offset0;
     pixel.x = n * tensors.x.n + group * channels.reduce * tensors.x.c + in_h * tensors.x.h + in_w * tensors.x.w;
     pixel.h = static_cast<int>(in_h);
     pixel.w = static_cast<int>(in_w);

@@ -1,0 +1,51 @@
+// What happens to a result between its sum and memory: activations, number by number, and the choice of the largest in a
+// pooling window. activation.cu and pool2d.cu do the same to whole tensors, with the same bits.
+#pragma once
+
+#include "device.h"
+
+namespace cnnops::cuda {
+
+/// Bounds that are NaN bound nothing. A bound must be a number that S has.
+template <class S>
+__device__ inline S clipped(S x, Sum<S> low, Sum<S> high) {
+  const Sum<S> here = value(x);
+  return here < low ? rounded<S>(low) : here > high ? rounded<S>(high) : x;
+}
+
+/// x where kept > 0, a fraction of it elsewhere: leaky_relu forward (both x) and backward.
+template <class S>
+__device__ inline S leaky(S x, S kept, Sum<S> slope) {
+  return value(kept) > 0 ? x : rounded<S>(value(x) * slope);
+}
+
+template <class S>
+__device__ inline S activated(S x, const Epilogue<S>& epilogue) {
+  const bool leaks = epilogue.slope == epilogue.slope;
+  return leaks ? leaky(x, x, epilogue.slope) : clipped(x, epilogue.low, epilogue.high);
+}
+
+/// Whether x is to replace the largest number so far: NaN wins over everything, as in torch.
+template <class T>
+__device__ inline bool wins(T x, T best) {
+  return x > best || x != x;
+}
+
+/// Writes the largest of a 2 x 2 window's numbers, in scan order, and its position.
+template <class S>
+__device__ inline void pool(const S (&window)[4], S* y, uint8_t* position) {
+  Sum<S> best = value(window[0]);
+  uint8_t at = 0;
+  CNNOPS_UNROLL
+  for (uint8_t i = 1; i < 4; ++i) {
+    const Sum<S> here = value(window[i]);
+    if (wins(here, best)) {
+      best = here;
+      at = i;
+    }
+  }
+  *y = rounded<S>(best);
+  *position = at;
+}
+
+}  // namespace cnnops::cuda
