@@ -110,25 +110,25 @@ __global__ void __launch_bounds__(Tile::kThreads, kBlocks<Tile>)
     product.multiply(shared.stages, ceil_div(axes.taps(), kSlice<S>), start, finish, prepare);
 
     /// Calls use(where the outputs of row and column go, a function that makes one of a sum), if there are such.
-    const auto finish_sums = [&](int row, int column, const auto& use) {
+    const auto finish_sum = [&](int row, int column, const auto& use) {
       const int64_t out = shared.outs[row];
       const int k = column0 + column;
       if (out < 0 || k >= channels.produce) return;
       const float bias = o.bias ? value(o.bias[group * channels.produce + k]) : 0.0f;
-      use(out + static_cast<int64_t>(k) * tensors.y.c,
-          [&](float sum) { return activated(rounded<S>(sum + bias), epilogue); });
+      use(out + static_cast<int64_t>(k) * tensors.y.c, [&](float sum) { return finished(sum + bias, epilogue); });
     };
     if (pooled) {
       product.each_four([&](int row, int column, const float (&sums)[4]) {
-        finish_sums(row, column, [&](int64_t at, const auto& finished) {
-          const S window[] = {finished(sums[0]), finished(sums[1]), finished(sums[2]), finished(sums[3])};
+        finish_sum(row, column, [&](int64_t at, const auto& result) {
+          const float window[] = {value(result(sums[0])), value(result(sums[1])), value(result(sums[2])),
+                                  value(result(sums[3]))};
           pool(window, o.out + at, epilogue.positions + at);
         });
       });
     } else {
       product.each([&](int row, int column, float first, float second) {
-        finish_sums(row, column, [&](int64_t at, const auto& finished) { o.out[at] = finished(first); });
-        finish_sums(row, column + 1, [&](int64_t at, const auto& finished) { o.out[at] = finished(second); });
+        finish_sum(row, column, [&](int64_t at, const auto& result) { o.out[at] = result(first); });
+        finish_sum(row, column + 1, [&](int64_t at, const auto& result) { o.out[at] = result(second); });
       });
     }
     sync_block();

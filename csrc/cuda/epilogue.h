@@ -19,8 +19,10 @@ __device__ inline S leaky(S x, S kept, Sum<S> slope) {
   return value(kept) > 0 ? x : rounded<S>(value(x) * slope);
 }
 
+/// A sum as it is written without pooling.
 template <class S>
-__device__ inline S activated(S x, const Epilogue<S>& epilogue) {
+__device__ inline S finished(Sum<S> sum, const Epilogue<S>& epilogue) {
+  const S x = rounded<S>(sum);
   const bool leaks = epilogue.slope == epilogue.slope;
   return leaks ? leaky(x, x, epilogue.slope) : clipped(x, epilogue.low, epilogue.high);
 }
@@ -31,16 +33,15 @@ __device__ inline bool wins(T x, T best) {
   return x > best || x != x;
 }
 
-/// Writes the largest of a 2 x 2 window's numbers, in scan order, and its position.
+/// Writes the largest of a 2 x 2 window's numbers, which come in scan order, and its position.
 template <class S>
-__device__ inline void pool(const S (&window)[4], S* y, uint8_t* position) {
-  Sum<S> best = value(window[0]);
+__device__ inline void pool(const Sum<S> (&window)[4], S* y, uint8_t* position) {
+  Sum<S> best = window[0];
   uint8_t at = 0;
   CNNOPS_UNROLL
   for (uint8_t i = 1; i < 4; ++i) {
-    const Sum<S> here = value(window[i]);
-    if (wins(here, best)) {
-      best = here;
+    if (wins(window[i], best)) {
+      best = window[i];
       at = i;
     }
   }
