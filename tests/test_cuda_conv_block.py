@@ -177,6 +177,32 @@ def test_an_image_alone_has_the_bits_it_has_in_a_batch(kernels, algorithm, dtype
             assert same_bits(a, b[i : i + 1].contiguous())
 
 
+@real_dtypes
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("h, w", [(6, 8), (7, 9), (2, 5), (5, 2)])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_backward(kernels, activation, h, w, layout, dtype):
+    """The bits of the activation's gradient, then pooling's: also of -0, of NaN, and where y is at a bound."""
+    shape, pooled = (2, 5, h, w), (2, 5, h // 2, w // 2)
+    gy, y = draw(7, *pooled), draw(8, *pooled) * 4
+    gy[0, 0], gy[0, 1] = -0.0, torch.nan
+    y[:, 2], y[:, 3, 0], y[1, 4] = 0, 6, torch.nan
+    positions = (draw(9, *pooled).abs() * 1e4).long() % 4
+    inputs = gy.to(dtype), y.to(dtype), positions.to(torch.uint8)
+    pairs = [(h, w), pooled[2:], (2, 2), (2, 2), (0, 0), (1, 1)]
+    integers = [2, 5, *(i for pair in pairs for i in pair), LAYOUTS.index(layout), 0]
+    outputs = [(shape, dtype)]
+    ours = [*integers, ACTIVATIONS.index(activation)]
+    got = kernels.run_in(layout, "epilogue_backward", ours, inputs, *outputs, reals=[SLOPE])
+    gradient = inputs[0]
+    if activation != "none":
+        name = {"relu6": "hardtanh"}.get(activation, activation) + "_backward"
+        reals = {"relu6": [0.0, 6.0], "leaky_relu": [SLOPE]}.get(activation, [])
+        gradient = kernels.run(name, [gy.numel()], inputs[:2], (pooled, dtype), reals=reals)
+    expected = kernels.run_in(layout, "max_pool2d/backward", integers, (gradient, inputs[2]), *outputs)
+    assert same_bits(got, expected)
+
+
 @every_algorithm
 def test_an_empty_batch(kernels, algorithm):
     case = Bordered("empty", 0, 8, 6, 6, 8, (3, 3))

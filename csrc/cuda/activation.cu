@@ -66,10 +66,7 @@ template <class S>
 struct HardtanhBackward {
   const S *gy, *y;
   Sum<S> low, high;
-  __device__ S operator()(int64_t i) const {
-    const Sum<S> here = value(y[i]);
-    return here <= low || here >= high ? S{} : gy[i];
-  }
+  __device__ S operator()(int64_t i) const { return clipped_gradient(gy[i], y[i], low, high); }
 };
 
 /// leaky_relu forward, where both are x, and backward.

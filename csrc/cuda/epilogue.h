@@ -13,18 +13,29 @@ __device__ inline S clipped(S x, Sum<S> low, Sum<S> high) {
   return here < low ? rounded<S>(low) : here > high ? rounded<S>(high) : x;
 }
 
+/// Its gradient, where it gave y.
+template <class S>
+__device__ inline S clipped_gradient(S gy, S y, Sum<S> low, Sum<S> high) {
+  const Sum<S> here = value(y);
+  return here <= low || here >= high ? S{} : gy;
+}
+
 /// x where kept > 0, a fraction of it elsewhere: leaky_relu forward (both x) and backward.
 template <class S>
 __device__ inline S leaky(S x, S kept, Sum<S> slope) {
   return value(kept) > 0 ? x : rounded<S>(value(x) * slope);
 }
 
+template <class S>
+__device__ inline bool leaks(const Epilogue<S>& epilogue) {
+  return epilogue.slope == epilogue.slope;
+}
+
 /// A sum as it is written without pooling.
 template <class S>
 __device__ inline S finished(Sum<S> sum, const Epilogue<S>& epilogue) {
   const S x = rounded<S>(sum);
-  const bool leaks = epilogue.slope == epilogue.slope;
-  return leaks ? leaky(x, x, epilogue.slope) : clipped(x, epilogue.low, epilogue.high);
+  return leaks(epilogue) ? leaky(x, x, epilogue.slope) : clipped(x, epilogue.low, epilogue.high);
 }
 
 /// Whether x is to replace the largest number so far: NaN wins over everything, as in torch.
@@ -47,6 +58,14 @@ __device__ inline void pool(const Sum<S> (&window)[4], S* y, uint8_t* position) 
   }
   *y = rounded<S>(best);
   *position = at;
+}
+
+/// What a window's largest number gets of the gradient of y. Pooling's backward pass adds to a zero, so -0 becomes 0.
+template <class S>
+__device__ inline S pooled_gradient(S gy, S y, const Epilogue<S>& epilogue) {
+  const S gradient =
+      leaks(epilogue) ? leaky(gy, y, epilogue.slope) : clipped_gradient(gy, y, epilogue.low, epilogue.high);
+  return rounded<S>(Sum<S>(0) + value(gradient));
 }
 
 }  // namespace cnnops::cuda

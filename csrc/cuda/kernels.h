@@ -55,6 +55,10 @@ struct Kernels {
   };
   MaxPool2d<uint8_t> max_pool2d;
   MaxPool2d<int32_t> max_pool2d_wide;
+
+  /// The gradient of what an epilogue with positions was given, from that of what it wrote, y. The geometry is pooling's.
+  void (*epilogue_backward)(const Pool2dGeometry&, const Epilogue<S>&, const S* gy, const S* y, S* gx, Stream);
+
   void (*avg_pool2d)(const Pool2dGeometry&, Divisor, const S* x, S* y, Stream);
   void (*avg_pool2d_backward)(const Pool2dGeometry&, Divisor, const S* gy, S* gx, Stream);
 

@@ -12,6 +12,7 @@ const Kernels<S>& kernels() {
                                                              conv2d_im2col<S>(), conv2d_reference<S>()};
       filled.conv2d = {conv2d, sizeof(conv2d) / sizeof(conv2d[0])};
       add_border(filled);
+      add_epilogue_backward(filled);
       add_pool2d(filled);
     }
     add_activation(filled);

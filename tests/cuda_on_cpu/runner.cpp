@@ -76,25 +76,25 @@ void conv2d(const std::string& algorithm, Pass pass, const Arguments& in) {
   });
 }
 
-/// Further integers: the activation, of none, relu, relu6 and leaky_relu; whether it pools. pointers: a, b, bias, out,
-/// positions.
+/// `activation` is one of none, relu, relu6 and leaky_relu, whose slope is the first real number.
 template <class S>
-Epilogue<S> epilogue(const Arguments& in) {
+Epilogue<S> epilogue(const Arguments& in, int64_t activation, uint8_t* positions) {
   Epilogue<S> epilogue;
-  const int64_t activation = in.integers[19];
   if (activation == 1 || activation == 2) epilogue.low = 0;
   if (activation == 2) epilogue.high = 6;
   if (activation == 3) epilogue.slope = static_cast<Sum<S>>(in.reals[0]);
-  if (in.integers[20]) epilogue.positions = in.pointer<uint8_t>(4);
+  epilogue.positions = positions;
   return epilogue;
 }
 
+/// Further integers: the activation; whether it pools. pointers: a, b, bias, out, positions.
 template <class S>
 void conv_block(const std::string& algorithm, const Arguments& in) {
-  with_algorithm<S>(algorithm, Pass::forward, in,
-                    [&](const Conv2dRun<S>& run, const Conv2dGeometry& g, Sum<S>* workspace) {
-                      start(run.fused, g, conv2d_operands<S>(in), epilogue<S>(in), workspace);
-                    });
+  with_algorithm<S>(
+      algorithm, Pass::forward, in, [&](const Conv2dRun<S>& run, const Conv2dGeometry& g, Sum<S>* workspace) {
+        start(run.fused, g, conv2d_operands<S>(in),
+              epilogue<S>(in, in.integers[19], in.integers[20] ? in.pointer<uint8_t>(4) : nullptr), workspace);
+      });
 }
 
 /// integers: n, c, then pairs: in, out, kernel, stride, padding, dilation; then layout, adaptive, and for averages
@@ -145,6 +145,10 @@ void call(const std::string& name, const Arguments& in) {
   }
   if (family == "conv_block") return conv_block<S>(member, in);
   if (name == "fold_border") return start(k.fold_border, conv2d_geometry(i), p(0), p(1));
+  if (name == "epilogue_backward") {
+    const auto of = epilogue<S>(in, i[16], in.pointer<uint8_t>(2));
+    return start(k.epilogue_backward, pool2d_geometry(i), of, p(0), p(1), p(3));
+  }
   if (family == "max_pool2d") return max_pool2d<S, uint8_t>(k.max_pool2d, member, in);
   if (family == "max_pool2d_wide") return max_pool2d<S, int32_t>(k.max_pool2d_wide, member, in);
   if (name == "max_unpool2d") return max_unpool2d<S>(in);
