@@ -41,6 +41,7 @@ __global__ void backward_kernel(Pool2dGeometry g, Index pixel_size, int64_t wind
       const Pair<S> both{position == 2 * h ? gradient : S{}, position == 2 * h + 1 ? gradient : S{}};
       S* place = to + h * in_w * pixel_size;
       if (pairs) {
+        check_aligned(place, sizeof(both), Here::current());
         *reinterpret_cast<Pair<S>*>(place) = both;
       } else {
         *place = both.first;

@@ -160,24 +160,6 @@ TwoTensors chain(const Tensor& input, const Tensor& weight, const OptionalTensor
 }
 
 #ifdef CNNOPS_CUDA
-/// Whether windows are as cuda::Epilogue has them.
-bool quarters(const Pool2dGeometry& p) {
-  bool all = true;
-  for (int dim = 0; dim < 2; ++dim)
-    all &= p.kernel[dim] == 2 && p.stride[dim] == 2 && p.padding[dim] == 0 && p.dilation[dim] == 1 &&
-           p.out[dim] == p.in[dim] / 2;
-  return all;
-}
-
-template <class S>
-cuda::Epilogue<S> epilogue_of(const Activation& activation) {
-  cuda::Epilogue<S> epilogue;
-  if (activation.kind == Kind::relu || activation.kind == Kind::relu6) epilogue.low = 0;
-  if (activation.kind == Kind::relu6) epilogue.high = 6;
-  if (activation.kind == Kind::leaky_relu) epilogue.slope = Sum<S>(activation.negative_slope);
-  return epilogue;
-}
-
 /// Whether the algorithm could.
 template <class S>
 bool run_epilogue(const Conv2dGeometry& g, const Block& block, const Tensor& x, const Tensor& w, const Tensor& bias,
@@ -267,12 +249,11 @@ TwoTensors conv_relu_max_pool2d_meta(const Tensor& input, const Tensor& weight, 
   });
 }
 
-TwoTensors call(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const Block& b,
-                std::string_view activation) {
+TwoTensors call(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const Block& b) {
   static const auto op = find_operator<decltype(conv_relu_max_pool2d)>("cnnops::conv_relu_max_pool2d");
   const Conv2dSettings& s = b.conv;
   const Window w = b.pooling.value_or(Window(kBlockName, 1, {}, 0, 1, false));
-  return op.call(input, weight, bias, s.stride, s.padding, s.dilation, s.groups, s.padding_mode, activation,
+  return op.call(input, weight, bias, s.stride, s.padding, s.dilation, s.groups, s.padding_mode, b.activation.name(),
                  b.activation.negative_slope, b.pooling ? IntArrayRef(w.kernel_size) : IntArrayRef(), w.stride,
                  w.padding, w.dilation, w.ceil_mode, s.algorithm);
 }
@@ -287,26 +268,24 @@ TwoTensors conv_relu_max_pool2d_autograd(const Tensor& input, const Tensor& weig
                 pool_stride, pool_padding, pool_dilation, ceil_mode, algorithm);
   const auto has_tangent = [](const Tensor& t) { return t.defined() && t._fw_grad(0).defined(); };
   if (!may_be_differentiated(input, weight, or_none(bias)))
-    return below_autograd([&] { return call(input, weight, bias, b, activation); });
+    return below_autograd([&] { return call(input, weight, bias, b); });
   return two_batched(input, b, [&](const Tensor& x) -> TwoTensors {
     if (has_tangent(x) || has_tangent(weight) || has_tangent(or_none(bias))) return chain(x, weight, bias, b);
     const auto outputs = differentiable(
         "ConvReluMaxPool2dBackward", {x, weight, or_none(bias)},
         [&] {
-          const auto [y, positions] = call(x, weight, bias, b, activation);
+          const auto [y, positions] = call(x, weight, bias, b);
           return variable_list{y, positions};
         },
         [&](const variable_list& outputs) { return variable_list{x, weight, outputs[0], outputs[1]}; },
         [b](const Backward& step) {
           const Tensor &x = step.kept[0], &weight = step.kept[1], &y = step.kept[2], &positions = step.kept[3];
           if (!step.grads[0].defined()) return variable_list(3);
-          Tensor gy = b.activation.backward(step.grads[0], y);
           const auto plane = [](const Tensor& t) { return t.sym_sizes().slice(2); };
-          if (b.pooling) {
-            const auto g =
-                conv2d_geometry<c10::SymInt>(kBlockName, x.sym_sizes(), weight.sym_sizes(), b.conv, Layout::contiguous);
-            gy = b.pooling.backward(gy, positions, g.out);
-          }
+          const auto g =
+              conv2d_geometry<c10::SymInt>(kBlockName, x.sym_sizes(), weight.sym_sizes(), b.conv, Layout::contiguous);
+          const Tensor gy = b.pooling ? call_backward(step.grads[0], y, positions, g.out, b.activation, b.pooling)
+                                      : b.activation.backward(step.grads[0], y);
           return variable_list{step.needs(0) ? call_grad_input(gy, weight, {}, plane(x), b.conv) : Tensor(),
                                step.needs(1) ? call_grad_weight(gy, x, plane(weight), b.conv) : Tensor(),
                                step.needs(2) ? channel_sum(gy) : Tensor()};
@@ -326,8 +305,7 @@ TwoTensors conv_relu_max_pool2d_autocast(const Tensor& input, const Tensor& weig
   const c10::impl::ExcludeDispatchKeyGuard below_autocast(key);
   const Block b(stride, padding, dilation, groups, padding_mode, activation, negative_slope, pool_kernel_size,
                 pool_stride, pool_padding, pool_dilation, ceil_mode, algorithm);
-  return call(*lower_precision(device, input), *lower_precision(device, weight), lower_precision(device, bias), b,
-              activation);
+  return call(*lower_precision(device, input), *lower_precision(device, weight), lower_precision(device, bias), b);
 }
 
 }  // namespace

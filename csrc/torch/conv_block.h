@@ -24,11 +24,12 @@ struct Activation {
                       ": negative_slope must be at least 0, or outputs would not tell their inputs' sign, but got ",
                       negative_slope);
   }
+  static constexpr std::string_view kNames[] = {"none", "relu", "relu6", "leaky_relu"};  // in the order of Kind
+  std::string_view name() const { return kNames[static_cast<int>(kind)]; }
   static Kind kind_of(std::string_view name) {
-    if (name == "none") return Kind::none;
-    if (name == "relu") return Kind::relu;
-    if (name == "relu6") return Kind::relu6;
-    if (name == "leaky_relu") return Kind::leaky_relu;
+    for (int i = 0; i < 4; ++i) {
+      if (name == kNames[i]) return static_cast<Kind>(i);
+    }
     TORCH_CHECK_VALUE(false, kBlockName,
                       ": activation must be one of 'none', 'relu', 'relu6' and 'leaky_relu', but got '", name, "'");
   }
@@ -105,5 +106,29 @@ struct Block {
         activation(activation, negative_slope),
         pooling(pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode) {}
 };
+
+/// The gradient of the convolution's output from that of the block's, as an operator.
+Tensor call_backward(const Tensor& grad_output, const Tensor& output, const Tensor& positions,
+                     c10::SymIntArrayRef input_size, const Activation& activation, const Pooling& pooling);
+
+#ifdef CNNOPS_CUDA
+/// Whether windows are as cuda::Epilogue has them.
+inline bool quarters(const Pool2dGeometry& p) {
+  bool all = true;
+  for (int dim = 0; dim < 2; ++dim)
+    all &= p.kernel[dim] == 2 && p.stride[dim] == 2 && p.padding[dim] == 0 && p.dilation[dim] == 1 &&
+           p.out[dim] == p.in[dim] / 2;
+  return all;
+}
+
+template <class S>
+cuda::Epilogue<S> epilogue_of(const Activation& activation) {
+  cuda::Epilogue<S> epilogue;
+  if (activation.kind == Kind::relu || activation.kind == Kind::relu6) epilogue.low = 0;
+  if (activation.kind == Kind::relu6) epilogue.high = 6;
+  if (activation.kind == Kind::leaky_relu) epilogue.slope = Sum<S>(activation.negative_slope);
+  return epilogue;
+}
+#endif
 
 }  // namespace cnnops
