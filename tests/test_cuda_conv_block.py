@@ -25,7 +25,7 @@ from torch.nn import functional as TF
 
 pytestmark = needs_compiler
 
-FUSED = ["implicit_gemm", "direct"]
+FUSED = ["implicit_gemm", "direct", "im2col"]
 ACTIVATIONS = ["none", "relu", "relu6", "leaky_relu"]
 SLOPE = 0.3
 every_algorithm = pytest.mark.parametrize("algorithm", FUSED)
@@ -85,7 +85,12 @@ def drawn(case, dtype):
 
 
 def accepts(algorithm, case):
-    return not (small_groups(case) if algorithm == "implicit_gemm" else refused(case, "forward"))
+    return {"implicit_gemm": not small_groups(case), "direct": not refused(case, "forward")}.get(algorithm, True)
+
+
+def skip_float64(algorithm, dtype):
+    if algorithm != "direct" and dtype == torch.float64:
+        pytest.skip("not for float64")
 
 
 @two_dtypes
@@ -106,8 +111,7 @@ def test_bits_of_the_chain(kernels, algorithm, case, dtype, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("sizes, kernel", [((2, 16, 9, 10, 9), (3, 2)), ((1, 16, 5, 70, 40), (2, 2))], ids=str)
 def test_bits_of_the_chain_in_every_type(kernels, sizes, kernel, layout, algorithm, dtype):
-    if algorithm == "implicit_gemm" and dtype == torch.float64:
-        pytest.skip("not for float64")
+    skip_float64(algorithm, dtype)
     case = Bordered("block", *sizes, kernel, padding=(1, 1))
     if accepts(algorithm, case):
         check(kernels, case, algorithm, drawn(case, dtype), layout)
@@ -137,8 +141,7 @@ def test_beyond_the_border(kernels, border, algorithm, dtype, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_ties_and_nan(kernels, layout, algorithm, dtype):
     """Where several of a window are largest, the first; NaN over everything."""
-    if algorithm == "implicit_gemm" and dtype == torch.float64:
-        pytest.skip("not for float64")
+    skip_float64(algorithm, dtype)
     case = Bordered("ties", 2, 8, 7, 12, 9, (1, 1), bias=False)
     x, w, _, gy = drawn(case, dtype)
     x, w = x.double().sign() * (draw(5, *x.shape) > 0), torch.eye(9, 8, dtype=torch.float64)[:, :, None, None]

@@ -58,37 +58,28 @@ struct CorrelateShared {
   int64_t outs[Tile::kRows];
 };
 
-struct CorrelatePlan {
-  int side;  // of a window of pixels that make one output
-  int64_t row_tiles, column_tiles, tiles;
-  Way weights;
-};
-
 /// Forward and the gradient of the input. kWhole: vectors of taps are neighbours in memory. Where the epilogue pools, a
 /// lane has all four results of a window.
 template <class Tile, bool kWhole>
 __global__ void __launch_bounds__(Tile::kThreads, kBlocks<Tile>)
-    correlate_kernel(Conv2dGeometry g, Pass pass, Tensors tensors, CorrelatePlan plan,
+    correlate_kernel(Conv2dGeometry g, Pass pass, Tensors tensors, CorrelatePlan plan, Way weights_way,
                      Conv2dOperands<typename Tile::S> o, Epilogue<typename Tile::S> epilogue) {
   using S = typename Tile::S;
-  const bool pooled = epilogue.positions;
   CorrelateShared<Tile>& shared = *shared_memory<CorrelateShared<Tile>>();
-  for (int64_t tile = blockIdx.x; tile < plan.tiles; tile += gridDim.x) {
-    Digits digits(tile);
-    const int column0 = static_cast<int>(digits.next(plan.column_tiles)) * Tile::kColumns;
-    const int64_t row0 = digits.next(plan.row_tiles) * Tile::kRows;
-    const int64_t class_w = digits.next(axis_classes(g, pass, 1)), class_h = digits.next(axis_classes(g, pass, 0));
-    const int group = static_cast<int>(digits.rest());
-    const Axes axes(g, pass, tensors, class_h, class_w);
+  for (int64_t number = blockIdx.x; number < plan.tiles; number += gridDim.x) {
+    const auto tile = plan.tile(g, pass, number);
+    const int column0 = static_cast<int>(tile.channels) * Tile::kColumns, group = static_cast<int>(tile.group);
+    const int64_t row0 = tile.pixels * Tile::kRows;
+    const Axes axes(g, pass, tensors, tile.class_h, tile.class_w);
     const Channels& channels = axes.channels;
-    const int64_t pixels = g.n * (axes.h.count / plan.side) * (axes.w.count / plan.side);
+    const int64_t windows = plan.windows(g, axes);
     for (int i = threadIdx.x; i < Tile::kRows; i += Tile::kThreads) {
-      axes.find(row0 + i, pixels, group, shared.pixels[i], shared.outs[i], pooled);
+      axes.find(row0 + i, windows, group, shared.pixels[i], shared.outs[i], plan.apart);
     }
 
     const S* weights = o.b + group * channels.weight_group + static_cast<int64_t>(column0) * channels.weight_produce;
     Carrier<S, Tile::kRows, Tile::kThreads> a(kWhole ? Way::whole : axes.channels_last ? Way::steps : Way::rows);
-    Carrier<S, Tile::kColumns, Tile::kThreads> b(plan.weights);
+    Carrier<S, Tile::kColumns, Tile::kThreads> b(weights_way);
     const auto prepare = [&](int64_t number) {
       const int step = threadIdx.x;
       if (step < kSlice<S>) shared.taps[number % 2][step] = axes.tap(static_cast<int>(number) * kSlice<S> + step);
@@ -117,7 +108,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kBlocks<Tile>)
       const float bias = o.bias ? value(o.bias[group * channels.produce + k]) : 0.0f;
       use(out + static_cast<int64_t>(k) * tensors.y.c, [&](float sum) { return finished(sum + bias, epilogue); });
     };
-    if (pooled) {
+    if (plan.apart) {
       product.each_four([&](int row, int column, const float (&sums)[4]) {
         finish_sum(row, column, [&](int64_t at, const auto& result) {
           const float window[] = {value(result(sums[0])), value(result(sums[1])), value(result(sums[2])),
@@ -224,23 +215,16 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<typename Tile::S>& 
                const Epilogue<typename Tile::S>& epilogue, Stream stream) {
   constexpr int kSize = Vector<typename Tile::S>::size;
   const Channels channels(g, kPass);
-  CorrelatePlan plan{};
-  plan.side = epilogue.positions ? 2 : 1;
-  const int64_t outputs =
-      g.n * (make_axis(g, kPass, 0, 0).count / plan.side) * (make_axis(g, kPass, 1, 0).count / plan.side);
-  plan.row_tiles = ceil_div(outputs, Tile::kRows / (plan.side * plan.side));
-  plan.column_tiles = ceil_div(channels.produce, Tile::kColumns);
-  plan.tiles = g.groups * axis_classes(g, kPass, 0) * axis_classes(g, kPass, 1) * plan.row_tiles * plan.column_tiles;
+  const CorrelatePlan plan(g, kPass, Tile::kColumns, Tile::kRows, epilogue.positions ? Tile::kApart : 0);
+  Way weights = channels.weight_produce == 1 ? across_rows(o.b, channels.produce) : Way::steps;
   if (kPass == Pass::forward) {
     const bool whole = channels.reduce * g.kernel[0] * g.kernel[1] % kSize == 0 && aligned(o.b);
-    plan.weights = whole ? Way::whole : Way::steps;
-  } else {
-    plan.weights = channels.weight_produce == 1 ? across_rows(o.b, channels.produce) : Way::steps;
+    weights = whole ? Way::whole : Way::steps;
   }
   const bool whole = g.layout == Layout::channels_last && channels.reduce % kSize == 0 && aligned(o.a);
   launch(kPass == Pass::forward ? "conv2d_implicit_gemm forward" : "conv2d_implicit_gemm grad_input",
          whole ? correlate_kernel<Tile, true> : correlate_kernel<Tile, false>, plan.tiles, Tile::kThreads,
-         sizeof(CorrelateShared<Tile>), stream, g, kPass, Tensors(g, kPass, plan.side), plan, o, epilogue);
+         sizeof(CorrelateShared<Tile>), stream, g, kPass, Tensors(g, kPass, plan.side), plan, weights, o, epilogue);
 }
 
 template <class S, Pass kPass>

@@ -65,6 +65,7 @@ struct GemmTile {
   static_assert(kMath != Math::split || std::is_same_v<S, float>);
   static constexpr int kThreads = kWarpRows * kWarpColumns * kWarp;
   static constexpr int kRows = kWarpRows * kHeight, kColumns = kWarpColumns * kWidth;
+  static constexpr int kApart = 8;  // a lane's rows
   using A = Rows<S, kRows, 4>;
   using B = std::conditional_t<kStepsFirst, Rows<S, kColumns, 4>, Rows<S, kSlice<S>, kColumns / Vector<S>::size>>;
 
@@ -122,7 +123,7 @@ struct GemmTile {
     }
   }
 
-  /// use(row, column, sums) for each four results of a column that are 8 rows apart, `row` being the first: a lane has
+  /// use(row, column, sums) for each four results of a column that are kApart rows apart, `row` being the first: a lane has
   /// those.
   template <class Use>
   __device__ void each_four(const Use& use) const {

@@ -53,15 +53,15 @@ struct Axes {
     return {weight, c * tensors.x.c + tap_h * tensors.x.h + tap_w * tensors.x.w, tap_h, tap_w};
   }
 
-  /// The class's pixel of this number, and where its first output is: -1 if there is no such pixel. If `pooled`, they are
-  /// counted in windows of 2 x 2, the pixels of which are 8 numbers apart, as GemmTile::each_four() wants them.
-  __device__ void find(int64_t number, int64_t count, int group, Pixel& pixel, int64_t& out,
-                       bool pooled = false) const {
+  /// The class's pixel of this number, and where its first output is: -1 if there is no such pixel. If `apart`, pixels come
+  /// in windows of 2 x 2, each of which has one output, and `count` is that of windows. The pixels of one are `apart` numbers
+  /// apart.
+  __device__ void find(int64_t number, int64_t count, int group, Pixel& pixel, int64_t& out, int apart = 0) const {
     pixel = {0, kNowhere, 0};
     out = -1;
-    const int64_t window = pooled ? number / 32 * 8 + number % 8 : number;
+    const int side = apart ? 2 : 1, place = apart ? static_cast<int>(number / apart % 4) : 0;
+    const int64_t window = apart ? number / (4 * apart) * apart + number % apart : number;
     if (window >= count) return;
-    const int side = pooled ? 2 : 1, place = pooled ? static_cast<int>(number % 32 / 8) : 0;
     Digits digits(window);
     const int j = static_cast<int>(digits.next(w.count / side)), i = static_cast<int>(digits.next(h.count / side));
     const int64_t n = digits.rest(), in_h = (i * side + place / 2) * h.in_step + h.offset0,
@@ -91,6 +91,40 @@ struct Axes {
   __device__ S unfolded(const S* x, const Pixel& pixel, const Tap& tap) const {
     const S* at = place(x, pixel, tap);
     return at ? *at : S{};
+  }
+};
+
+/// Forward and the gradient of the input as a product of channels and pixels, in tiles; of each group and each class of
+/// pixels. See Axes::find() for `apart`.
+struct CorrelatePlan {
+  int apart, side;  // that of a window
+  int64_t channel_tiles, pixel_tiles, tiles;
+
+  CorrelatePlan(const Conv2dGeometry& g, Pass pass, int channels, int pixels, int apart)
+      : apart(apart), side(apart ? 2 : 1) {
+    const int64_t windows = g.n * (make_axis(g, pass, 0, 0).count / side) * (make_axis(g, pass, 1, 0).count / side);
+    channel_tiles = ceil_div(Channels(g, pass).produce, channels);
+    pixel_tiles = ceil_div(windows, pixels / (side * side));
+    tiles = g.groups * axis_classes(g, pass, 0) * axis_classes(g, pass, 1) * channel_tiles * pixel_tiles;
+  }
+
+  struct Tile {
+    int64_t channels, pixels, class_h, class_w, group;  // the first two count tiles
+  };
+  __device__ Tile tile(const Conv2dGeometry& g, Pass pass, int64_t number) const {
+    Digits digits(number);
+    Tile tile;
+    tile.channels = digits.next(channel_tiles);
+    tile.pixels = digits.next(pixel_tiles);
+    tile.class_w = digits.next(axis_classes(g, pass, 1));
+    tile.class_h = digits.next(axis_classes(g, pass, 0));
+    tile.group = digits.rest();
+    return tile;
+  }
+
+  /// How many windows a class has.
+  __device__ int64_t windows(const Conv2dGeometry& g, const Axes& axes) const {
+    return g.n * (axes.h.count / side) * (axes.w.count / side);
   }
 };
 
