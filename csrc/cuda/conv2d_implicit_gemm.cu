@@ -64,6 +64,7 @@ template <class Tile, bool kWhole>
 __global__ void __launch_bounds__(Tile::kThreads, kBlocks<Tile>)
     correlate_kernel(Conv2dGeometry g, Pass pass, Tensors tensors, CorrelatePlan plan, Way weights_way,
                      Conv2dOperands<typename Tile::S> o, Epilogue<typename Tile::S> epilogue) {
+  if constexpr (!Tile::kMade) return stop();
   using S = typename Tile::S;
   CorrelateShared<Tile>& shared = *shared_memory<CorrelateShared<Tile>>();
   for (int64_t number = blockIdx.x; number < plan.tiles; number += gridDim.x) {
@@ -144,6 +145,7 @@ template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, kWeightBlocks<Tile>)
     grad_weight_kernel(Conv2dGeometry g, Tensors tensors, WeightPlan plan, WeightWays ways,
                        Conv2dOperands<typename Tile::S> o, float* parts) {
+  if constexpr (!Tile::kMade) return stop();
   using S = typename Tile::S;
   WeightShared<Tile>& shared = *shared_memory<WeightShared<Tile>>();
   const Axes axes(g, Pass::forward, tensors, 0, 0);

@@ -69,6 +69,9 @@ struct GemmTile {
   using A = Rows<S, kRows, 4>;
   using B = std::conditional_t<kStepsFirst, Rows<S, kColumns, 4>, Rows<S, kSlice<S>, kColumns / Vector<S>::size>>;
 
+  /// Whether this tile's Math is for the GPUs that code is being made for: other kernels would be dead weight.
+  static constexpr bool kMade = kMath == Math::plain ? kNoTensorCores : kTensorCores || std::is_same_v<S, Float16>;
+
   struct Slice {
     A a;
     B b;
