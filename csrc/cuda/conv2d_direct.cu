@@ -22,7 +22,6 @@
 #include "conv2d.h"
 #include "epilogue.h"
 #include "launchers.h"
-#include "warp.h"
 
 namespace cnnops::cuda {
 namespace {
@@ -193,13 +192,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Sum<S>, kProduce>)
         const bool produced = exists && produce0 + k < channels.produce;
         const T bias = produced ? bias_of(k) : T(0);
         T window[4];
-        CNNOPS_UNROLL
-        for (int above = 0; above < 2; ++above) {
-          const T own = right ? sum[2 + above][k] : sum[above][k];
-          const T other = shuffle_xor(right ? sum[above][k] : sum[2 + above][k], 1);
-          window[2 * above] = value(finished((right ? other : own) + bias, epilogue));
-          window[2 * above + 1] = value(finished((right ? own : other) + bias, epilogue));
-        }
+        exchange_columns({sum[0][k], sum[1][k], sum[2][k], sum[3][k]}, window);
+        for (T& here : window) here = value(finished(here + bias, epilogue));
         const int64_t at = place + k * tensors.y.c;
         if (produced) pool(window, o.out + at, epilogue.positions + at);
       }

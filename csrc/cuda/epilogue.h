@@ -2,7 +2,7 @@
 // pooling window. activation.cu and pool2d.cu do the same to whole tensors, with the same bits.
 #pragma once
 
-#include "device.h"
+#include "warp.h"
 
 namespace cnnops::cuda {
 
@@ -42,6 +42,20 @@ __device__ inline S finished(Sum<S> sum, const Epilogue<S>& epilogue) {
 template <class T>
 __device__ inline bool wins(T x, T best) {
   return x > best || x != x;
+}
+
+/// Two neighbouring threads have a column each of two windows, the first and the last two of `columns`. The left thread gets
+/// the whole of the first window, the right one that of the second, in scan order.
+template <class T>
+__device__ inline void exchange_columns(const T (&columns)[4], T (&window)[4]) {
+  const bool right = threadIdx.x % 2;
+  CNNOPS_UNROLL
+  for (int row = 0; row < 2; ++row) {
+    const T own = right ? columns[2 + row] : columns[row], given = right ? columns[row] : columns[2 + row];
+    const T other = shuffle_xor(given, 1);
+    window[2 * row] = right ? other : own;
+    window[2 * row + 1] = right ? own : other;
+  }
 }
 
 /// Writes the largest of a 2 x 2 window's numbers, which come in scan order, and its position.
