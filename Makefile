@@ -5,6 +5,7 @@
 #   make sanitize the CUDA kernels, emulated on the CPU, under sanitizers: see tests/cuda_on_cpu/README.md
 #   make models   converts every classifier of torchvision, compares it with torch's, and writes docs/models.md
 #   make bench    how fast, beside torch; ARGS="--help" lists the options
+#   make gpu-check  all there is to know on a GPU, in ten minutes: tests, compute-sanitizer, times beside torch's
 #   make check    formatting and lints, as CI runs them
 #
 # PYTHON picks the interpreter (3.10 or later), CNNOPS_CUDA=0/1 and TORCH_CUDA_ARCH_LIST what is built: see setup.py.
@@ -16,7 +17,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
-.PHONY: mnist filters test sanitize models bench build check format clean
+.PHONY: mnist filters test sanitize models bench gpu-check build check format clean
 
 mnist: build
 	$(RUN) examples/mnist.py $(ARGS)
@@ -37,6 +38,9 @@ models: build
 
 bench: build
 	$(RUN) -m cnnops bench $(ARGS)
+
+gpu-check: build
+	$(RUN) -m benchmarks.gpu_check --save runs/gpu-check $(ARGS)
 
 # Which kind was built last is part of the stamp's name, so that another CNNOPS_CUDA builds again.
 BUILT := $(VENV)/built$(CNNOPS_CUDA)

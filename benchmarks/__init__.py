@@ -7,7 +7,8 @@ peers.py        the same layers in torch.compile, ONNX Runtime, OpenVINO and ncn
 report.py       tables, the picture, docs/performance.md and the README's block
 cli.py          the command
 
-overhead.py, reproducibility.py and rungs.py are commands of their own: ``python -m benchmarks.rungs``.
+overhead.py, reproducibility.py and rungs.py are commands of their own: ``python -m benchmarks.rungs``. On a GPU:
+``python -m benchmarks.gpu_check``, whose stages are in gpu/.
 """
 
 import sys

@@ -78,20 +78,21 @@ def kept_bytes(call, without) -> int:
     return sum(storages.values())
 
 
-def race(case, layout, options) -> tuple[dict, dict, dict]:
-    """Milliseconds forward, and forward and backward; kept bytes: of each contestant."""
+def passes(case, layout, device="cpu") -> tuple[list, dict]:
+    """Leaves, and each contestant's calls by pass: forward, and forward and backward. Checked: a wrong one ends all."""
     n, c, size, k, kernel, padding, pool = case
     torch.manual_seed(0)
-    x, w = torch.randn(n, c, size, size), torch.randn(k, c, kernel, kernel) / (c * kernel**2) ** 0.5
+    draw = partial(torch.randn, device=device)
+    x, w = draw(n, c, size, size), draw(k, c, kernel, kernel) / (c * kernel**2) ** 0.5
     x, w = (t.to(memory_format=measure.LAYOUTS[layout]).requires_grad_() for t in (x, w))
-    leaves = [x, w, torch.randn(k).requires_grad_()]
+    leaves = [x, w, draw(k).requires_grad_()]
 
     def forward(run, leaves=leaves):
         with torch.no_grad():
             return run(*leaves, padding, pool)
 
     exact = forward(CONTESTANTS["torch"], [t.double() for t in leaves])
-    gy = torch.randn(exact.shape).to(memory_format=measure.LAYOUTS[layout])
+    gy = draw(exact.shape).to(memory_format=measure.LAYOUTS[layout])
 
     def backward(run):
         return torch.autograd.grad(run(*leaves, padding, pool), leaves, gy)
@@ -102,10 +103,20 @@ def race(case, layout, options) -> tuple[dict, dict, dict]:
     for ours, theirs in zip(backward(fused), backward(CONTESTANTS["chain"]), strict=True):
         if not torch.equal(ours, theirs):
             sys.exit("the gradients of the block are not the chain's")
+    steps = {"forward": forward, "backward": backward}
+    return leaves, {
+        which: {name: partial(step, run) for name, run in CONTESTANTS.items()} for which, step in steps.items()
+    }
+
+
+def race(case, layout, options) -> tuple[dict, dict, dict]:
+    """Milliseconds forward, and forward and backward; kept bytes: of each contestant."""
+    leaves, calls = passes(case, layout)
+    *_, padding, pool = case
     effort = measure.Effort(options.seconds, 5, 60)
     times = []
-    for step in forward, backward:
-        samples = measure.race({name: partial(step, run) for name, run in CONTESTANTS.items()}, effort)
+    for contestants in calls.values():
+        samples = measure.race(contestants, effort)
         times.append({name: statistics.median(samples[name]) * 1e3 for name in samples})
     kept = {name: kept_bytes(partial(run, *leaves, padding, pool), leaves) for name, run in CONTESTANTS.items()}
     return *times, kept

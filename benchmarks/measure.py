@@ -11,7 +11,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import repeat
 from math import ceil
@@ -27,6 +27,7 @@ from benchmarks.workloads import Workload
 SAMPLE = 1e-3  # seconds
 # The relative L2 error against float64 beyond which a result is wrong.
 BOUND = {torch.float32: 1e-5, torch.float64: 1e-13, torch.bfloat16: 1e-2}
+TF32_BOUND = 2e-3
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
 
@@ -63,18 +64,30 @@ def race(calls: dict[str, Callable], effort: Effort, pause: float = 0) -> dict[s
         numbers[name] = ceil(SAMPLE / min(once, sample(call, max(1, ceil(SAMPLE / once / 4)))))
     spent = sum((number + 1) * sample(calls[name], number) + pause for name, number in numbers.items())
     rounds = max(effort.least, min(effort.most, int(effort.seconds / spent)))
-    samples = {name: [] for name in calls}
-    names = list(calls)
+
+    def sampler(name):
+        def take():
+            if pause:  # the pools of other libraries' threads fall asleep
+                time.sleep(pause)
+            calls[name]()
+            return sample(calls[name], numbers[name])
+
+        return take
+
+    return take_turns({name: sampler(name) for name in calls}, range(rounds))
+
+
+def take_turns(samplers: dict[str, Callable[[], float]], rounds: Iterable) -> dict[str, list[float]]:
+    """A sample of everybody in each round, whose first place passes on; without Python's own collector of garbage."""
+    samples = {name: [] for name in samplers}
+    names = list(samplers)
     collects = gc.isenabled()
     gc.disable()
     try:
-        for turn in range(rounds):
+        for turn, _ in enumerate(rounds):
             first = turn % len(names)
             for name in names[first:] + names[:first]:
-                if pause:  # the pools of other libraries' threads fall asleep
-                    time.sleep(pause)
-                calls[name]()
-                samples[name].append(sample(calls[name], numbers[name]))
+                samples[name].append(samplers[name]())
     finally:
         if collects:
             gc.enable()
@@ -106,9 +119,9 @@ def measure(load: Workload, passes: list[str], effort: Effort, with_peers=False)
     leaves, gy = operators.operands(load)
     contestants, algorithms, expected = {}, {}, None
     for layout, memory_format in LAYOUTS.items():
-        laid = [_laid(t, memory_format) for t in leaves]
+        laid = [in_layout(t, memory_format) for t in leaves]
         for side in "ours", "torch":
-            calls = operators.calls(load, laid, _laid(gy, memory_format), ours=side == "ours")
+            calls = operators.calls(load, laid, in_layout(gy, memory_format), ours=side == "ours")
             contestants[f"{side} {layout}"] = calls
         algorithms[layout] = laid
     expected = operators.calls(load, [t.double() for t in leaves], gy.double(), ours=False)
@@ -140,7 +153,7 @@ def measure(load: Workload, passes: list[str], effort: Effort, with_peers=False)
         }
 
 
-def _laid(t: Tensor, memory_format) -> Tensor:
+def in_layout(t: Tensor, memory_format) -> Tensor:
     return t.to(memory_format=memory_format) if t.dim() == 4 else t
 
 

@@ -19,16 +19,16 @@ aten = torch.ops.aten
 SLOPE = 0.01
 
 
-def operands(load: Workload) -> tuple[list[Tensor], Tensor]:
+def operands(load: Workload, device: str = "cpu") -> tuple[list[Tensor], Tensor]:
     """Random ones: what the function takes and differentiates, and a gradient of its result."""
-    case, draw = load.case, torch.Generator().manual_seed(0)
+    case, draw = load.case, torch.Generator(device).manual_seed(0)
     shapes = [case.input_shape]
     if load.kind == "conv2d":
         shapes += [case.weight_shape] + [(case.k,)] * case.bias
     if load.kind == "prelu":
         shapes += [(case.c,)]
     out = case.input_shape if load.groups == ["relu"] else case.output_shape
-    *leaves, gy = (torch.randn(shape, generator=draw).to(load.dtype) for shape in [*shapes, out])
+    *leaves, gy = (torch.randn(shape, generator=draw, device=device).to(load.dtype) for shape in [*shapes, out])
     return leaves, gy
 
 

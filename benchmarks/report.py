@@ -129,7 +129,11 @@ def machine(data: dict) -> str:
     return "; ".join([*said, m["date"], *["a quick look, not a measurement"] * data["quick"]])
 
 
-def page(data: dict, whole_models: str = "") -> str:
+NO_GPU = "Not measured yet: `make gpu-check` measures, and `python -m benchmarks.gpu_check --write-docs` writes here.\n"
+
+
+def page(data: dict, whole_models: str = "", before: str = "") -> str:
+    """docs/performance.md. What it said `before` of a GPU stays."""
     limits, rows = data["ceilings"], data["results"]
     arithmetic = ", ".join(f"{dtype} {speed:.0f}" for dtype, speed in limits["flops"].items())
     copies = ", ".join(f"{int(size) / 2**20:.0f} MB {speed:.0f}" for size, speed in limits["copy"].items())
@@ -158,7 +162,11 @@ through autograd.
 ![Ratios by group](performance.png)
 
 {whole_models}
-{chr(10).join(section for section in sections if section)}"""
+{chr(10).join(section for section in sections if section)}
+## On a GPU
+
+{block_of(before, "gpu", NO_GPU)}
+"""
 
 
 def _section(group: Group, rows: list[dict], limits: dict) -> str:
@@ -193,6 +201,12 @@ def with_block(text: str, name: str, block: str) -> str:
     return pattern.sub(lambda found: found[1] + block + found[2], text)
 
 
+def block_of(text: str, name: str, otherwise: str) -> str:
+    """What `text` has between <!-- name --> and <!-- /name -->, these included."""
+    found = re.search(f"<!-- {name} -->\n.*?<!-- /{name} -->", text, re.DOTALL)
+    return found[0] if found else f"<!-- {name} -->\n{otherwise}<!-- /{name} -->"
+
+
 def readme(text: str, data: dict) -> str:
     """The README with its block anew: every group's geometric mean, by pass."""
     found = [entry for entry in summary(data["results"]) if entry["comparison"] == "best"]
@@ -208,7 +222,8 @@ def readme(text: str, data: dict) -> str:
 
 
 def write_docs(data: dict, root: Path, whole_models: str = "") -> None:
-    (root / "docs" / "performance.md").write_text(page(data, whole_models))
+    path = root / "docs" / "performance.md"
+    path.write_text(page(data, whole_models, path.read_text() if path.exists() else ""))
     picture(data, root / "docs" / "performance.png")
     (root / "README.md").write_text(readme((root / "README.md").read_text(), data))
 

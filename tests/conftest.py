@@ -19,6 +19,15 @@ hypothesis.settings.load_profile("cnnops")
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "huge: needs more than 20 GB of memory; runs only with CNNOPS_TEST_HUGE=1")
+    config.addinivalue_line("markers", "gpu: uses a GPU, where there is one; every test with device=cuda is marked so")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items):
+    for item in items:
+        parameters = getattr(item, "callspec", None) and item.callspec.params.values()
+        if "cuda" in [value for value in parameters or () if isinstance(value, str)]:
+            item.add_marker("gpu")
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
 NUMBERS = DTYPES + HALVES + INTEGERS
 LAYOUTS = ["contiguous", "channels_last"]
 PASSES = ["forward", "grad_input", "grad_weight"]
-ALGORITHMS = ["implicit_gemm", "direct", "im2col", "reference"]
+ALGORITHMS = ["depthwise", "implicit_gemm", "direct", "im2col", "reference"]
 ORDERS = [
     {"order": 0, "poison": 0xFF},
     {"order": 1, "poison": 0x5A, "grid_limit": 3},

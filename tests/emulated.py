@@ -94,12 +94,13 @@ class Emulation:
             self.errors.close()
             self.process = None
 
-    def call(self, name, type, integers, inputs=(), output_sizes=(), *, reals=(), in_place=False, order=0, copies=0,
-             grid_limit=UNBOUNDED, index_limit=UNBOUNDED, architecture=75, poison=0xFF):  # fmt: skip
-        """The outputs' bytes; or raises RuntimeError with what the kernel's launcher refused, or what it did wrong."""
+    def call(self, name, type, integers, inputs=(), output_sizes=(), *, reals=(), offsets=(), in_place=False, order=0,
+             copies=0, grid_limit=UNBOUNDED, index_limit=UNBOUNDED, architecture=75, poison=0xFF):  # fmt: skip
+        """The outputs' bytes; or raises RuntimeError with what the kernel's launcher refused, or what it did wrong.
+        `offsets`: by how many bytes each operand, inputs first, misses an aligned address."""
         sizes = [-1 if operand is None else len(operand) for operand in inputs]
         words = [name, TYPES.index(type), order, copies, grid_limit, index_limit, architecture, poison, int(in_place)]
-        for numbers in (integers, reals, sizes, output_sizes):
+        for numbers in (integers, reals, sizes, output_sizes, offsets):
             words += [len(numbers), *(repr(number) if isinstance(number, float) else int(number) for number in numbers)]
         answer = self.ask(" ".join(map(str, words)) + "\n", inputs)
         if answer.startswith("error "):
@@ -134,10 +135,10 @@ class Emulation:
 
     def algorithms(self):
         """The names of the convolution's algorithms, in the order of the table."""
-        return self.ask("algorithms" + " 0" * 12 + "\n").split()
+        return self.ask("algorithms" + " 0" * 13 + "\n").split()
 
     def workspace(self, algorithm, which, integers):
         """Elements of scratch that an algorithm wants for a pass."""
         numbers = [*integers, which]
         head = f"workspace {algorithm} {'0 ' * 7}{len(numbers)} "
-        return int(self.ask(head + " ".join(map(str, numbers)) + " 0 0 0\n"))
+        return int(self.ask(head + " ".join(map(str, numbers)) + " 0 0 0 0\n"))

@@ -117,7 +117,7 @@ def test_contestants_take_turns(monkeypatch):
 
 def test_layouts_of_one_channel():
     """Where both layouts are the same memory, strides still tell torch which one is meant."""
-    strides = {name: measure._laid(torch.ones(4, 1, 5, 5), f).stride() for name, f in measure.LAYOUTS.items()}
+    strides = {name: measure.in_layout(torch.ones(4, 1, 5, 5), f).stride() for name, f in measure.LAYOUTS.items()}
     assert strides == {"contiguous": (25, 25, 5, 1), "channels_last": (25, 1, 5, 1)}
 
 

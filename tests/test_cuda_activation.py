@@ -18,7 +18,7 @@ from torch.nn import functional as TF
 
 pytestmark = needs_compiler
 
-SIZES = [1, 31, 1024, 1025, 5000]
+SIZES = [1, 31, 1024, 1025, 8200]  # a vector is of 2 to 16 numbers, a block's share of 1024 to 8192
 
 
 def activation_input(seed, size, dtype):
@@ -33,10 +33,16 @@ def activation_input(seed, size, dtype):
     return x
 
 
-def run_both_ways(kernels, name, inputs, **rest):
+def run_every_way(kernels, name, inputs, integers=None, **rest):
+    """Into memory of its own, over its first input, and with each operand in turn off a vector's address."""
     x = inputs[0]
-    y = kernels.run(name, [x.numel()], inputs, (x.shape, x.dtype), **rest)
-    assert same_bits(y, kernels.in_place(name, [x.numel()], inputs, **rest))
+    integers = integers or [x.numel()]
+    y = kernels.run(name, integers, inputs, (x.shape, x.dtype), **rest)
+    assert same_bits(y, kernels.in_place(name, integers, inputs, **rest))
+    for operand in range(len(inputs) + 1):
+        offsets = [x.element_size() * (i == operand) for i in range(len(inputs) + 1)]
+        [got] = kernels.call(name, integers, inputs, (x.shape, x.dtype), offsets=offsets, **rest)
+        assert same_bits(y, got), f"operand {operand} at another address"
     return y
 
 
@@ -44,11 +50,11 @@ def run_both_ways(kernels, name, inputs, **rest):
 @pytest.mark.parametrize("size", SIZES)
 def test_relu(kernels, size, dtype):
     x = activation_input(12, size, dtype)
-    y = run_both_ways(kernels, "relu", (x,))
+    y = run_every_way(kernels, "relu", (x,))
     assert_same(y, torch.where(x < 0, 0, x))
     if dtype.is_floating_point:
         gy = draw(13, size).to(dtype)
-        assert_same(run_both_ways(kernels, "relu_backward", (gy, y)), torch.where(y <= 0, 0, gy))
+        assert_same(run_every_way(kernels, "relu_backward", (gy, y)), torch.where(y <= 0, 0, gy))
 
 
 @dtypes(*NUMBERS)
@@ -58,11 +64,11 @@ def test_hardtanh(kernels, size, bounds, dtype):
     x = activation_input(27, size, dtype)
     if not dtype.is_floating_point:
         bounds = tuple(int(bound) for bound in bounds)
-    y = run_both_ways(kernels, "hardtanh", (x,), reals=bounds)
+    y = run_every_way(kernels, "hardtanh", (x,), reals=bounds)
     if dtype.is_floating_point:
         assert_same(y, TF.hardtanh(x, *bounds))
         gy, (low, high) = draw(28, size).to(dtype), torch.tensor(bounds, dtype=dtype)
-        gx = run_both_ways(kernels, "hardtanh_backward", (gy, y), reals=bounds)
+        gx = run_every_way(kernels, "hardtanh_backward", (gy, y), reals=bounds)
         assert_same(gx, torch.where((x <= low) | (x >= high), 0, gy))
     else:
         low, high = (min(max(bound, torch.iinfo(dtype).min), torch.iinfo(dtype).max) for bound in bounds)
@@ -88,20 +94,21 @@ def test_leaky_relu(kernels, size, slope, dtype):
     def of(values):
         return torch.where(x > 0, values, (values.to(exact.dtype) * exact).to(dtype))
 
-    assert_same(run_both_ways(kernels, "leaky_relu", (x,), reals=(slope,)), of(x))
-    assert_same(run_both_ways(kernels, "leaky_relu_backward", (gy, x), reals=(slope,)), of(gy))
+    assert_same(run_every_way(kernels, "leaky_relu", (x,), reals=(slope,)), of(x))
+    assert_same(run_every_way(kernels, "leaky_relu_backward", (gy, x), reals=(slope,)), of(gy))
 
 
 @real_dtypes
 @pytest.mark.parametrize(
-    "n, channels, inner", [(1, 1, 1), (3, 5, 7), (2, 3, 2000), (700, 2, 1), (2, 70, 3), (5, 4, 511)]
+    "n, channels, inner",
+    [(1, 1, 1), (3, 5, 7), (2, 3, 2000), (700, 2, 1), (90, 24, 1), (2, 70, 3), (5, 4, 511), (2, 9, 8)],
 )
 def test_prelu_and_channel_sums(kernels, n, channels, inner, dtype):
     shape, size = (n, channels, inner), n * channels * inner
     x, gy, w = activation_input(16, size, dtype).view(shape), draw(17, *shape).to(dtype), draw(18, channels).to(dtype)
-    y = kernels.run("prelu", [channels, inner, size], (x, w), (shape, dtype))
+    y = run_every_way(kernels, "prelu", (x, w), [channels, inner, size])
     assert_same(y, TF.prelu(x, w))
-    gx = kernels.run("prelu_backward", [channels, inner, size], (gy, x, w), (shape, dtype))
+    gx = run_every_way(kernels, "prelu_backward", (gy, x, w), [channels, inner, size])
     assert_same(gx, torch.where(x > 0, gy, gy * w[:, None]))
     terms = gy.double()
     sums = kernels.run("channel_sum", shape, (gy,), ((channels,), dtype))

@@ -115,9 +115,16 @@ def small_groups(case):
     return case.groups > 1 and min(case.c, case.k) // case.groups < 8
 
 
-def skip_refused(algorithm, dtype):
+def no_depthwise(case):
+    """What the depthwise algorithm is not for."""
+    return case.c == 1 or case.groups != case.c or case.k // case.c > 8
+
+
+def skip_refused(algorithm, dtype, case=None):
     if algorithm == "implicit_gemm" and dtype == torch.float64:
         pytest.skip("not for float64: see test_implicit_gemm_is_not_for_float64")
+    if case and {"implicit_gemm": small_groups, "depthwise": no_depthwise}.get(algorithm, lambda _: False)(case):
+        pytest.skip("refused: see check_conv2d")
 
 
 def check_conv2d(kernels, case, algorithm, which, dtype, layout, tf32=False, **rest):
@@ -126,6 +133,10 @@ def check_conv2d(kernels, case, algorithm, which, dtype, layout, tf32=False, **r
     if algorithm == "implicit_gemm" and small_groups(case):
         with pytest.raises(RuntimeError, match="the implicit_gemm algorithm is for groups of 8 channels or more"):
             conv2d(kernels, case, which, algorithm, *operands, layout, tf32, **rest)
+        return
+    if algorithm == "depthwise" and no_depthwise(case):
+        with pytest.raises(RuntimeError, match="the depthwise algorithm is for"):
+            conv2d(kernels, case, which, algorithm, *operands, layout)
         return
     if algorithm == "direct" and refused(case, which):
         with pytest.raises(RuntimeError, match="the direct algorithm is for few channels"):
@@ -230,13 +241,13 @@ def test_fold_border(kernels, case, layout, dtype):
 @real_dtypes
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("name", ["stride-3", "stride-over-kernel", "groups"])
+@pytest.mark.parametrize(
+    "name", ["stride-3", "stride-over-kernel", "groups", "mobilenet-5x5", "depthwise-strided-whole"]
+)
 def test_the_gradient_of_the_input_takes_a_bias(kernels, name, algorithm, layout, dtype):
     """As a transposed convolution has one, also where no tap meets an input."""
-    skip_refused(algorithm, dtype)
     case = next(case for case in CONV2D if case.name == name)
-    if algorithm == "implicit_gemm" and small_groups(case):
-        pytest.skip("refused: see check_conv2d")
+    skip_refused(algorithm, dtype, case)
     _, w, _, gy = (t if t is None else t.to(dtype) for t in conv2d_operands(case, dtype))
     bias = draw(22, case.c).to(dtype)
     name, integers = f"conv2d/grad_input/{algorithm}", conv2d_integers(case, layout)
@@ -249,22 +260,90 @@ def test_the_gradient_of_the_input_takes_a_bias(kernels, name, algorithm, layout
 @every_layout
 @pytest.mark.parametrize("which", PASSES[:2])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("name", ["asymmetric", "stride-3", "depthwise-multiplier", "1x1-image-1x1", "row-of-17"])
+@pytest.mark.parametrize(
+    "name",
+    ["asymmetric", "stride-3", "depthwise-multiplier", "depthwise-5x5-strided", "1x1-image-1x1", "row-of-17"],
+)
 def test_conv2d_of_an_image_alone_has_the_bits_it_has_in_a_batch(kernels, name, algorithm, which, dtype, layout):
-    skip_refused(algorithm, dtype)
     check_alone_and_together(kernels, name, algorithm, which, dtype, layout)
 
 
 def check_alone_and_together(kernels, name, algorithm, which, dtype, layout, tf32=False, **rest):
     case = replace(next(case for case in CONV2D if case.name == name), n=5)
-    if algorithm == "implicit_gemm" and small_groups(case):
-        pytest.skip("refused: see check_conv2d")
+    skip_refused(algorithm, dtype, case)
     x, w, b, gy = (t if t is None else t.to(dtype) for t in conv2d_operands(case))
     together = conv2d(kernels, case, which, algorithm, x, w, b, gy, layout, tf32, **rest)
     for i in (0, 3):
         image = x[i : i + 1].clone(), w, b, gy[i : i + 1].clone()
         alone = conv2d(kernels, replace(case, n=1), which, algorithm, *image, layout, tf32, **rest)
         assert same_bits(alone, together[i : i + 1].contiguous())
+
+
+def depthwise_cases():
+    """All shapes of strips, even and odd, with what they leave over; and a few that are none."""
+    for kernel, stride, padding, sizes, rest in [
+        (3, 1, 1, (2, 12, 9, 10), {}),
+        (3, 1, 0, (1, 8, 17, 5), {"end": (2, 0)}),
+        (3, 2, 1, (2, 8, 9, 12), {}),
+        (3, 2, 1, (1, 4, 20, 11), {"end": (0, 2)}),
+        (3, 2, 0, (1, 12, 8, 10), {"end": (1, 0)}),
+        (3, 2, 2, (1, 4, 3, 6), {"end": (-1, 1)}),
+        (5, 1, 2, (2, 6, 10, 9), {}),
+        (5, 2, 2, (1, 8, 23, 14), {"end": (1, 2)}),
+        (5, 2, 1, (2, 4, 9, 8), {"end": (3, 0)}),
+        (7, 1, 3, (1, 6, 19, 8), {}),
+        (3, 1, 1, (2, 52, 3, 4), {}),  # more channels than a block takes
+        (3, 1, 1, (1, 2, 20, 20), {"k": 6}),
+        (5, 2, 2, (1, 2, 9, 9), {"k": 4}),
+        (3, 1, 2, (1, 8, 9, 8), {"dilation": (2, 2)}),
+        (3, 3, 1, (1, 4, 9, 10), {}),
+    ]:
+        n, c, h, w = sizes
+        pairs = [(v, v) for v in (kernel, stride, padding)]
+        name = f"{kernel}x{kernel}-s{stride}-p{padding}-" + "x".join(map(str, sizes))
+        end = rest.get("end", (padding, padding))
+        yield Bordered(name, *sizes, rest.get("k", c), *pairs, rest.get("dilation", (1, 1)), c, end=end)
+
+
+every_depthwise = pytest.mark.parametrize("case", [*depthwise_cases()], ids=str)
+
+
+@pytest.mark.parametrize(
+    "dtype, layout",
+    [
+        (torch.float32, "contiguous"),
+        (torch.float64, "channels_last"),
+        (torch.bfloat16, "channels_last"),
+        (torch.float16, "contiguous"),
+    ],
+)
+@pytest.mark.parametrize("which", PASSES)
+@every_depthwise
+def test_depthwise(kernels, case, which, layout, dtype):
+    check_conv2d(kernels, case, "depthwise", which, dtype, layout)
+
+
+@pytest.mark.parametrize(
+    "dtype, layout", [(torch.float32, "channels_last"), (torch.bfloat16, "contiguous")], ids=["float32", "bfloat16"]
+)
+@pytest.mark.parametrize("which", PASSES)
+@every_depthwise
+def test_depthwise_at_other_addresses(kernels, case, which, layout, dtype):
+    operands = [t if t is None else t.to(dtype) for t in conv2d_operands(case)]
+    expected = conv2d(kernels, case, which, "depthwise", *operands, layout)
+    offsets = [dtype.itemsize] * 4
+    assert same_bits(expected, conv2d(kernels, case, which, "depthwise", *operands, layout, offsets=offsets))
+
+
+def test_depthwise_adds_nothing_beyond_the_image(kernels):
+    """To an infinite input, or a gradient's: zeros there would make NaN of it."""
+    for case in depthwise_cases():
+        x, w, b, gy = (t if t is None else t.float() for t in conv2d_operands(case))
+        w, x[:, :, -1, -1], gy[:, :, -1, -1] = w.abs() + 1, torch.inf, torch.inf
+        for which in PASSES:
+            expected = conv2d(kernels, case, which, "reference", x, w, b, gy)
+            got = conv2d(kernels, case, which, "depthwise", x, w, b, gy)
+            assert torch.equal(got.isnan(), expected.isnan()), (str(case), which)
 
 
 # How implicit_gemm multiplies: the type of numbers, whether TF32 is allowed, and the GPU.
@@ -373,7 +452,7 @@ def test_algorithms(kernels):
 def test_workspace_is_bounded_and_does_not_look_at_the_batch(kernels):
     for case in CONV2D:
         for which in PASSES:
-            for algorithm in ALGORITHMS:
+            for algorithm in ALGORITHMS[no_depthwise(case) :]:
                 number = ALGORITHMS.index(algorithm), PASSES.index(which)
                 cases = [replace(case, n=n) for n in (1, 7, 100_000)]
                 sizes = {kernels.emulation.workspace(*number, conv2d_integers(case)) for case in cases}
@@ -383,7 +462,7 @@ def test_workspace_is_bounded_and_does_not_look_at_the_batch(kernels):
 def test_an_image_too_large_for_32_bits_is_refused(kernels):
     case = replace(CONV2D[0], h=2**17, w=2**17)
     operand = torch.zeros(1)
-    for algorithm in ("implicit_gemm", "direct", "im2col"):
+    for algorithm in ("depthwise", "implicit_gemm", "direct", "im2col"):
         with pytest.raises(RuntimeError, match=f"the {algorithm} algorithm counts within an image in 32 bits"):
             kernels.call(
                 f"conv2d/forward/{algorithm}", conv2d_integers(case), (operand, operand, None), ((1,), operand.dtype)
@@ -392,9 +471,12 @@ def test_an_image_too_large_for_32_bits_is_refused(kernels):
 
 @every_dtype
 def test_an_empty_batch(kernels, dtype):
-    case = replace(CONV2D[0], n=0)
-    x, w, b, gy = (t if t is None else t.to(dtype) for t in conv2d_operands(case))
-    for algorithm in ALGORITHMS[dtype == torch.float64 :]:  # implicit_gemm is not for that
+    for algorithm in ALGORITHMS:
+        if (algorithm, dtype) == ("implicit_gemm", torch.float64):
+            continue
+        name = "depthwise" if algorithm == "depthwise" else "lecture-1"
+        case = replace(next(case for case in CONV2D if case.name == name), n=0)
+        x, w, b, gy = (t if t is None else t.to(dtype) for t in conv2d_operands(case))
         for which in PASSES:
             got = conv2d(kernels, case, which, algorithm, x, w, b, gy)
             assert bool((got == 0).all())

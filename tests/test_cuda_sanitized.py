@@ -49,6 +49,13 @@ def test_conv2d(sanitized, algorithm, which):
 
 
 @pytest.mark.parametrize("which", PASSES)
+def test_depthwise(sanitized, which):
+    for number, case in enumerate(conv2d.depthwise_cases()):
+        layout = LAYOUTS[(number + (sanitized.sanitizer == "thread")) % 2]
+        conv2d.test_depthwise(sanitized, case, which, layout, [torch.float32, torch.bfloat16][number // 2 % 2])
+
+
+@pytest.mark.parametrize("which", PASSES)
 @pytest.mark.parametrize("math", ["split", "tf32", "float16"])
 def test_implicit_gemm(sanitized, which, math):
     layout = LAYOUTS[sanitized.sanitizer == "thread"]

@@ -108,6 +108,7 @@ def text_of(error):
     return str(error).split("\nException raised from")[0]
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", BAD)
 def test_bad_call(name):
     call, values = BAD[name]
@@ -123,6 +124,7 @@ def test_bad_call(name):
     assert not missing, f"{missing} should be in: {text}"
 
 
+@pytest.mark.gpu
 def test_avg_pool2d_of_a_matrix():
     """torch's message here is an accident (an IndexError about dimension -3); ours names the shape."""
     texts = {text_of(error_of(avg_pool2d((6, 7)), F, tensors_on(device))) for device in (*DEVICES, "meta")}
@@ -204,6 +206,7 @@ BAD_OPERATORS = {
 }
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", BAD_OPERATORS)
 def test_bad_operator_call(name):
     """A wrong shape here would be memory read or written where it should not be."""
@@ -254,6 +257,7 @@ CALLS = {
 INTEGERS = {"max_pool2d": [torch.int64, torch.uint8], "relu": [torch.int64, torch.uint8], "avg_pool2d": [torch.int64]}
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64], ids=str)
 def test_dtypes_that_are_not_numbers_of_ours(name, dtype):

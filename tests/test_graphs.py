@@ -421,6 +421,7 @@ def test_without_memory_first():
 # --- a GPU's own ways of running ---
 
 
+@pytest.mark.gpu
 @on_a_gpu
 @pytest.mark.parametrize("graph", [False, True])
 def test_streams_and_graphs(graph):
@@ -450,6 +451,7 @@ def test_streams_and_graphs(graph):
     torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.gpu
 @on_a_gpu
 def test_compile_with_graphs():
     """mode="reduce-overhead" records what inductor made as a CUDA graph."""

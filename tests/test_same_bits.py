@@ -116,17 +116,14 @@ def test_borders(memory_format, padding_mode, which, instruction_set):
     assert_law_holds(conv2d_subject(which, case, t, lambda which, t, _: functions[which](t)))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
-@every_format
-def test_pooling_of_other_kinds(memory_format, dtype, instruction_set):
-    """channels_last, adaptive windows, unpooling."""
+def pooling_subjects(x):
+    """Every pooling there is and its gradient, of a (BATCH, c, 13, 12) tensor, in its layout."""
     ops, window = torch.ops.cnnops, ((3, 2), (2, 1), (1, 0))
-    x = numbers(BATCH, 19, 13, 12).to(dtype, memory_format=memory_format)
     y, positions = ops.max_pool2d(x, *window)
-    gy = numbers(*y.shape, seed="gy").to(dtype).contiguous(memory_format=memory_format)
+    gy = torch.empty_like(y).copy_(numbers(*y.shape, seed="gy"))
     small, at = ops.adaptive_max_pool2d(x, (5, 7))
     pooled, indices = cnnops.functional.max_pool2d(x, 2, return_indices=True)
-    for subject in [
+    return [
         Subject(lambda x: ops.max_pool2d(x, *window), [x], []),
         Subject(lambda gy, at: ops.max_pool2d_backward(gy, at, (13, 12), *window), [gy, positions], []),
         Subject(lambda x: ops.avg_pool2d(x, *window), [x], []),
@@ -139,7 +136,14 @@ def test_pooling_of_other_kinds(memory_format, dtype, instruction_set):
         Subject(lambda gy: ops.adaptive_avg_pool2d_backward(gy, (13, 12)), [small], []),
         Subject(lambda x, at: ops.max_unpool2d(x, at, (13, 12)), [pooled, indices], []),
         Subject(ops.channel_sum, [x], [], reduces=True),
-    ]:
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@every_format
+def test_pooling_of_other_kinds(memory_format, dtype, instruction_set):
+    """channels_last, adaptive windows, unpooling."""
+    for subject in pooling_subjects(numbers(BATCH, 19, 13, 12).to(dtype, memory_format=memory_format)):
         assert_law_holds(subject)
 
 
@@ -164,15 +168,11 @@ def test_avg_pool2d(case, dtype, instruction_set):
     assert_law_holds(Subject(lambda gy: ops.avg_pool2d_backward(gy, x.shape[2:], *window), [gy], []))
 
 
-@every_dtype
-@pytest.mark.parametrize("shape", [(BATCH, 5, 13, 17), (BATCH, 3, 1, 1), (BATCH, 4, 64, 65)])
-def test_activations(shape, dtype, instruction_set):
+def activation_subjects(x, gy, w):
     ops = torch.ops.cnnops
-    x, gy, w = numbers(*shape).to(dtype), numbers(*shape, seed="gy").to(dtype), numbers(shape[1]).to(dtype)
-    y = ops.relu(x)
-    for subject in [
+    return [
         Subject(ops.relu, [x], []),
-        Subject(ops.relu_backward, [gy, y], []),
+        Subject(ops.relu_backward, [gy, ops.relu(x)], []),
         Subject(lambda x: ops.hardtanh(x, -0.5, 0.7), [x], []),
         Subject(lambda x: ops.leaky_relu(x, 0.3), [x], []),
         Subject(lambda gy, x: ops.leaky_relu_backward(gy, x, 0.3), [gy, x], []),
@@ -180,7 +180,14 @@ def test_activations(shape, dtype, instruction_set):
         Subject(lambda gy, x, w: ops.prelu_backward(gy, x, w)[0], [gy, x], [w]),
         Subject(lambda gy, x, w: ops.prelu_backward(gy, x, w)[1], [gy, x], [w], reduces=True),
         Subject(ops.channel_sum, [x], [], reduces=True),
-    ]:
+    ]
+
+
+@every_dtype
+@pytest.mark.parametrize("shape", [(BATCH, 5, 13, 17), (BATCH, 3, 1, 1), (BATCH, 4, 64, 65)])
+def test_activations(shape, dtype, instruction_set):
+    x, gy, w = numbers(*shape).to(dtype), numbers(*shape, seed="gy").to(dtype), numbers(shape[1]).to(dtype)
+    for subject in activation_subjects(x, gy, w):
         assert_law_holds(subject)
 
 

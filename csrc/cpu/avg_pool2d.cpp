@@ -8,6 +8,7 @@
 #include "pool2d.h"
 #include "pool2d_pixels.h"
 #include "pool2d_rows.h"
+#include "pool2d_squares.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
@@ -108,6 +109,21 @@ struct AverageRule {
   }
 };
 
+/// The same where all windows count as many places.
+template <class S>
+struct AlikeRule {
+  using T = Sum<S>;
+  static constexpr T outside = 0;
+  Division<T> divide;
+  S* y;
+
+  Vec<T> begin(const Window&, Vec<T>) const { return Vec<T>{}; }
+  void see(Vec<T>& sum, Vec<T> seen, int64_t, int64_t) const { sum += seen; }
+  void end(Vec<T> sum, int64_t, int64_t, int64_t to, int64_t count) const {
+    count == kLanes<T> ? store(y + to, divide(sum)) : store_first(y + to, divide(sum), count);
+  }
+};
+
 template <class S>
 void average_pixels(const Pool2dGeometry& g, Divisor d, const S* x, S* y, int64_t begin, int64_t end) {
   using T = Sum<S>;
@@ -135,6 +151,8 @@ void avg_pool2d(const Pool2dGeometry& given, Divisor d, const S* x, S* y, int64_
   using T = Sum<S>;
   const Pool2dGeometry g = simplest(given);
   if (depth_of(g) > 1) return average_pixels(g, d, x, y, begin, end);
+  if (goes_by_squares(g))
+    return forward_squares(g, AlikeRule<S>{Division<T>(divisor_at<T>(g, d, 0, 0)), y}, x, begin, end);
   if (goes_by_rows(g)) return forward_rows(g, AverageRule<S>{g, d, y, full_windows(g, d)}, x, begin, end);
   for_groups<T>(g, begin, end, [&](auto sum, const Group& at) {
     using V = decltype(sum);
@@ -235,7 +253,8 @@ void average_backward_by_vectors(const Pool2dGeometry& g, const Divisor& d, Rang
   const T* of_row[kRowsTogether];
   const int64_t s = g.stride[1], shift = s - 1, width = g.in[1];
   for (int64_t task = begin; task < end;) {
-    const int64_t image = task / g.in[0], next = smaller(smaller(end, task + kRowsTogether), (image + 1) * g.in[0]);
+    const int64_t image = task / g.in[0],
+                  next = smaller(smaller(end, task + rows_together<T>(g)), (image + 1) * g.in[0]);
     for (int64_t from = 0; from < width; from += kPixels) {
       const int64_t to = smaller(from + kPixels, width), last_block = larger(from, to - s * L);
       const int64_t first = (from + g.padding[1] - g.kernel[1] + s) >> shift;
@@ -295,9 +314,23 @@ void average_backward_by_outputs(const Pool2dGeometry& g, const Divisor& d, Rang
   }
 }
 
+/// The same for windows of 2x2 that do not overlap.
+template <class S>
+void average_backward_of_squares(const Pool2dGeometry& g, const Divisor& d, const S* gy, S* gx, int64_t begin,
+                                 int64_t end) {
+  using T = Sum<S>;
+  const Division<T> divide(divisor_at<T>(g, d, 0, 0));
+  const auto give = [&](int64_t out, auto count) {
+    const Vec<T> grad = Vec<T>{} + divide(count == kLanes<T> ? load(gy + out) : load_first(gy + out, count));
+    return Square<T>{{{grad, grad}, {grad, grad}}};
+  };
+  backward_squares(g, give, gx, begin, end);
+}
+
 template <class S>
 void average_backward_of_rows(const Pool2dGeometry& g, Divisor d, const S* gy, S* gx, int64_t begin, int64_t end) {
   const Range full = full_windows(g, d);
+  if (goes_by_squares(g)) return average_backward_of_squares(g, d, gy, gx, begin, end);
   if (goes_by_rows(g)) return average_backward_by_vectors(g, d, full, gy, gx, begin, end);
   Range rows{0, 0};
   for (int64_t task = begin; task < end; ++task) {

@@ -30,12 +30,10 @@ struct Steps {
 
 typedef Vec<uint16_t> Words;
 
-#define CNNOPS_TARGET __attribute__((target("avx512bf16")))
-
 /// One step of a tile: a pair for each row, or one number and a zero.
 template <int M, int V, class Read>
-CNNOPS_TARGET static inline __attribute__((always_inline)) void dot_step(const BFloat16* const (&row)[M], int64_t r,
-                                                                         const BFloat16* b, __m512 (&sum)[M][V]) {
+[[gnu::target("avx512bf16")]] static inline __attribute__((always_inline)) void dot_step(
+    const BFloat16* const (&row)[M], int64_t r, const BFloat16* b, __m512 (&sum)[M][V]) {
   __m512bh column[V];
   for (int v = 0; v < V; ++v) column[v] = (__m512bh)_mm512_loadu_si512(b + v * 2 * kDotLanes);
   for (int m = 0; m < M; ++m) {
@@ -48,8 +46,8 @@ CNNOPS_TARGET static inline __attribute__((always_inline)) void dot_step(const B
 
 /// sums[m][V vectors] (+)= sum over the steps of the pair that row m reads * b[V vectors], b going on forwards.
 template <int M, int V>
-CNNOPS_TARGET static void dot_tile(const Steps& steps, const BFloat16* const* rows, const BFloat16* b, float* sums,
-                                   bool add) {
+[[gnu::target("avx512bf16")]] static void dot_tile(const Steps& steps, const BFloat16* const* rows, const BFloat16* b,
+                                                   float* sums, bool add) {
   __m512 sum[M][V];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
@@ -73,11 +71,9 @@ CNNOPS_TARGET static void dot_tile(const Steps& steps, const BFloat16* const* ro
 }
 
 /// A vector of sums, rounded.
-CNNOPS_TARGET static inline void store_rounded(BFloat16* p, Vec<float> v, int64_t count) {
+[[gnu::target("avx512bf16")]] static inline void store_rounded(BFloat16* p, Vec<float> v, int64_t count) {
   _mm256_mask_storeu_epi16(p, __mmask16((1u << count) - 1), (__m256i)_mm512_cvtneps_pbh((__m512)v));
 }
-
-#undef CNNOPS_TARGET
 
 /// Calls tile(std::integral_constant M) for the last `left` rows, or the next of them.
 template <class Tile>
@@ -125,6 +121,11 @@ static inline void store_pairs(Words first, Words second, BFloat16* to) {
   _mm512_storeu_si512(to, (__m512i)first);
   if (V == 2) _mm512_storeu_si512(to + 2 * kDotLanes, (__m512i)second);
 }
+
+// ---- conv2d_bfloat16_grad_weight.cpp ----
+
+const char* refuses_dot_products_grad_weight(const Conv2dGeometry&);
+Conv2dRun<BFloat16> dot_products_grad_weight();
 
 #endif
 

@@ -1,7 +1,6 @@
 // Convolution of bfloat16 tensors by an instruction that adds up two products at once (bfloat16.h), in both layouts.
 //
 //   y[p, k]    = bias[k] + sum over (kh,kw,c) of window[p, (kh,kw,c)] * w[k, (kh,kw,c)]       p = (n, oh, ow)
-//   gw[k, r]   =           sum over p         of gy[p, k] * x[r, p]                           r = (c, kh, kw)
 //
 // Forward, the rows of a tile are pixels and its vectors lie along output channels. A strip of the image is copied with
 // its border so that a pixel's channels follow each other, pixel after pixel: then what a pixel sees through a tap, or
@@ -9,16 +8,11 @@
 // of neighbours in such a run. (A channels_last image that needs no border is read where it stands.) Weights are packed
 // to match, once for all strips of a thread. The gradient of the input is forward with other taps (../correlation.h).
 //
-// For the gradient of the weight a pair is two neighbours in a row of outputs. Strips of x are copied as planes, column
-// by column apart as far as the stride (columns 0, s, 2s, .. and then 1, s+1, ..), so that what a row of outputs sees
-// through a tap is a run again; gy is packed. The rows of a tile are taps, its vectors lie along output channels.
-//
-// A task is a strip for a block of output channels (forward, grad_input), or a block of the filters' channels for a
-// block of output channels (grad_weight). A sum is made in one order, whatever the batch; the gradient of the weight
-// adds up strip by strip. Zeros of the border are multiplied: an infinite or NaN weight gives NaN there, where plain
-// loops would skip it. Subnormal numbers count as zeros. Refuses other types than bfloat16, processors without
-// AVX512_BF16, and filters too large for its scratch memory.
-#include "bfloat16.h"
+// A task is a strip for a block of output channels. A sum is made in one order, whatever the batch. Zeros of the border
+// are multiplied: an infinite or NaN weight gives NaN there, where plain loops would skip it. Subnormal numbers count as
+// zeros. Refuses other types than bfloat16, processors without AVX512_BF16, and filters too large for its scratch
+// memory. The gradient of the weight is in conv2d_bfloat16_grad_weight.cpp.
+#include "bfloat16_strips.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
@@ -32,19 +26,6 @@ constexpr int64_t kMostPixels = 480, kFewPixels = 96;  // of a strip
 constexpr int64_t kGoodTasks = 32;
 constexpr int64_t kPixelRoom = kMostPixels + kDotRows;
 
-/// The distances between neighbours in a tensor.
-struct Distances {
-  int64_t image, channel, row, column;
-  Distances(Layout layout, int64_t channels, const int64_t (&size)[2])
-      : image(channels * size[0] * size[1]),
-        channel(layout == Layout::contiguous ? size[0] * size[1] : 1),
-        row(layout == Layout::contiguous ? size[1] : size[1] * channels),
-        column(layout == Layout::contiguous ? 1 : channels) {}
-};
-
-/// How far the taps of an axis reach from the window's first place, and how many places `count` outputs see.
-int64_t reach(const Axis& a) { return a.taps == 0 ? 0 : (a.taps - 1) * a.offset_step; }
-int64_t seen_places(const Axis& a, int64_t count) { return (count - 1) * a.in_step + reach(a) + 1; }
 /// Whether all windows lie inside the image.
 bool inside(const Axis& a) {
   return a.taps == 0 || (a.offset0 >= 0 && a.offset0 + seen_places(a, a.count) <= a.in_size);
@@ -87,78 +68,6 @@ struct Layer {
   int64_t classes() const { return classes_h * classes_w; }
   int64_t depth() const { return channels * kernel_plane; }
 };
-
-/// How the outputs of a class are cut into strips: several images, or rows and columns of one.
-struct Strips {
-  int64_t images, rows, columns;  // outputs of a strip
-  int64_t batches, down, across;  // strips
-  int64_t in_rows, in_columns;    // what a strip sees
-  bool fits = true;
-  int64_t count() const { return batches * down * across; }
-  int64_t pixels() const { return images * rows * columns; }
-
-  /// `most` pixels; at most `numbers` of what they see, so many for each place.
-  Strips(const Axis& h, const Axis& w, int64_t n, int64_t most, int64_t numbers_of_place, int64_t numbers) {
-    const auto cut = [&](int64_t most_images, int64_t most_rows, int64_t most_columns) {
-      images = larger(most_images, 1);
-      down = ceil_div(h.count, larger(most_rows, 1));
-      rows = ceil_div(h.count, larger(down, 1));
-      across = ceil_div(w.count, larger(most_columns, 1));
-      columns = ceil_div(w.count, larger(across, 1));
-      batches = ceil_div(n, images);
-      in_rows = seen_places(h, rows);
-      in_columns = seen_places(w, columns);
-      return images * in_rows * in_columns * numbers_of_place <= numbers;
-    };
-    cut(most / larger(h.count * w.count, 1), most / larger(smaller(w.count, most), 1), most);
-    while (!cut(images, rows, columns)) {
-      if (images > 1) {
-        images /= 2;
-      } else if (rows > 1) {
-        rows /= 2;
-      } else if (columns > 1) {
-        columns /= 2;
-      } else {
-        fits = false;
-        break;
-      }
-    }
-  }
-};
-
-/// A strip's place in the tensors.
-struct Strip {
-  int64_t n, i, j;  // its first image and output
-  int64_t images, rows, columns;
-  Strip(const Strips& s, int64_t number, const Axis& h, const Axis& w, int64_t n_all) {
-    j = number % s.across * s.columns;
-    i = number / s.across % s.down * s.rows;
-    n = number / s.across / s.down * s.images;
-    images = smaller(s.images, n_all - n);
-    rows = smaller(s.rows, h.count - i);
-    columns = smaller(s.columns, w.count - j);
-  }
-};
-
-/// Blocks of about the same size, at most `most`.
-struct Cut {
-  int64_t size, count;
-  Cut(int64_t all, int64_t most) {
-    count = ceil_div(all, larger(most, 1));
-    size = ceil_div(all, larger(count, 1));
-    count = size == 0 ? 0 : ceil_div(all, size);
-  }
-};
-
-/// Calls f(std::integral_constant V) for a panel of so many channels.
-template <class F>
-void with_panel(int64_t channels, const F& f) {
-  if (channels > kDotLanes) {
-    f(std::integral_constant<int, 2>());
-  } else {
-    f(std::integral_constant<int, 1>());
-  }
-}
 
 // ---- forward and grad_input ----
 
@@ -295,31 +204,6 @@ void copy_strip(const Layer& t, const Axis& h, const Axis& w, const Strip& s, co
     }
 }
 
-/// out[k*line + p*step] = sums[p][V vectors], rounded, plus what the channel's bias adds.
-template <int V>
-void store_transposed(const float* sums, int64_t count, int64_t lanes, const BFloat16* bias, int64_t step, int64_t line,
-                      BFloat16* out) {
-  for (int64_t k = 0; k < lanes; k += kDotLanes)
-    for (int64_t p = 0; p < count; p += kDotLanes) {
-      const int64_t pixels = smaller(kDotLanes, count - p);
-      Vec<float> square[kDotLanes];
-      for (int64_t i = 0; i < kDotLanes; ++i)
-        square[i] = i < pixels ? load(sums + (p + i) * V * kDotLanes + k) : Vec<float>{};
-      transpose<float>(square);
-      for (int64_t i = 0; i < smaller(kDotLanes, lanes - k); ++i) {
-        const Vec<float> y = square[i] + broadcast(bias ? value(bias[k + i]) : 0.0f);
-        BFloat16* to = out + (k + i) * line + p * step;
-        if (step == 1) {
-          store_rounded(to, y, pixels);
-        } else {
-          BFloat16 together[kDotLanes];
-          store_rounded(together, y, kDotLanes);
-          for (int64_t j = 0; j < pixels; ++j) to[j * step] = together[j];
-        }
-      }
-    }
-}
-
 /// All outputs of a strip for one panel of channels.
 template <int V>
 void strip_panel(const Layer& t, const Axis& h, const Axis& w, const Strip& s, const Steps& steps, const BFloat16* base,
@@ -403,198 +287,11 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<BFloat16>& o, float
   }
 }
 
-// ---- grad_weight ----
-
-constexpr int64_t kSumRows = 160;  // weights of one output channel in a task
-constexpr int64_t kSumPanels = 8;  // panels of output channels in a task
-constexpr int64_t kMostTaps = 4096;
-constexpr int64_t kFewTasks = 8;
-constexpr int64_t kSumPixels = 512;         // of a strip
-constexpr int64_t kPlaneNumbers = 1 << 18;  // at most, in a strip of x
-
-/// Tasks are numbered (group, block of output channels, block of channels).
-struct WeightPlan {
-  int64_t n, k_group, c_group, taps, kernel_width;
-  bool planes;
-  Border border;
-  Distances x, gy;
-  Axis h, w;
-  Cut channels, blocks;    // of channels, of panels
-  int64_t phases, beyond;  // columns a stride apart stand together: so many lists, longer than a row of outputs by that
-  Strips strips;
-
-  explicit WeightPlan(const Conv2dGeometry& g)
-      : n(g.n),
-        k_group(g.k / g.groups),
-        c_group(g.c / g.groups),
-        taps(g.kernel[0] * g.kernel[1]),
-        kernel_width(g.kernel[1]),
-        planes(g.layout == Layout::contiguous),
-        border(g.border),
-        x(g.layout, g.c, g.in),
-        gy(g.layout, g.k, g.out),
-        h(make_axis(g, Pass::forward, 0, 0)),
-        w(make_axis(g, Pass::forward, 1, 0)),
-        channels(c_group, kSumRows / taps),
-        blocks(ceil_div(k_group, kPanel), kSumPanels * kSumRows / larger(taps, kSumRows)),
-        phases(smaller(w.in_step, reach(w) + 1)),
-        beyond(reach(w) / w.in_step),
-        strips(h, w, g.n, kSumPixels, channels.size, kPlaneNumbers) {
-    if (g.groups * channels.count * blocks.count < kFewTasks) blocks = Cut(ceil_div(k_group, kPanel), 1);
-  }
-  int64_t tasks(int64_t groups) const { return groups * blocks.count * channels.count; }
-
-  int64_t row(int64_t columns) const { return phases * (columns + beyond); }
-  int64_t image(const Strip& s) const { return seen_places(h, s.rows) * row(s.columns); }
-  /// Where what the first output sees through a tap lies in a plane.
-  int64_t shift(int64_t tap, int64_t columns) const {
-    const int64_t th = tap / kernel_width * h.offset_step, tw = tap % kernel_width * w.offset_step;
-    return th * row(columns) + tw % w.in_step * (columns + beyond) + tw / w.in_step;
-  }
-  /// The rows of outputs of a strip; they are one if no row sees more than its own columns.
-  Steps steps(const Strip& s) const {
-    const bool whole = row(s.columns) == s.columns && h.in_step == 1 && strips.across == 1;
-    return {s.images, image(s), whole ? 1 : s.rows, h.in_step * row(s.columns), whole ? s.rows * s.columns : s.columns};
-  }
-
-  int64_t room_x() const { return round_up(channels.size * strips.images * strips.in_rows * row(strips.columns), 32); }
-  int64_t room_gy() const { return strips.images * strips.rows * round_up(strips.columns, 2) * kPanel; }
-  int64_t room_sums() const { return blocks.size * round_up(channels.size * taps, kDotRows) * kPanel; }
-  int64_t workspace() const { return room_sums() + (room_x() + room_gy()) / 2; }
-};
-
-/// The planes of channels [c0, c0 + channels) that a strip of outputs sees: [c][image][row][column % stride][column].
-void copy_planes(const WeightPlan& t, const Strip& s, const BFloat16* x, int64_t channels, BFloat16* to) {
-  const int64_t length = s.columns + t.beyond, plane = s.images * t.image(s), rows = seen_places(t.h, s.rows);
-  const int64_t h0 = s.i * t.h.in_step + t.h.offset0, w0 = s.j * t.w.in_step + t.w.offset0;
-  for (int64_t n = 0; n < s.images; ++n)
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t phase = 0; phase < t.phases; ++phase, to += length) {
-        const int64_t ih = pixel_at(h0 + i, t.h.in_size, t.border);
-        const BFloat16* row = x + (s.n + n) * t.x.image + ih * t.x.row;
-        const auto column = [&](int64_t j) {
-          return ih < 0 ? -1 : pixel_at(w0 + phase + j * t.w.in_step, t.w.in_size, t.border);
-        };
-        if (t.planes) {
-          const int64_t first = w0 + phase, begin = smaller(larger(-first, 0), length);
-          const int64_t end = larger(smaller(t.w.in_size - first, length), begin);
-          for (int64_t c = 0; c < channels; ++c) {
-            const BFloat16* from = row + c * t.x.channel;
-            BFloat16* line = to + c * plane;
-            const bool straight = t.w.in_step == 1 && ih >= 0;
-            if (straight) __builtin_memcpy(line + begin, from + first + begin, (end - begin) * sizeof *to);
-            for (int64_t j = 0; j < length; ++j) {
-              if (straight && j == begin && end > begin) j = end;
-              if (j < length) line[j] = column(j) < 0 ? BFloat16{} : from[column(j)];
-            }
-          }
-        } else {
-          for (int64_t j = 0; j < length; j += kPanel)
-            for (int64_t c = 0; c < channels; c += kDotLanes) {
-              const int64_t pixels = smaller(kPanel, length - j), some = smaller(kDotLanes, channels - c);
-              transpose_words(
-                  pixels, some,
-                  [&](int64_t i) {
-                    const int64_t iw = column(j + i);
-                    return iw < 0 ? Vec<uint32_t>{} : load_words(row + iw * t.x.column + c, 0, some);
-                  },
-                  [&](int64_t i, Vec<uint32_t> words) { store_words(to + (c + i) * plane + j, words, pixels); });
-            }
-        }
-      }
-}
-
-/// A panel of gy in the order of the steps, in pairs.
-template <int V>
-void pack_gradient(const WeightPlan& t, const Strip& s, const Steps& steps, const BFloat16* gy, int64_t lanes,
-                   BFloat16* to) {
-  for (int64_t n = 0; n < s.images; ++n)
-    for (int64_t i = 0; i < steps.inner; ++i, to += steps.run_pairs() * V * 2 * kDotLanes) {
-      const BFloat16* from = gy + (s.n + n) * t.gy.image + (s.i + i) * t.gy.row + s.j * t.gy.column;
-      if (!t.planes) {
-        for (int64_t p = 0; p < steps.length; p += 2)
-          store_pairs<V>(load_first_words(from + p * t.gy.column, lanes),
-                         p + 1 < steps.length ? load_first_words(from + (p + 1) * t.gy.column, lanes) : Words{},
-                         to + p * V * kDotLanes);
-        continue;
-      }
-      for (int64_t p = 0; p < steps.length; p += 2 * kDotLanes)
-        for (int64_t v = 0; v < V; ++v) {
-          const int64_t count = smaller(2 * kDotLanes, steps.length - p);
-          Vec<uint32_t> square[kDotLanes];
-          for (int64_t k = 0; k < kDotLanes; ++k)
-            square[k] = v * kDotLanes + k < lanes
-                            ? (Vec<uint32_t>)load_first_words(from + (v * kDotLanes + k) * t.gy.channel + p, count)
-                            : Vec<uint32_t>{};
-          transpose<uint32_t>(square);
-          for (int64_t j = 0; 2 * j < count; ++j)
-            store_words(to + ((p / 2 + j) * V + v) * 2 * kDotLanes, square[j], 2 * kDotLanes);
-        }
-    }
-}
-
-/// sums[row][V vectors] to the filters of a panel of output channels, from channel c0 of each on.
-template <int V>
-void store_filters(const WeightPlan& t, const float* sums, int64_t channels, int64_t c0, int64_t lanes, BFloat16* out) {
-  const int64_t runs = t.planes ? 1 : t.taps, length = channels * t.taps / runs;
-  for (int64_t run = 0; run < runs; ++run, sums += length * V * kDotLanes) {
-    BFloat16* to = out + (t.planes ? c0 * t.taps : run * t.c_group + c0);
-    store_transposed<V>(sums, length, lanes, nullptr, 1, t.c_group * t.taps, to);
-  }
-}
-
-void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<BFloat16>& o, float* workspace, int64_t begin,
-                 int64_t end) {
-  const WeightPlan plan(g);
-  float* sums = workspace;
-  BFloat16 *gy = reinterpret_cast<BFloat16*>(sums + plan.room_sums()), *x = gy + plan.room_gy();
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t c0 = task % plan.channels.count * plan.channels.size;
-    const int64_t channels = smaller(plan.channels.size, plan.c_group - c0), rows = channels * plan.taps;
-    const int64_t k0 = task / plan.channels.count % plan.blocks.count * plan.blocks.size * kPanel;
-    const int64_t group = task / plan.channels.count / plan.blocks.count;
-    const int64_t ks = smaller(plan.blocks.size * kPanel, plan.k_group - k0), panel = round_up(rows, kDotRows) * kPanel;
-    const int64_t channel = group * plan.k_group + k0;
-    __builtin_memset(sums, 0, plan.room_sums() * sizeof *sums);
-
-    for (int64_t number = 0; number < plan.strips.count(); ++number) {
-      const Strip s(plan.strips, number, plan.h, plan.w, g.n);
-      const Steps steps = plan.steps(s);
-      copy_planes(plan, s, o.b + (group * plan.c_group + c0) * plan.x.channel, channels, x);
-      for (int64_t k = 0; k < ks; k += kPanel)
-        with_panel(ks - k, [&](auto v) {
-          pack_gradient<v>(plan, s, steps, o.a + (channel + k) * plan.gy.channel, smaller(kPanel, ks - k), gy);
-          for (int64_t r = 0; r < rows; r += kDotRows) {
-            const BFloat16* row[kDotRows];
-            for (int64_t m = 0; m < kDotRows; ++m) {
-              const int64_t at = smaller(r + m, rows - 1);
-              const int64_t c = plan.planes ? at / plan.taps : at % channels;
-              const int64_t tap = plan.planes ? at % plan.taps : at / channels;
-              row[m] = x + c * s.images * plan.image(s) + plan.shift(tap, s.columns);
-            }
-            with_rows(rows - r, [&](auto m) {
-              dot_tile<m, v>(steps, row, gy, sums + k / kPanel * panel + r * v * kDotLanes, true);
-            });
-          }
-        });
-    }
-
-    for (int64_t k = 0; k < ks; k += kPanel)
-      with_panel(ks - k, [&](auto v) {
-        store_filters<v>(plan, sums + k / kPanel * panel, channels, c0, smaller(kPanel, ks - k),
-                         o.out + (channel + k) * plan.c_group * plan.taps);
-      });
-  }
-}
-
 // ---- the row of the table ----
 
 const char* refuses(const Conv2dGeometry& g, Pass pass) {
   if (!__builtin_cpu_supports("avx512bf16")) return "this processor has no instruction for it, AVX512_BF16";
-  if (pass == Pass::grad_weight) {
-    if (g.kernel[0] * g.kernel[1] > kMostTaps) return "its filters are too large for its scratch memory";
-    return WeightPlan(g).strips.fits ? nullptr : "what an output sees overflows its scratch memory";
-  }
+  if (pass == Pass::grad_weight) return refuses_dot_products_grad_weight(g);
   const Plan plan(g, pass);
   if (plan.t.depth() > kMostDepth) return "its filters are too long for its scratch memory";
   return plan.strips.fits ? nullptr : "what an output sees overflows its scratch memory";
@@ -632,8 +329,7 @@ Conv2dAlgorithm<Conv2dRun<S>> conv2d_dot_products() {
       if (g.layout == Layout::contiguous) return produced < 8;
       return pass == Pass::grad_input && produced <= 4 && g.kernel[0] * g.kernel[1] > 1;
     };
-    row.grad_weight = {[](const Conv2dGeometry& g) { return WeightPlan(g).tasks(g.groups); },
-                       [](const Conv2dGeometry& g) { return WeightPlan(g).workspace(); }, grad_weight};
+    row.grad_weight = dot_products_grad_weight();
   }
 #endif
   return row;

@@ -11,6 +11,7 @@
 #include "pool2d_pixels.h"
 #include "pool2d_positions.h"
 #include "pool2d_rows.h"
+#include "pool2d_squares.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
@@ -83,7 +84,9 @@ template <class S, class Position>
 void max_pool2d(const Pool2dGeometry& g, const S* x, S* y, Position* positions, int64_t begin, int64_t end) {
   using T = Sum<S>;
   if (depth_of(g) > 1) return max_of_pixels(g, x, y, positions, begin, end);
-  if (goes_by_rows(g)) return forward_rows(g, MaxRule<S, Position>{g, y, positions}, x, begin, end);
+  const MaxRule<S, Position> rule{g, y, positions};
+  if (goes_by_squares(g)) return forward_squares(g, rule, x, begin, end);
+  if (goes_by_rows(g)) return forward_rows(g, rule, x, begin, end);
   for_groups<T>(g, begin, end, [&](auto zero, const Group& at) {
     using V = decltype(zero);
     constexpr bool one = std::is_same_v<V, T>;
@@ -156,7 +159,8 @@ void max_backward_of_rows(const Pool2dGeometry& g, const S* gy, const Position* 
   Tap taps[2][kMostTaps];  // those that the pixels of sums[0] are seen through, and of sums[1]
   const int64_t s = g.stride[1], width = g.in[1];
   for (int64_t task = begin; task < end;) {
-    const int64_t image = task / g.in[0], next = smaller(smaller(end, task + kRowsTogether), (image + 1) * g.in[0]);
+    const int64_t image = task / g.in[0],
+                  next = smaller(smaller(end, task + rows_together<T>(g)), (image + 1) * g.in[0]);
     for (int64_t i = 0; i < width; i += s * L) {
       const int64_t iw = larger(0, smaller(i, width - s * L));
       int count[2] = {};
@@ -189,6 +193,22 @@ void max_backward_of_rows(const Pool2dGeometry& g, const S* gy, const Position* 
     }
     task = next;
   }
+}
+
+/// The same for windows of 2x2 that do not overlap.
+template <class S, class Position>
+void max_backward_of_squares(const Pool2dGeometry& g, const S* gy, const Position* positions, S* gx, int64_t begin,
+                             int64_t end) {
+  using T = Sum<S>;
+  const auto give = [&](int64_t out, auto count) {
+    const bool whole = count == kLanes<T>;
+    const Vec<T> grad = Vec<T>{} + (whole ? load(gy + out) : load_first(gy + out, count));  // -0 gives 0, as in a sum
+    const auto won = load_positions<T>(positions + out, 0, count);
+    Square<T> square;
+    for (int place = 0; place < 4; ++place) square.tap[place / 2][place % 2] = won == Word<T>(place) ? grad : Vec<T>{};
+    return square;
+  };
+  backward_squares(g, give, gx, begin, end);
 }
 
 constexpr int64_t kPiece = 256;
@@ -320,6 +340,7 @@ void max_pool2d_backward(const Pool2dGeometry& g, const S* gy, const Position* p
   const bool plain = !g.adaptive && g.dilation[0] == 1 && g.dilation[1] == 1;
   const int64_t most = plain ? ceil_div(g.kernel[0], g.stride[0]) * ceil_div(g.kernel[1], g.stride[1]) : kMostSeers + 1;
   if (depth > 1 && most <= kMostSeers) return max_backward_of_pixels(g, gy, positions, gx, begin, end);
+  if (goes_by_squares(g)) return max_backward_of_squares(g, gy, positions, gx, begin, end);
   if (depth == 1 && !g.adaptive && g.stride[1] <= 2 && g.kernel[1] <= kMostTaps)
     return max_backward_of_rows(g, gy, positions, gx, begin, end);
   const auto run = depth > 1 ? max_backward_by_pixels<S, Position> : max_backward_by_outputs<S, Position>;

@@ -8,12 +8,18 @@
 namespace cnnops::cpu::CNNOPS_ISA {
 
 constexpr int64_t kMostTaps = 16;
-constexpr int64_t kRowsTogether = 8;  // share what is known about their columns
+constexpr int64_t kRowsTogether = 8;  // share what is known about their columns, at most
 
 static inline bool goes_by_rows(const Pool2dGeometry& g) {
   const int64_t taps = g.kernel[1];
   return g.layout == Layout::contiguous && !g.adaptive && g.stride[1] <= 2 && g.dilation[1] == 1 && taps >= 2 &&
          taps <= kMostTaps && g.out[1] > 1;
+}
+
+/// Few of long rows, so that what they are made from is read in the order in which it lies in memory.
+template <class T>
+static inline int64_t rows_together(const Pool2dGeometry& g) {
+  return g.out[1] > 2 * kLanes<T> ? 2 : kRowsTogether;
 }
 
 /// Lanes of a vector that lie inside a row.
@@ -33,13 +39,15 @@ static inline Vec<T> every_second(Vec<T> v, Vec<T> w, std::integer_sequence<int,
   return __builtin_shufflevector(v, w, (2 * lane + odd)...);
 }
 
-template <class S, int stride, bool inside, class Rule>
-static void forward_block(const Pool2dGeometry& g, const Rule& rule, const S* x, int64_t ow, int64_t begin,
-                          int64_t end) {
+/// A vector of outputs of some rows of a plane. `known` is how many taps a window's row has or, if that is unusual, 0. A
+/// row shorter than a vector runs over into the next, which is written later: cheaper than writing part of a vector.
+template <class S, int stride, bool inside, int known, class Rule>
+static void forward_block(const Pool2dGeometry& g, const Rule& rule, const S* x, int64_t ow, int64_t begin, int64_t end,
+                          int64_t range_end) {
   using T = Sum<S>;
   constexpr int64_t L = kLanes<T>;
   constexpr auto sequence = std::make_integer_sequence<int, int(L)>();
-  const int64_t taps = g.kernel[1], start = ow * stride - g.padding[1], count = smaller(g.out[1], L);
+  const int64_t taps = known ? known : g.kernel[1], start = ow * stride - g.padding[1];
   const auto first_tap = [=](int64_t load) {
     return stride == 1 ? load : smaller(load / 2 * 2, taps - 2) + load % 2 * L;
   };
@@ -50,13 +58,14 @@ static void forward_block(const Pool2dGeometry& g, const Rule& rule, const S* x,
     for (int64_t load = 0; load < loads; ++load) lanes[load] = lanes_inside<T>(start + first_tap(load), g.in[1]);
     for (int64_t j = 0; j < L && start + j * stride < 0; ++j) first[j] = T(-(start + j * stride));
   }
+  const int64_t image = begin / g.out[0];
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t oh = task % g.out[0];
+    const int64_t oh = task - image * g.out[0];
     const Window rows = window_at(g, 0, oh);
     auto state = rule.begin(rows, first);
     for (int64_t kh = rows.begin; kh < rows.end; ++kh) {
       const int64_t ih = rows.start + kh * g.dilation[0];
-      const S* row = x + ((task / g.out[0] * g.in[0] + ih) * g.in[1] + start);
+      const S* row = x + ((image * g.in[0] + ih) * g.in[1] + start);
       const auto load_at = [&](int64_t load) {
         const S* p = row + first_tap(load);
         if constexpr (inside) {
@@ -75,7 +84,8 @@ static void forward_block(const Pool2dGeometry& g, const Rule& rule, const S* x,
         }
       }
     }
-    rule.end(state, oh, ow, task * g.out[1] + ow, count);
+    const bool room = g.out[1] >= L || L <= (range_end - task) * g.out[1];
+    rule.end(state, oh, ow, task * g.out[1] + ow, room ? L : g.out[1]);
   }
 }
 
@@ -83,14 +93,15 @@ template <class S, int stride, class Rule>
 static void forward_rows_of(const Pool2dGeometry& g, const Rule& rule, const S* x, int64_t begin, int64_t end) {
   constexpr int64_t L = kLanes<Sum<S>>;
   for (int64_t task = begin; task < end;) {
-    const int64_t next = smaller(smaller(end, task + kRowsTogether), (task / g.out[0] + 1) * g.out[0]);
+    const int64_t next = smaller(smaller(end, task + rows_together<Sum<S>>(g)), (task / g.out[0] + 1) * g.out[0]);
     for (int64_t o = 0; o < g.out[1]; o += L) {
       const int64_t ow = larger(0, smaller(o, g.out[1] - L)), start = ow * stride - g.padding[1];
-      if (start >= 0 && start + g.kernel[1] + stride * (L - 1) <= g.in[1]) {
-        forward_block<S, stride, true>(g, rule, x, ow, task, next);
-      } else {
-        forward_block<S, stride, false>(g, rule, x, ow, task, next);
-      }
+      const bool inside = start >= 0 && start + g.kernel[1] + stride * (L - 1) <= g.in[1];
+      const auto block =
+          g.kernel[1] == 3 ? inside ? forward_block<S, stride, true, 3, Rule> : forward_block<S, stride, false, 3, Rule>
+          : inside         ? forward_block<S, stride, true, 0, Rule>
+                           : forward_block<S, stride, false, 0, Rule>;
+      block(g, rule, x, ow, task, next, end);
     }
     task = next;
   }

@@ -7,8 +7,9 @@
 //   prelu        y = x > 0 ? x : x*w[c]                 gx = x > 0 ? gy : gy*w[c]       gw[c] = sum of x > 0 ? 0 : gy*x
 //
 // NaN takes the branch that keeps it. hardtanh's bounds are rounded like its results first, or a 16-bit y that was cut
-// off at a bound would not look so. An element-wise kernel moves memory and nothing else, so it wants many loads on
-// their way at once: a thread takes 4 elements, a block's width apart, and reads them all before it writes one.
+// off at a bound would not look so. An element-wise kernel moves memory and nothing else, so it wants many bytes on
+// their way at once: where all tensors are aligned to 16 bytes a thread takes two vectors of as many, elsewhere four
+// numbers, a block's width apart, and reads them all before it writes one.
 //
 // A sum is one block per channel: each thread adds every 512th element in 4 interleaved sums, and a tree adds up the
 // threads. Which element goes where depends on the shape alone.
@@ -18,73 +19,107 @@
 namespace cnnops::cuda {
 namespace {
 
-constexpr int kThreads = 256, kUnroll = 4;
-constexpr int64_t kBlock = kThreads * kUnroll;  // elements of a block
-constexpr int kSumThreads = 512;
+constexpr int kThreads = 256;
+constexpr int kSumThreads = 512, kUnroll = 4;
 
-/// y[i] = function(i) for all i. `function` may read what y overwrites, at i.
-template <class S, class Function>
-__global__ void map_kernel(int64_t size, Function function, S* y) {
-  for (int64_t first = blockIdx.x * kBlock; first < size; first += gridDim.x * kBlock) {
-    S results[kUnroll];
-    for (int u = 0; u < kUnroll; ++u) {
-      const int64_t i = first + u * kThreads + threadIdx.x;
-      if (i < size) results[u] = function(i);
+/// A number's place: number `lane` of the vector that begins at number `first`.
+struct Place {
+  int64_t first;
+  int lane;
+};
+
+/// y[i] = function(a[i], b[i], its place) for all i, by vectors of kWidth. y may be a or b.
+template <int kWidth, class S, class Function>
+__global__ void __launch_bounds__(kThreads) map_kernel(int64_t size, Function function, const S* a, const S* b, S* y) {
+  constexpr int kVectors = kWidth == 1 ? 4 : 2;
+  constexpr int64_t kBlock = kThreads * kVectors * kWidth;
+  for (int64_t block = blockIdx.x * kBlock; block < size; block += gridDim.x * kBlock) {
+    S from_a[kVectors][kWidth], from_b[kVectors][kWidth];
+    const auto first = [&](int v) { return block + (v * kThreads + static_cast<int>(threadIdx.x)) * kWidth; };
+    CNNOPS_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      if (first(v) + kWidth > size) continue;
+      load_whole<kWidth>(from_a[v], a + first(v));
+      load_whole<kWidth>(from_b[v], b + first(v));
     }
-    for (int u = 0; u < kUnroll; ++u) {
-      const int64_t i = first + u * kThreads + threadIdx.x;
-      if (i < size) y[i] = results[u];
+    CNNOPS_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      if (first(v) + kWidth > size) continue;
+      S results[kWidth];
+      for (int lane = 0; lane < kWidth; ++lane) {
+        results[lane] = function(from_a[v][lane], from_b[v][lane], Place{first(v), lane});
+      }
+      store_whole<kWidth>(y + first(v), results);
     }
   }
+  const int64_t left = size / kWidth * kWidth + threadIdx.x;  // fewer than a vector
+  if (kWidth > 1 && blockIdx.x == 0 && left < size) y[left] = function(a[left], b[left], Place{left, 0});
 }
 
+template <int kWidth, class S, class Function>
+void launch_map(const char* name, const Function& function, const S* a, const S* b, S* y, int64_t size, Stream stream) {
+  const int64_t block = int64_t{kThreads} * (kWidth == 1 ? 4 : 2) * kWidth;
+  launch(name, map_kernel<kWidth, S, Function>, ceil_div(size, block), kThreads, 0, stream, size, function, a, b, y);
+}
+
+/// A function of one tensor gets it twice: what it does not look at is not read. `vectors`: whether it knows what to do
+/// with lanes.
 template <class S, class Function>
-void map(const char* name, int64_t size, const Function& function, S* y, Stream stream) {
-  launch(name, map_kernel<S, Function>, ceil_div(size, kBlock), kThreads, 0, stream, size, function, y);
+void map(const char* name, const Function& function, const S* a, const S* b, S* y, int64_t size, Stream stream,
+         bool vectors = true) {
+  constexpr int kWidth = Vector<S>::size;
+  if (vectors && aligned<kWidth>(a, b, y)) {
+    launch_map<kWidth>(name, function, a, b, y, size, stream);
+  } else {
+    launch_map<1>(name, function, a, b, y, size, stream);
+  }
 }
 
 template <class S>
 struct Relu {
-  const S* x;
-  __device__ S operator()(int64_t i) const { return value(x[i]) < 0 ? S{} : x[i]; }
+  __device__ S operator()(S x, S, Place) const { return value(x) < 0 ? S{} : x; }
 };
 
 template <class S>
 struct ReluBackward {
-  const S *gy, *y;
-  __device__ S operator()(int64_t i) const { return value(y[i]) <= 0 ? S{} : gy[i]; }
+  __device__ S operator()(S gy, S y, Place) const { return value(y) <= 0 ? S{} : gy; }
 };
 
 template <class S>
 struct Hardtanh {
-  const S* x;
   Sum<S> low, high;
-  __device__ S operator()(int64_t i) const { return clipped(x[i], low, high); }
+  __device__ S operator()(S x, S, Place) const { return clipped(x, low, high); }
 };
 
 template <class S>
 struct HardtanhBackward {
-  const S *gy, *y;
   Sum<S> low, high;
-  __device__ S operator()(int64_t i) const { return clipped_gradient(gy[i], y[i], low, high); }
+  __device__ S operator()(S gy, S y, Place) const { return clipped_gradient(gy, y, low, high); }
 };
 
 /// leaky_relu forward, where both are x, and backward.
 template <class S>
 struct Leaky {
-  const S *values, *kept;
   Sum<S> slope;
-  __device__ S operator()(int64_t i) const { return leaky(values[i], kept[i], slope); }
+  __device__ S operator()(S x, S kept, Place) const { return leaky(x, kept, slope); }
 };
 
-/// The same with a slope per channel; Index is wide enough for every element.
+/// The same with a slope per channel; Index is wide enough for every element. A vector lies within one channel, or, where
+/// channels are densest (`inner` is 1), within one pixel.
 template <class S, class Index>
 struct ChannelLeaky {
-  const S *values, *kept, *slopes;
-  int64_t channels, inner;
-  __device__ S operator()(int64_t i) const {
-    const Index channel = static_cast<Index>(i) / static_cast<Index>(inner) % static_cast<Index>(channels);
-    return leaky(values[i], kept[i], value(slopes[channel]));
+  const S* slopes;
+  Index channels, inner;
+
+  ChannelLeaky(const S* slopes, int64_t channels, int64_t inner)
+      : slopes(slopes), channels(static_cast<Index>(channels)), inner(static_cast<Index>(inner)) {}
+
+  bool takes_vectors() const { return (inner == 1 ? channels : inner) % Vector<S>::size == 0; }
+
+  __device__ S operator()(S x, S kept, Place place) const {
+    const Index first = static_cast<Index>(place.first);
+    const Index channel = inner == 1 ? first % channels + place.lane : first / inner % channels;
+    return leaky(x, kept, value(slopes[channel]));
   }
 };
 
@@ -143,12 +178,12 @@ void sum_channels(const char* name, int64_t n, int64_t channels, int64_t inner, 
 
 template <class S>
 void relu(const S* x, S* y, int64_t size, Stream stream) {
-  map("relu", size, Relu<S>{x}, y, stream);
+  map("relu", Relu<S>{}, x, x, y, size, stream);
 }
 
 template <class S>
 void relu_backward(const S* gy, const S* y, S* gx, int64_t size, Stream stream) {
-  map("relu_backward", size, ReluBackward<S>{gy, y}, gx, stream);
+  map("relu_backward", ReluBackward<S>{}, gy, y, gx, size, stream);
 }
 
 /// A bound of hardtanh as S has it. Integers need no rounding, and a bound beyond their range has to stay there.
@@ -160,31 +195,34 @@ Sum<S> bound(Sum<S> x) {
 
 template <class S>
 void hardtanh(const S* x, Sum<S> low, Sum<S> high, S* y, int64_t size, Stream stream) {
-  map("hardtanh", size, Hardtanh<S>{x, bound<S>(low), bound<S>(high)}, y, stream);
+  map("hardtanh", Hardtanh<S>{bound<S>(low), bound<S>(high)}, x, x, y, size, stream);
 }
 
 template <class S>
 void hardtanh_backward(const S* gy, const S* y, Sum<S> low, Sum<S> high, S* gx, int64_t size, Stream stream) {
-  map("hardtanh_backward", size, HardtanhBackward<S>{gy, y, bound<S>(low), bound<S>(high)}, gx, stream);
-}
-
-template <class S>
-void leaky_relu(const S* x, Sum<S> slope, S* y, int64_t size, Stream stream) {
-  map("leaky_relu", size, Leaky<S>{x, x, slope}, y, stream);
+  map("hardtanh_backward", HardtanhBackward<S>{bound<S>(low), bound<S>(high)}, gy, y, gx, size, stream);
 }
 
 template <class S>
 void leaky_relu_backward(const S* gy, const S* kept, Sum<S> slope, S* gx, int64_t size, Stream stream) {
-  map("leaky_relu_backward", size, Leaky<S>{gy, kept, slope}, gx, stream);
+  map("leaky_relu", Leaky<S>{slope}, gy, kept, gx, size, stream);
+}
+
+template <class S>
+void leaky_relu(const S* x, Sum<S> slope, S* y, int64_t size, Stream stream) {
+  leaky_relu_backward(x, x, slope, y, size, stream);  // x itself instead of gy
 }
 
 template <class S>
 void prelu_backward(const S* gy, const S* x, const S* w, int64_t channels, int64_t inner, S* gx, int64_t size,
                     Stream stream) {
+  const auto run = [&](const auto& function) {
+    map("prelu", function, gy, x, gx, size, stream, function.takes_vectors());
+  };
   if (size < index_limit()) {
-    map("prelu", size, ChannelLeaky<S, uint32_t>{gy, x, w, channels, inner}, gx, stream);
+    run(ChannelLeaky<S, uint32_t>(w, channels, inner));
   } else {
-    map("prelu", size, ChannelLeaky<S, int64_t>{gy, x, w, channels, inner}, gx, stream);
+    run(ChannelLeaky<S, int64_t>(w, channels, inner));
   }
 }
 

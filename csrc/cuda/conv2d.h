@@ -110,4 +110,33 @@ __global__ void add_parts(const Sum<S>* parts, int64_t count, int64_t size, S* s
   }
 }
 
+/// The same where there are more parts than weights would be worth the wait: 16 threads for each weight.
+constexpr int kSumThreads = 512, kSumWidth = kSumThreads / 16;
+
+template <class S>
+__global__ void __launch_bounds__(kSumThreads)
+    sum_parts_kernel(const Sum<S>* parts, int64_t count, int64_t size, int64_t blocks, S* sums) {
+  Sum<S>* shared = shared_memory<Sum<S>>();
+  const int column = static_cast<int>(threadIdx.x) % kSumWidth, row = static_cast<int>(threadIdx.x) / kSumWidth;
+  for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
+    const int64_t i = block * kSumWidth + column;
+    Sum<S> sum = 0;
+    for (int64_t part = row; part < count && i < size; part += kSumThreads / kSumWidth) sum += parts[part * size + i];
+    shared[threadIdx.x] = sum;
+    sync_block();
+    if (row == 0 && i < size) {
+      for (int other = 1; other < kSumThreads / kSumWidth; ++other) sum += shared[other * kSumWidth + column];
+      sums[i] = rounded<S>(sum);
+    }
+    sync_block();
+  }
+}
+
+template <class S>
+void sum_parts(const char* name, const Sum<S>* parts, int64_t count, int64_t size, S* sums, Stream stream) {
+  const int64_t blocks = ceil_div(size, kSumWidth);
+  launch(name, sum_parts_kernel<S>, blocks, kSumThreads, kSumThreads * sizeof(Sum<S>), stream, parts, count, size,
+         blocks, sums);
+}
+
 }  // namespace cnnops::cuda

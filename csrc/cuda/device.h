@@ -243,22 +243,51 @@ class Digits {
   int64_t rest_;
 };
 
-/// 16 bytes, read or written in one instruction.
-template <class T>
-struct alignas(16) Vector {
-  static constexpr int size = 16 / sizeof(T);
+/// As many bytes as one instruction reads or writes, 16 if not said otherwise.
+template <class T, int kBytes = 16>
+struct alignas(kBytes) Vector {
+  static constexpr int size = kBytes / sizeof(T);
   T lane[size];
 };
+
+/// `kCount` neighbours in memory, a power of two: in one such piece, or in several of 16 bytes.
+template <class T, int kCount>
+using Piece = Vector<T, kCount * sizeof(T) < 16 ? kCount * sizeof(T) : 16>;
+
+/// Reads `kCount` neighbours, a power of two, by Pieces: `from` must be aligned like one.
+template <int kCount, class T>
+__device__ inline void load_whole(T* to, const T* from, Here here = Here::current()) {
+  using Whole = Piece<T, kCount>;
+  check_aligned(from, sizeof(Whole), here);
+  for (int i = 0; i < kCount; i += Whole::size) {
+    const Whole piece = *reinterpret_cast<const Whole*>(from + i);
+    for (int lane = 0; lane < Whole::size; ++lane) to[i + lane] = piece.lane[lane];
+  }
+}
+
+/// Writes `kCount` neighbours, likewise.
+template <int kCount, class T>
+__device__ inline void store_whole(T* to, const T* from, Here here = Here::current()) {
+  using Whole = Piece<T, kCount>;
+  check_aligned(to, sizeof(Whole), here);
+  for (int i = 0; i < kCount; i += Whole::size) {
+    Whole piece;
+    for (int lane = 0; lane < Whole::size; ++lane) piece.lane[lane] = from[i + lane];
+    *reinterpret_cast<Whole*>(to + i) = piece;
+  }
+}
+
+/// Whether `kCount` neighbours can be read and written whole at each of these places.
+template <int kCount, class... T>
+bool aligned(const T*... places) {
+  return ((reinterpret_cast<uintptr_t>(places) % sizeof(Piece<T, kCount>) == 0) && ...);
+}
 
 /// Reads `kCount` neighbours, as whole vectors if that many fill some: then `from` must be aligned like one.
 template <int kCount, class T>
 __device__ inline void load(T* to, const T* from, Here here = Here::current()) {
   if constexpr (kCount % Vector<T>::size == 0) {
-    check_aligned(from, sizeof(Vector<T>), here);
-    for (int i = 0; i < kCount; i += Vector<T>::size) {
-      const Vector<T> vector = *reinterpret_cast<const Vector<T>*>(from + i);
-      for (int lane = 0; lane < Vector<T>::size; ++lane) to[i + lane] = vector.lane[lane];
-    }
+    load_whole<kCount>(to, from, here);
   } else {
     for (int i = 0; i < kCount; ++i) to[i] = from[i];
   }
@@ -268,12 +297,7 @@ __device__ inline void load(T* to, const T* from, Here here = Here::current()) {
 template <int kCount, class T>
 __device__ inline void store(T* to, const T* from, Here here = Here::current()) {
   if constexpr (kCount % Vector<T>::size == 0) {
-    check_aligned(to, sizeof(Vector<T>), here);
-    for (int i = 0; i < kCount; i += Vector<T>::size) {
-      Vector<T> vector;
-      for (int lane = 0; lane < Vector<T>::size; ++lane) vector.lane[lane] = from[i + lane];
-      *reinterpret_cast<Vector<T>*>(to + i) = vector;
-    }
+    store_whole<kCount>(to, from, here);
   } else {
     for (int i = 0; i < kCount; ++i) to[i] = from[i];
   }

@@ -6,6 +6,8 @@
 namespace cnnops::cuda {
 
 template <class S>
+Conv2dAlgorithm<Conv2dRun<S>> conv2d_depthwise();
+template <class S>
 Conv2dAlgorithm<Conv2dRun<S>> conv2d_direct();
 template <class S>
 Conv2dAlgorithm<Conv2dRun<S>> conv2d_implicit_gemm();

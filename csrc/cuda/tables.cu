@@ -8,8 +8,9 @@ const Kernels<S>& kernels() {
   static const Kernels<S> all = [] {
     Kernels<S> filled{};
     if constexpr (kReal<S>) {
-      static const Conv2dAlgorithm<Conv2dRun<S>> conv2d[] = {conv2d_implicit_gemm<S>(), conv2d_direct<S>(),
-                                                             conv2d_im2col<S>(), conv2d_reference<S>()};
+      static const Conv2dAlgorithm<Conv2dRun<S>> conv2d[] = {conv2d_depthwise<S>(), conv2d_implicit_gemm<S>(),
+                                                             conv2d_direct<S>(), conv2d_im2col<S>(),
+                                                             conv2d_reference<S>()};
       filled.conv2d = {conv2d, sizeof(conv2d) / sizeof(conv2d[0])};
       add_border(filled);
       add_epilogue_backward(filled);

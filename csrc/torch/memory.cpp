@@ -7,17 +7,18 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <array>
 #include <atomic>
-#include <bit>
 #include <charconv>
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
+#include <functional>
 #include <limits>
+#include <map>
 #include <mutex>
 #include <string>
+#include <unordered_map>
 
 #if defined(__has_feature)
 #if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer) || __has_feature(memory_sanitizer)
@@ -39,67 +40,26 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr size_t kHeader = 64;
 constexpr size_t kLeast = 64 << 10;  // of smaller blocks the C library keeps enough
 constexpr int64_t kMostByDefault = int64_t(4) << 30;
 constexpr std::chrono::duration<double> kSecondsByDefault{30};
 
-/// The header of a block; the memory that the tensor sees follows it.
-struct Block {
-  struct Links {
-    Block *newer, *older;
-  };
-  size_t size;  // without the header
-  Clock::time_point freed;
-  std::array<Links, 2> links;
-
-  void* memory() { return reinterpret_cast<char*>(this) + kHeader; }
-  static Block* of(void* memory) { return reinterpret_cast<Block*>(static_cast<char*>(memory) - kHeader); }
-};
-static_assert(sizeof(Block) <= kHeader);
-
-/// Free blocks in the order in which they were freed. A block is in two such lists at once, hence `which`.
-template <int which>
-struct List {
-  Block *newest = nullptr, *oldest = nullptr;
-
-  void add(Block* b) {
-    b->links[which] = {nullptr, newest};
-    (newest ? newest->links[which].newer : oldest) = b;
-    newest = b;
-  }
-
-  void remove(Block* b) {
-    const auto [newer, older] = b->links[which];
-    (newer ? newer->links[which].older : newest) = older;
-    (older ? older->links[which].newer : oldest) = newer;
-  }
-};
-
-/// Eight classes of sizes between a power of two and the next: at most an eighth of a block lies idle, and as long as
-/// nobody writes there it takes no memory.
-size_t rounded(size_t bytes) {
-  const size_t step = std::bit_floor(bytes) / 8;
-  return (bytes + step - 1) / step * step;
+size_t whole_pages(size_t bytes) {
+  static const size_t page = sysconf(_SC_PAGESIZE);
+  return (bytes + page - 1) / page * page;
 }
 
-int class_of(size_t size) { return std::bit_width(size) * 8 + int(size / (std::bit_floor(size) / 8) % 8); }
-
-Block* map(size_t size) {
-  void* p = mmap(nullptr, size + kHeader, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (p == MAP_FAILED) return nullptr;
-  Block* b = static_cast<Block*>(p);
-  b->size = size;
-  return b;
+/// Fresh memory, at `place` if there is room and a place is wanted; nullptr if the system has none.
+char* map(size_t size, char* place = nullptr) {
+  void* p = mmap(place, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  return p == MAP_FAILED ? nullptr : static_cast<char*>(p);
 }
 
-/// Returns a chain of blocks, linked by `older`, to the system.
-void unmap(Block* b) {
-  while (b) {
-    Block* next = b->links[0].older;
-    munmap(b, b->size + kHeader);
-    b = next;
-  }
+/// Ranges of addresses, the highest first: their starts, and their sizes.
+using Ranges = std::map<char*, size_t, std::greater<>>;
+
+void unmap(const Ranges& ranges) {
+  for (const auto& [start, size] : ranges) munmap(start, size);
 }
 
 // ---- the limit ----
@@ -146,6 +106,8 @@ int64_t limit_by_default() {
 
 // ---- the cache ----
 
+/// Free memory is ranges of pages; neighbours are one range, wherever they came from. A block is the start of the highest
+/// range that is long enough, so that what is wanted seldom gathers at the low end, which is what goes back.
 class WarmMemory final : public c10::Allocator {
  public:
   /// Made at the first call and never destroyed: tensors may outlive everything else of the process.
@@ -158,26 +120,21 @@ class WarmMemory final : public c10::Allocator {
     if (bytes < kLeast || bytes > size_t(limit_.load(std::memory_order_relaxed))) {
       return c10::GetCPUAllocator()->allocate(bytes);
     }
-    const size_t size = rounded(bytes);
-    Block* b = find(size);
-    if (!b) b = map(size);
-    if (!b) {
+    char* block = take(whole_pages(bytes));
+    if (!block) {
       empty();
-      b = map(size);
+      block = take(whole_pages(bytes));
     }
-    if (!b) {
-      unused(size);
-      return c10::GetCPUAllocator()->allocate(bytes);  // which raises the error
-    }
-    c10::profiledCPUMemoryReporter().New(b->memory(), bytes);
-    return {b->memory(), b->memory(), free, c10::Device(c10::kCPU)};
+    if (!block) return c10::GetCPUAllocator()->allocate(bytes);  // which raises the error
+    c10::profiledCPUMemoryReporter().New(block, bytes);
+    return {block, block, free, c10::Device(c10::kCPU)};
   }
 
   void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
 
   void empty() {
     std::unique_lock lock(mutex_);
-    Block* all = take_all();
+    const Ranges all = cut(0);
     lock.unlock();
     unmap(all);
   }
@@ -185,14 +142,16 @@ class WarmMemory final : public c10::Allocator {
   void set_limit(int64_t bytes) {
     std::unique_lock lock(mutex_);
     limit_ = bytes;
-    Block* evicted = evict(bytes, Clock::time_point::min());
+    const Ranges gone = cut(bytes);
     lock.unlock();
-    unmap(evicted);
+    unmap(gone);
   }
 
   void set_seconds(double seconds) {
     const std::scoped_lock lock(mutex_);
     seconds_ = std::chrono::duration<double>(seconds);
+    since_ = Clock::now();
+    recent_peak_ = stats_.in_use;
   }
 
   MemoryStats stats() {
@@ -208,7 +167,7 @@ class WarmMemory final : public c10::Allocator {
   WarmMemory() : limit_(limit_by_default()) {
     pthread_atfork([] { instance().mutex_.lock(); }, [] { instance().mutex_.unlock(); },
                    [] {
-                     Block* all = instance().take_all();
+                     const Ranges all = instance().cut(0);
                      instance().mutex_.unlock();
                      unmap(all);
                    });
@@ -216,75 +175,99 @@ class WarmMemory final : public c10::Allocator {
 
   static void free(void* memory) {
     c10::profiledCPUMemoryReporter().Delete(memory);
-    unmap(instance().keep(Block::of(memory)));
+    unmap(instance().keep(static_cast<char*>(memory)));
   }
 
-  /// The block of this size freed last, if there is one. From now on `size` bytes are in use.
-  Block* find(size_t size) {
+  char* take(size_t size) {
     const std::scoped_lock lock(mutex_);
+    auto range = std::find_if(free_.begin(), free_.end(), [&](const auto& range) { return range.second >= size; });
+    const bool hit = range != free_.end();
+    if (!hit) range = grow(size);
+    if (range == free_.end()) return nullptr;
+    const auto [start, length] = *range;
+    free_.erase(range);
+    if (length > size) free_.emplace(start + size, length - size);
+    used_.emplace(start, size);
+    stats_.cached -= size;
     stats_.in_use += size;
     stats_.in_use_peak = std::max(stats_.in_use_peak, stats_.in_use);
-    Block* b = classes_[class_of(size)].newest;
-    ++(b ? stats_.hits : stats_.misses);
-    if (b) remove(b);
-    return b;
+    recent_peak_ = std::max(recent_peak_, stats_.in_use);
+    ++(hit ? stats_.hits : stats_.misses);
+    return start;
   }
 
-  void unused(size_t size) {
+  /// A range of this size: the lowest one with fresh memory below it, or all fresh.
+  Ranges::iterator grow(size_t size) {
+    if (!free_.empty()) {
+      const auto [start, length] = *free_.rbegin();
+      const size_t missing = size - length;
+      char* const place = start - missing;
+      char* const fresh = map(missing, place);
+      if (fresh == place) return add(fresh, missing);
+      if (fresh) munmap(fresh, missing);
+    }
+    char* const fresh = map(size);
+    return fresh ? add(fresh, size) : free_.end();
+  }
+
+  /// Adds a range to its free neighbours.
+  Ranges::iterator add(char* start, size_t size) {
+    stats_.cached += size;
+    auto below = free_.lower_bound(start);  // the first that does not start above it
+    if (below != free_.begin()) {
+      const auto above = std::prev(below);
+      if (above->first == start + size) {
+        size += above->second;
+        free_.erase(above);
+      }
+    }
+    if (below != free_.end() && below->first + below->second == start) {
+      below->second += size;
+      return below;
+    }
+    return free_.emplace(start, size).first;
+  }
+
+  /// Keeps a block; returns what has to go for it.
+  Ranges keep(char* block) {
     const std::scoped_lock lock(mutex_);
+    const size_t size = used_.extract(block).mapped();
     stats_.in_use -= size;
-  }
-
-  /// Keeps a block, and makes room for it: returns those that have to go.
-  Block* keep(Block* b) {
-    const std::scoped_lock lock(mutex_);
-    stats_.in_use -= b->size;
-    if (int64_t(b->size) > limit_) {
-      b->links[0].older = nullptr;
-      return b;
+    add(block, size);
+    int64_t most = limit_;
+    if (const auto now = Clock::now(); now - since_ > seconds_) {
+      most = std::min(most, recent_peak_ + recent_peak_ / 2 - stats_.in_use);
+      recent_peak_ = stats_.in_use;
+      since_ = now;
     }
-    b->freed = Clock::now();
-    Block* evicted = evict(limit_ - int64_t(b->size), b->freed - std::chrono::duration_cast<Clock::duration>(seconds_));
-    all_.add(b);
-    classes_[class_of(b->size)].add(b);
-    stats_.cached += b->size;
+    Ranges gone = cut(most);
     stats_.cached_peak = std::max(stats_.cached_peak, stats_.cached);
-    return evicted;
+    return gone;
   }
 
-  /// Takes out the oldest blocks, until no more than `most` bytes are left and none that was freed before `since`.
-  Block* evict(int64_t most, Clock::time_point since) {
-    Block* evicted = nullptr;
-    while (all_.oldest && (stats_.cached > most || all_.oldest->freed < since)) {
-      Block* b = all_.oldest;
-      remove(b);
+  /// Takes out the lowest pages, until no more than `most` bytes are left.
+  Ranges cut(int64_t most) {
+    Ranges gone;
+    while (stats_.cached > most) {
+      const auto [start, length] = *free_.rbegin();
+      const size_t size = std::min(length, whole_pages(stats_.cached - most));
+      free_.erase(start);
+      if (length > size) free_.emplace(start + size, length - size);
+      gone.emplace(start, size);
+      stats_.cached -= size;
       ++stats_.evictions;
-      b->links[0].older = evicted;
-      evicted = b;
     }
-    return evicted;
-  }
-
-  void remove(Block* b) {
-    all_.remove(b);
-    classes_[class_of(b->size)].remove(b);
-    stats_.cached -= b->size;
-  }
-
-  Block* take_all() {
-    Block* all = all_.newest;
-    all_ = {};
-    classes_ = {};
-    stats_.cached = 0;
-    return all;
+    return gone;
   }
 
   std::mutex mutex_;
-  List<0> all_;
-  std::array<List<1>, 65 * 8> classes_;
+  Ranges free_;
+  std::unordered_map<char*, size_t> used_;
   MemoryStats stats_{};
   std::atomic<int64_t> limit_;
   std::chrono::duration<double> seconds_ = kSecondsByDefault;
+  Clock::time_point since_ = Clock::now();  // when the present period of so many seconds began
+  int64_t recent_peak_ = 0;                 // the most that was in use in it
 };
 
 }  // namespace

@@ -2,8 +2,8 @@
 //
 // A tensor's memory is fresh as a rule: the C library returns large blocks to the system when they are freed, and the
 // next ones are faulted in page by page, which can cost many times what the kernel costs that fills them. So freed
-// blocks are kept here for the next tensor of about their size. What is kept is bounded: by a limit in bytes, and by
-// time, as blocks that nobody has wanted for a while go back to the system. docs/memory.md says more.
+// memory is kept here for the next tensors, whatever their sizes. What is kept is bounded: by a limit in bytes, and by
+// time, as what a while did without goes back to the system. docs/memory.md says more.
 #pragma once
 
 #include <c10/core/Allocator.h>
@@ -12,7 +12,7 @@
 
 namespace cnnops {
 
-/// Aligned to 64 bytes. Small blocks are torch's own; where there is no memory it raises what torch raises.
+/// Aligned to pages. Small blocks are torch's own; where there is no memory it raises what torch raises.
 c10::Allocator* warm_memory();
 
 struct MemoryStats {
@@ -21,13 +21,14 @@ struct MemoryStats {
 
 MemoryStats memory_stats();
 
-/// Returns all blocks kept to the system.
+/// Returns all that is kept to the system.
 void empty_cache();
 
 /// How many bytes are kept at most; 0 keeps none, and leaves all memory to torch.
 void set_cache_limit(int64_t bytes);
 
-/// After so many seconds without use a block is returned, when next a block is freed.
+/// Once in so many seconds what is in use and kept is cut to one and a half times the most that was in use meanwhile. This
+/// happens when a block is freed.
 void set_cache_seconds(double seconds);
 
 }  // namespace cnnops

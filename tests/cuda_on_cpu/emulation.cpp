@@ -250,13 +250,14 @@ void fail_thread(const std::string& what) {
 
 std::string text(const Here& here) { return std::string(here.file_name()) + ":" + std::to_string(here.line()); }
 
-Guarded::Guarded(std::string name, std::size_t size, int poison) : name_(std::move(name)), size_(size) {
-  const std::size_t aligned = (size + 15) / 16 * 16, inner = (aligned + kPage - 1) / kPage * kPage;
+Guarded::Guarded(std::string name, std::size_t size, int poison, std::size_t offset)
+    : name_(std::move(name)), size_(size) {
+  const std::size_t aligned = (offset + size + 15) / 16 * 16, inner = (aligned + kPage - 1) / kPage * kPage;
   mapped_ = inner + 2 * kPage;
   void* all = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (all == MAP_FAILED) throw std::bad_alloc();
   mapping_ = static_cast<unsigned char*>(all);
-  data_ = mapping_ + kPage + (settings.order == Order::reverse ? 0 : inner - aligned);
+  data_ = mapping_ + kPage + (settings.order == Order::reverse ? 0 : inner - aligned) + offset;
   std::memset(mapping_ + kPage, 0xff, inner);
   std::memset(data_, poison, size);
   mprotect(mapping_, kPage, PROT_NONE);

@@ -57,10 +57,11 @@ constexpr int kWarp = 32;
 std::string text(const Here& here);
 
 /// Memory of an exact size between two pages that nobody may touch, filled with a poison. It ends where the page begins,
-/// or the other way round in the reverse order. What lies between it and the other page is looked at by check().
+/// or the other way round in the reverse order. What lies between it and the other page is looked at by check(). It begins
+/// `offset` bytes from an address that is aligned to 16.
 class Guarded {
  public:
-  Guarded(std::string name, std::size_t size, int poison = 0xff);
+  Guarded(std::string name, std::size_t size, int poison = 0xff, std::size_t offset = 0);
   ~Guarded();
   Guarded(const Guarded&) = delete;
 

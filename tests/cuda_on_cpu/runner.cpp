@@ -187,6 +187,8 @@ struct Call {
   std::string name;
   int type = 0;
   std::vector<int64_t> integers, inputs, outputs;  // an operand's size in bytes; -1 where there is none
+  std::vector<int64_t>
+      offsets;  // of inputs, then outputs: how many bytes from an aligned place they begin, 0 if not said
   std::vector<double> reals;
   bool in_place = false;  // the output is the first input
   int poison = 0;         // that outputs are filled with
@@ -210,6 +212,8 @@ struct Call {
     read(reals);
     read(inputs);
     read(outputs);
+    read(offsets);
+    offsets.resize(inputs.size() + outputs.size());
     integers.resize(std::max<std::size_t>(integers.size(), 21));
     reals.resize(2);
     return std::cin.get() == '\n';
@@ -222,8 +226,9 @@ struct Call {
     std::vector<std::string> given;
     const auto add = [&](const char* what, std::size_t number, int64_t size, int filled) {
       if (size < 0) return pointers.push_back(nullptr);
-      operands.push_back(
-          std::make_unique<emulation::Guarded>(what + std::to_string(number), static_cast<std::size_t>(size), filled));
+      operands.push_back(std::make_unique<emulation::Guarded>(what + std::to_string(number),
+                                                              static_cast<std::size_t>(size), filled,
+                                                              static_cast<std::size_t>(offsets[pointers.size()])));
       pointers.push_back(operands.back()->data());
     };
     for (std::size_t i = 0; i < inputs.size(); ++i) {
