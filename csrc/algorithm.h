@@ -8,6 +8,7 @@
 #pragma once
 
 #include "geometry.h"
+#include "numbers.h"
 
 namespace cnnops {
 
@@ -20,6 +21,7 @@ struct Conv2dOperands {
   const T *a, *b, *bias;
   T* out;
   bool tf32 = false;  // whether float32 may be rounded to TF32 before it is multiplied: CUDA only
+  Sum<T>* parts = nullptr;  // of sums: CPU only (cpu/kernels.h)
 };
 
 template <class Run>

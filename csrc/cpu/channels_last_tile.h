@@ -12,17 +12,18 @@ constexpr int kMostRows = 12;
 template <int V>
 constexpr int kRows = kSums / V < kMostRows ? kSums / V : kMostRows;
 
-/// to[m][V vectors] = sum over runs and their lengths of a[run][m][r*step] * b[run][r][V vectors], plus what `plus` has.
+/// to[m][V vectors] = sum over runs and their lengths of a[run][m][r*step] * b[run][r*b_step][V vectors], plus what `plus`
+/// has.
 template <class T, int V, int M>
 void multiply_tile(int64_t runs, const int64_t* lengths, const T* const* a, int64_t step, const T* const* b,
-                   T* const* to, const T* const* plus) {
+                   T* const* to, const T* const* plus, int64_t b_step = V * kLanes<T>) {
   constexpr int L = kLanes<T>;
   Vec<T> sum[M][V]{};
   for (int64_t i = 0; i < runs; ++i, a += M) {
     const T* row[M];
     for (int m = 0; m < M; ++m) row[m] = a[m];
     const T* columns = b[i];
-    for (int64_t r = 0; r < lengths[i] * step; r += step, columns += V * L) {
+    for (int64_t r = 0; r < lengths[i] * step; r += step, columns += b_step) {
       Vec<T> column[V];
       for (int v = 0; v < V; ++v) column[v] = load(columns + v * L);
       for (int m = 0; m < M; ++m) {
