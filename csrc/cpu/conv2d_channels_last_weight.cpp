@@ -4,8 +4,13 @@
 //
 // The tile of conv2d_channels_last.cpp makes it in one of two ways.
 //
-// By windows: the rows of a tile are output channels, its vectors lie along r, the steps go through blocks of 128 pixels,
-// whose windows are copied. A task is a block of output channels x a panel of the filter.
+// By taps: what all pixels see through one tap is x again, moved and cut off at its border. So for each tap gw is the
+// product of two matrices, pixels x output channels and pixels x input channels, which lie in memory ready for the tile:
+// its rows are channels of one, its vectors channels of the other, the steps go through pixels. For a 1x1 kernel nothing
+// is copied; otherwise the pixels that see through the tap are put together in blocks, and what would see the border is
+// not there to be multiplied. (Where channels are few, or the border shows pixels, whole windows are copied instead.)
+// A task is a block of the product. If such blocks would be few and pixels are many, the sums are made in parts, each a
+// task of its own, that are added up in their order at the end.
 //
 // By rows, where channels are few and a row of pixels is not short: windows of neighbours overlap, and most of a copy
 // would be copied again. So the rows of a tile are numbers of the filter, its vectors output channels, and the steps go
@@ -13,30 +18,31 @@
 // KH lines of x under a row of gy are copied, once for all r, with their border. A task is a panel of output channels x
 // some numbers of the filter.
 //
-// Sums are made for each block of pixels, or row of them, from a fresh zero and added in order. Zeros of the border are
-// multiplied: an infinite or NaN gradient gives NaN there, where plain loops would skip it.
+// Sums are made for each block of pixels, or row of them, from a fresh zero and added in order. Zeros of a border that is
+// copied are multiplied: an infinite or NaN gradient gives NaN there, where plain loops would skip it.
 #include "channels_last_tile.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
 
 constexpr int64_t kFewTasks = 4;
-// ---- by pixels ----
 
-constexpr int64_t kBlockRows = 128, kBlockPixels = 128;
+// ---- by taps ----
+
+constexpr int64_t kBlockRows = 256, kBlockPixels = 160;  // of a task, of a block that is summed from a fresh zero
 template <class T>
-constexpr int64_t kBlockColumns = 24 * kLanes<T>;
+constexpr int64_t kBlockColumns = 16 * kLanes<T>;
 constexpr int64_t kGoodTasks = 16, kMostParts = 16;
 constexpr int64_t kPartPixels = 512, kPartNumbers = 1 << 19;  // of a part at least; of all parts together at most
-constexpr int64_t kFewRows = 32;                              // that are not worth a copy of the other side
+constexpr int64_t kSomeTasks = 12, kSomeChannels = 128;       // blocks are cut for these down to those
 
-/// Products are numbered (group, tap), tasks (product, block of rows, block of columns, part).
+/// Tasks are numbered (group, tap, block of rows, block of columns, part).
 template <class T>
 struct Products {
-  bool by_tap, turned;            // turned: rows are input channels, columns output channels
-  int64_t taps, rows, columns;    // of a product
-  int64_t block_rows, row_blocks;  // of a task
-  int64_t vectors, panel, block_columns, column_blocks;
+  bool by_tap, turned;          // turned: rows are input channels, columns output channels
+  int64_t taps, rows, columns;  // of a product
+  int64_t block_rows, row_blocks, block_columns, column_blocks;
+  int64_t panel;  // columns of a tile
   int64_t parts, total;
 
   explicit Products(const Conv2dGeometry& g) {
@@ -50,7 +56,7 @@ struct Products {
     if (turned) std::swap(rows, columns);
 
     const int64_t all = ceil_div(columns, L);
-    vectors = smaller(all, kMostVectors);
+    int64_t vectors = smaller(all, kMostVectors);
     for (int64_t v = vectors - 1; v > 1; --v)
       if (round_up(all, v) < round_up(all, vectors)) vectors = v;
     panel = vectors * L;
@@ -71,20 +77,22 @@ struct Products {
       parts *= 2;
       total *= 2;
     }
-    while (total < kFewTasks && (block_columns > panel || block_rows > kMostRows)) {
-      if (block_columns > panel)
-        cut(block_rows, block_columns / 2);
-      else
-        cut(ceil_div(block_rows, 2), block_columns);
-    }
+    const auto cut_down = [&](int64_t tasks, int64_t least) {
+      while (total < tasks && (block_columns > larger(panel, least) || block_rows > larger(kMostRows, least))) {
+        if (block_columns > panel && block_columns >= block_rows)
+          cut(block_rows, block_columns / 2);
+        else
+          cut(ceil_div(block_rows, 2), block_columns);
+      }
+    };
+    cut_down(kSomeTasks, kSomeChannels);
+    cut_down(kFewTasks, 0);
   }
 };
 
 template <class T>
-constexpr int64_t kLeft = kBlockPixels * (kBlockRows + kMostRows) + kBlockRows * kLanes<T>;
-template <class T>
 constexpr int64_t kProductWorkspace =
-    kLeft<T> + kBlockPixels * kBlockColumns<T> + (kBlockRows + kMostRows) * kBlockColumns<T>;
+    kBlockPixels * (kBlockRows + kBlockColumns<T>)+(kBlockRows + kMostRows) * kBlockColumns<T>;
 
 /// Only the outputs that see the image through one tap, and only that tap.
 static void narrow(Axis& axis, int64_t tap, Border border) {
@@ -99,126 +107,79 @@ static void narrow(Axis& axis, int64_t tap, Border border) {
   axis.offset0 += begin * axis.in_step;
 }
 
-/// A block of a product: where its results go, in memory order of the filters, from number `to` on.
-template <class T>
+/// A task's block of a product, and the pixels of its part.
 struct Block {
   int64_t row0, rows, column0, columns;
-  int64_t first, last;  // pixels
-  const Products<T>& all;
+  int64_t first, last;
 };
 
-/// The rows of a tile: half as many where no more are left.
-template <int M>
-int64_t tile_rows(int64_t left) {
-  return left > M / 2 ? M : M / 2;
-}
+/// Numbers of pixels, `step` from one pixel to the next: a side of a product.
+template <class T>
+struct Side {
+  const T* from;
+  int64_t step;
+};
 
-/// sums[row][column] of a block, V vectors a panel.
+/// sums[row][column], rows `pitch` apart, of a block: V vectors of columns at a time.
 template <class S, int V>
-void sum_block(const Conv2dGeometry& g, const Windows& t, const Conv2dOperands<S>& o, const Block<Sum<S>>& block,
-               Sum<S>* workspace, Sum<S>* sums) {
+void sum_block(const Conv2dGeometry& g, const Windows& t, const Conv2dOperands<S>& o, bool by_tap, bool turned,
+               const Block& block, Sum<S>* workspace, Sum<S>* sums) {
   using T = Sum<S>;
   constexpr int64_t M = kRows<V>, L = kLanes<T>, kPanel = V * L;
-  const bool turned = block.all.turned;
-  const int64_t pitch = round_up(block.columns, kPanel), padded = round_up(block.rows, M);
-  T *packed_left = workspace, *packed_right = packed_left + kLeft<T>;
-  const int64_t row = t.w.taps * t.channels;
+  const int64_t pitch = round_up(block.columns, kPanel);
+  const int64_t x0 = turned ? block.row0 : block.column0, xs = turned ? block.rows : block.columns;
+  const int64_t gy0 = turned ? block.column0 : block.row0, gys = turned ? block.columns : block.rows;
+  const int64_t x_pitch = turned ? block.rows : pitch, gy_pitch = turned ? pitch : block.rows;
 
-  // Where pixels lie one behind the other, a side that is not read often is read where it stands.
-  const bool flat = g.kernel[0] * g.kernel[1] == 1 && t.pixels() == g.in[0] * g.in[1] && g.stride[0] * g.stride[1] == 1;
-  const S* flat_x = o.b + t.in_channel0 + (turned ? block.row0 : block.column0);
-  const S* flat_gy = o.a + t.out_channel0 + (turned ? block.column0 : block.row0);
-  const S *flat_left = turned ? flat_x : flat_gy, *flat_right = turned ? flat_gy : flat_x;
-  const int64_t left_step = turned ? g.c : g.k, right_step = turned ? g.k : g.c;
-  const bool same = std::is_same_v<S, T>;
-  const bool left_stands = same && flat && pitch <= 2 * kPanel;
-  const bool right_stands = same && flat && block.rows <= kFewRows && pitch == block.columns;
+  // A side that is a matrix in memory already is read where it stands.
+  const bool all_outputs = std::is_same_v<S, T> && t.pixels() == g.out[0] * g.out[1];
+  const bool gy_stands = all_outputs && (!turned || t.out_channel0 + gy0 + pitch <= g.k);
+  const bool x_stands = all_outputs && by_tap && g.stride[0] * g.stride[1] == 1 && t.pixels() == g.in[0] * g.in[1] &&
+                        t.border == Border::zeros && (turned || t.in_channel0 + x0 + pitch <= g.c);
+  T *gy_copy = workspace, *x_copy = gy_copy + kBlockPixels * gy_pitch;
 
   if (block.first == block.last) {
-    for (int64_t i = 0; i < padded * pitch; i += L) store(sums + i, Vec<T>{});
+    for (int64_t i = 0; i < block.rows * pitch; i += L) store(sums + i, Vec<T>{});
   }
   for (int64_t p0 = block.first, count; p0 < block.last; p0 += count) {
     count = ceil_div(block.last - p0, ceil_div(block.last - p0, kBlockPixels));
+    Side<T> gy{gy_copy, gy_pitch}, x{x_copy, x_pitch};
     Pixel<S> pixels[kBlockPixels];
-    const S *left[kBlockPixels], *right[kBlockPixels];
-    if (flat) {
-      for (int64_t p = 0; p < count; ++p) {
-        left[p] = flat_left + (p0 + p) * left_step;
-        right[p] = flat_right + (p0 + p) * right_step;
-      }
-    } else {
-      find_pixels(t, o.b, p0, count, pixels);
-      for (int64_t p = 0; p < count; ++p) {
-        const S* gy = o.a + pixels[p].out * g.k + t.out_channel0;
-        const S* x = pixels[p].image + pixels[p].at;
-        left[p] = (turned ? x : gy) + block.row0;
-        right[p] = (turned ? gy : x) + block.column0;
+    if (!gy_stands || !x_stands) find_pixels(t, o.b, p0, count, pixels);
+    if constexpr (std::is_same_v<S, T>) {
+      if (gy_stands) gy = {o.a + p0 * g.k + t.out_channel0 + gy0, g.k};
+      if (x_stands) x = {o.b + p0 * g.c + t.in_channel0 + x0, g.c};
+    }
+    for (int64_t p = 0; p < count && !gy_stands; ++p)
+      copy_numbers(o.a + pixels[p].out * g.k + t.out_channel0 + gy0, gys, gy_copy + p * gy_pitch);
+    if (!x_stands) {
+      const int64_t row = t.w.taps * t.channels;
+      for (int64_t th = x0 / row; th <= (x0 + xs - 1) / row; ++th) {
+        const int64_t begin = larger(x0, th * row), end = smaller(x0 + xs, (th + 1) * row);
+        const Run run = make_run(t, th, begin - th * row, end - th * row);
+        for (int64_t p = 0; p < count; ++p) copy_run(t, pixels[p], run, x_copy + p * x_pitch + begin - x0);
       }
     }
-    if (!left_stands) {
-      for (int64_t p = 0; p < count; ++p) {
-        T* tile = packed_left;
-        for (int64_t r = 0, size; r < block.rows; r += size, tile += size * count + L) {
-          size = tile_rows<M>(block.rows - r);
-          for (int64_t m = 0; m < size; m += L)
-            store(tile + p * size + m, load_first(left[p] + r + m, larger(0, smaller(L, block.rows - r - m))));
-        }
-      }
-    }
-    if (!right_stands) {
-      const bool copied = turned || (block.all.by_tap && t.border == Border::zeros);
-      for (int64_t j = 0; j < block.columns; j += kPanel) {
-        const int64_t width = smaller(kPanel, block.columns - j);
-        T* panel = packed_right + j * count;
-        if (copied) {
-          if (width == kPanel) {
-            for (int64_t p = 0; p < count; ++p, panel += kPanel)
-              for (int64_t v = 0; v < kPanel; v += L) store(panel + v, load(right[p] + j + v));
-          } else {
-            for (int64_t p = 0; p < count; ++p, panel += kPanel)
-              for (int64_t v = 0; v < kPanel; v += L)
-                store(panel + v, load_first(right[p] + j + smaller(v, width), larger(0, smaller(L, width - v))));
-          }
-          continue;
-        }
-        const int64_t begin = block.column0 + j, end = begin + width;
-        for (int64_t th = begin / row; th <= (end - 1) / row; ++th) {
-          const int64_t from = larger(begin, th * row), to = smaller(end, (th + 1) * row);
-          const Run run = make_run(t, th, from - th * row, to - th * row);
-          for (int64_t p = 0; p < count; ++p) copy_run(t, pixels[p], run, panel + p * kPanel + from - begin);
-        }
-        for (int64_t p = 0; p < count && width < kPanel; ++p)
-          for (int64_t i = width; i < kPanel; ++i) panel[p * kPanel + i] = 0;
-      }
-    }
+
+    const Side<T> left = turned ? x : gy, right = turned ? gy : x;
     for (int64_t j = 0; j < block.columns; j += kPanel) {
-      const T *b, *tile = packed_left;
-      int64_t b_step = kPanel;
-      if constexpr (std::is_same_v<S, T>) {
-        b = right_stands ? right[0] + j : packed_right + j * count;
-        if (right_stands) b_step = right_step;
-      } else {
-        b = packed_right + j * count;
-      }
-      for (int64_t r = 0, size; r < block.rows; r += size, tile += size * count + L) {
-        size = tile_rows<M>(block.rows - r);
-        const auto go = [&](auto rows) {
-          const T* a[rows];
-          T* to[rows];
-          for (int64_t m = 0; m < rows; ++m) {
-            a[m] = tile + m;
-            if constexpr (std::is_same_v<S, T>) {
-              if (left_stands) a[m] = left[0] + smaller(r + m, block.rows - 1);
-            }
-            to[m] = sums + (r + m) * pitch + j;
-          }
-          multiply_tile<T, V, rows>(1, &count, a, left_stands ? left_step : int64_t(rows), &b, to,
-                                    p0 == block.first ? nullptr : to, b_step);
-        };
-        if (size == M) {
-          go(std::integral_constant<int, int(M)>());
+      const T* b = right.from + j;
+      const auto tile = [&](int64_t r, auto rows) {
+        const T* a[rows];
+        T* to[rows];
+        for (int64_t m = 0; m < rows; ++m) {
+          a[m] = left.from + smaller(r + m, block.rows - 1);
+          to[m] = sums + (r + m) * pitch + j;
+        }
+        multiply_tile<T, V, rows>(1, &count, a, left.step, &b, to, p0 == block.first ? nullptr : to, right.step);
+      };
+      for (int64_t r = 0; r < block.rows;) {
+        if (block.rows - r > M / 2) {
+          tile(r, std::integral_constant<int, int(M)>());
+          r += M;
         } else {
-          go(std::integral_constant<int, int(M) / 2>());
+          tile(r, std::integral_constant<int, int(M) / 2>());
+          r += M / 2;
         }
       }
     }
@@ -244,11 +205,11 @@ void put_block(const T* from, int64_t pitch, int64_t rows, int64_t columns, bool
 }
 
 template <class S>
-void grad_weight_by_pixels(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace, int64_t begin,
-                           int64_t end) {
+void grad_weight_by_taps(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace, int64_t begin,
+                         int64_t end) {
   using T = Sum<S>;
   const Products<T> all(g);
-  T* sums = workspace + kLeft<T> + kBlockPixels * kBlockColumns<T>;
+  T* sums = workspace + kBlockPixels * (kBlockRows + kBlockColumns<T>);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t part = task % all.parts, columns = task / all.parts % all.column_blocks;
     const int64_t rows = task / all.parts / all.column_blocks % all.row_blocks;
@@ -259,14 +220,14 @@ void grad_weight_by_pixels(const Conv2dGeometry& g, const Conv2dOperands<S>& o, 
       narrow(t.w, tap % g.kernel[1], g.border);
     }
     const int64_t row0 = rows * all.block_rows, column0 = columns * all.block_columns, pixels = g.n * t.pixels();
-    const Block<T> block{row0,
-                         smaller(all.block_rows, all.rows - row0),
-                         column0,
-                         smaller(all.block_columns, all.columns - column0),
-                         pixels * part / all.parts,
-                         pixels * (part + 1) / all.parts,
-                         all};
-    with_vectors<T>(all.panel, [&](auto v) { sum_block<S, v>(g, t, o, block, workspace, sums); });
+    const Block block{row0,
+                      smaller(all.block_rows, all.rows - row0),
+                      column0,
+                      smaller(all.block_columns, all.columns - column0),
+                      pixels * part / all.parts,
+                      pixels * (part + 1) / all.parts};
+    with_vectors<T>(all.panel,
+                    [&](auto v) { sum_block<S, v>(g, t, o, all.by_tap, all.turned, block, workspace, sums); });
     const int64_t at = t.weight_of(0, 0) + (all.turned ? column0 : row0) * t.weight_row + (all.turned ? row0 : column0);
     const int64_t pitch = round_up(block.columns, all.panel), numbers = g.k * t.weight_row;
     if (all.parts == 1) {
@@ -311,7 +272,9 @@ struct RowTasks {
 
 template <class T>
 bool by_rows(const Conv2dGeometry& g) {
-  if (g.groups != 1 || g.kernel[0] * g.kernel[1] == 1 || g.c < 1 || g.k < 1 || g.c > kFewChannels || g.out[1] < kShortestRow) return false;
+  if (g.groups != 1 || g.kernel[0] * g.kernel[1] == 1 || g.c < 1 || g.k < 1 || g.c > kFewChannels ||
+      g.out[1] < kShortestRow)
+    return false;
   const RowTasks<T> tasks(g);
   return tasks.filter <= kMostNumbers && g.kernel[0] * tasks.line <= kMostLines;
 }
@@ -408,10 +371,9 @@ Conv2dRun<S> channels_last_grad_weight() {
   return {[](const Conv2dGeometry& g) { return by_rows<T>(g) ? RowTasks<T>(g).total : Products<T>(g).total; },
           [](const Conv2dGeometry& g) { return by_rows<T>(g) ? kRowWorkspace<T> : kProductWorkspace<T>; },
           [](const Conv2dGeometry& g, const Conv2dOperands<S>& o, T* workspace, int64_t begin, int64_t end) {
-            (by_rows<T>(g) ? grad_weight_by_rows<S> : grad_weight_by_pixels<S>)(g, o, workspace, begin, end);
+            (by_rows<T>(g) ? grad_weight_by_rows<S> : grad_weight_by_taps<S>)(g, o, workspace, begin, end);
           },
-          [](const Conv2dGeometry& g) { return by_rows<T>(g) ? 1 : Products<T>(g).parts; },
-          add_parts<S>};
+          [](const Conv2dGeometry& g) { return by_rows<T>(g) ? 1 : Products<T>(g).parts; }, add_parts<S>};
 }
 
 template Conv2dRun<float> channels_last_grad_weight();

@@ -47,8 +47,9 @@ void run_pass(const Conv2dGeometry& g, Pass pass, const std::string& algorithm, 
     split(tasks, grain_for(work / tasks),
           [&](int64_t begin, int64_t end) { run.run(g, operands, static_cast<Sum<S>*>(scratch(bytes)), begin, end); });
     if (parts > 1)
-      split(numbers, kGrain / parts,
-            [&](int64_t begin, int64_t end) { run.add_parts(operands.parts, parts, numbers, operands.out, begin, end); });
+      split(numbers, kGrain / parts, [&](int64_t begin, int64_t end) {
+        run.add_parts(operands.parts, parts, numbers, operands.out, begin, end);
+      });
   }
 }
 

@@ -108,7 +108,8 @@ int64_t conv2d_workspace(const at::Tensor& input, const at::Tensor& weight, cons
              const auto& run = row.run(pass);
              int64_t numbers = run.workspace(g);
              if constexpr (requires { run.parts; }) {
-               if (run.parts && run.parts(g) > 1) numbers += run.parts(g) * g.k * (g.c / g.groups) * g.kernel[0] * g.kernel[1];
+               if (run.parts && run.parts(g) > 1)
+                 numbers += run.parts(g) * g.k * (g.c / g.groups) * g.kernel[0] * g.kernel[1];
              }
              bytes = numbers * int64_t(sizeof(Sum<decltype(number)>));
            });
