@@ -161,7 +161,8 @@ struct SeenRuns {
 /// Up to M pixels that see alike. Their sums go through `sums` from block to block of runs, and out with the last.
 template <class S, int V, int M>
 void correlate_tile(const Windows& t, const Conv2dOperands<S>& o, int64_t row0, const SeenRuns<Sum<S>>& runs,
-                    const Pixel<S>* pixels, int64_t count, bool first, bool last, Sum<S>* copies, Sum<S>* sums) {
+                    const Pixel<S>* pixels, int64_t count, bool first, bool last, bool past, Sum<S>* copies,
+                    Sum<S>* sums) {
   using T = Sum<S>;
   constexpr int64_t L = kLanes<T>;
   const T* a[kMostRuns * M];
@@ -185,10 +186,14 @@ void correlate_tile(const Windows& t, const Conv2dOperands<S>& o, int64_t row0, 
   const T* bias[M];
   for (int64_t m = 0; m < M; ++m) to[m] = tile + m * V * L;
   if constexpr (std::is_same_v<S, T>) {
-    if (first && last && left >= V * L) {
+    if (left >= V * L) {
       for (int64_t m = 0; m < count; ++m) to[m] = o.out + pixels[m].out * t.out_channels + channel;
       for (int64_t m = 0; m < M; ++m) bias[m] = o.bias + channel;
-      multiply_tile<T, V, M>(runs.count, runs.lengths, a, 1, runs.weights, to, o.bias ? bias : nullptr);
+      multiply_tile<T, V, M>(runs.count, runs.lengths, a, 1, runs.weights, to,
+                             !first   ? to
+                             : o.bias ? bias
+                                      : nullptr,
+                             V * L, first && last && past);
       return;
     }
   }
@@ -211,7 +216,7 @@ void correlate_tile(const Windows& t, const Conv2dOperands<S>& o, int64_t row0, 
 /// The produced channels [row0, row0 + V vectors) of some pixels.
 template <class S, int V>
 void correlate_panel(const Windows& t, const Conv2dOperands<S>& o, int64_t row0, const Pixel<S>* pixels,
-                     const Alike* sorts, int64_t kinds, Sum<S>* workspace) {
+                     const Alike* sorts, int64_t kinds, bool past, Sum<S>* workspace) {
   using T = Sum<S>;
   constexpr int64_t M = kRows<V>, L = kLanes<T>, kDepth = kWeights<T> / (V * L);
   static_assert(kDepth >= kShortRow && kTileMultiple % M == 0);
@@ -245,7 +250,7 @@ void correlate_panel(const Windows& t, const Conv2dOperands<S>& o, int64_t row0,
       for (int64_t p = sorts[k].first; p < sorts[k].last;) {
         const int64_t left = sorts[k].last - p;
         const auto go = [&](auto rows) {
-          correlate_tile<S, V, rows>(t, o, row0, runs_seen, pixels + p, smaller(left, rows), first, last, copies,
+          correlate_tile<S, V, rows>(t, o, row0, runs_seen, pixels + p, smaller(left, rows), first, last, past, copies,
                                      sums + p * V * L);
         };
         if (left > M / 2) {
@@ -260,7 +265,8 @@ void correlate_panel(const Windows& t, const Conv2dOperands<S>& o, int64_t row0,
   } while (i < runs.count);
 }
 
-/// Tasks are numbered (group, class, block of pixels, panel of channels).
+/// Tasks are numbered (group, block of pixels, panel of channels, class): classes have unlike numbers of taps, and each
+/// thread should get of all. Their number is even if there are several blocks.
 template <class T>
 struct Tasks {
   int64_t classes, blocks, pixels, total;
@@ -269,31 +275,62 @@ struct Tasks {
       : classes(cpu::CNNOPS_ISA::classes(g, pass)), panels((pass == Pass::forward ? g.k : g.c) / g.groups) {
     const int64_t most = g.n * make_windows(g, pass, 0, 0).pixels();  // class 0 has the most outputs
     const int64_t others = g.groups * classes * panels.count;
-    pixels = round_up(smaller(larger(most * others / kGoodTasks, kFewPixels), kMostPixels), kTileMultiple);
-    blocks = ceil_div(most, pixels);
-    pixels = round_up(ceil_div(most, larger(blocks, 1)), kTileMultiple);
+    blocks = ceil_div(most, smaller(larger(most * others / kGoodTasks, kFewPixels), kMostPixels));
+    if (blocks > 1 && others % 2 == 1) blocks = round_up(blocks, 2);
+    with_vectors<T>(panels.width,
+                    [&](auto v) { pixels = round_up(ceil_div(most, larger(blocks, 1)), larger(1, kRows<v> / 2)); });
     total = others * blocks;
   }
 };
+
+/// What no tap reaches: the bias, or zero.
+template <class S>
+void fill(const Windows& t, const Conv2dOperands<S>& o, int64_t row0, int64_t rows, const Pixel<S>* pixels,
+          int64_t count, bool past) {
+  constexpr int64_t L = kLanes<Sum<S>>;
+  const S* bias = o.bias ? o.bias + t.out_channel0 + row0 : nullptr;
+  for (int64_t p = 0; p < count; ++p) {
+    S* to = o.out + pixels[p].out * t.out_channels + t.out_channel0 + row0;
+    for (int64_t j = 0; j < rows; j += L) {
+      const int64_t lanes = smaller(L, rows - j);
+      const Vec<Sum<S>> v = bias ? load_first(bias + j, lanes) : Vec<Sum<S>>{};
+      if constexpr (std::is_same_v<S, Sum<S>>) {
+        if (past && lanes == L) {
+          store_past_cache(to + j, v);
+          continue;
+        }
+      }
+      store_first(to + j, v, lanes);
+    }
+  }
+}
 
 template <class S, Pass pass>
 void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace, int64_t begin, int64_t end) {
   using T = Sum<S>;
   const Tasks<T> tasks(g, pass);
+  const int64_t out_channels = pass == Pass::forward ? g.k : g.c;
+  const int64_t* size = pass == Pass::forward ? g.out : g.in;
+  const bool large = past_cache(o.out, g.n * size[0] * size[1] * out_channels) && out_channels % kLanes<T> == 0;
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t row0 = task % tasks.panels.count * tasks.panels.width;
-    const int64_t first = task / tasks.panels.count % tasks.blocks * tasks.pixels;
-    const int64_t cls = task / tasks.panels.count / tasks.blocks;
-    const Windows t = make_windows(g, pass, cls / tasks.classes, cls % tasks.classes);
+    const int64_t cls = task % tasks.classes, row0 = task / tasks.classes % tasks.panels.count * tasks.panels.width;
+    const int64_t block = task / tasks.classes / tasks.panels.count, first = block % tasks.blocks * tasks.pixels;
+    const Windows t = make_windows(g, pass, block / tasks.blocks, cls);
     const int64_t count = smaller(tasks.pixels, g.n * t.pixels() - first);
+    const int64_t rows = smaller(tasks.panels.width, t.rows - row0);
     if (count <= 0) continue;  // a smaller class than class 0
+    const bool past = large && (t.out_channel0 + row0) % kLanes<T> == 0;
     Pixel<S> found[kMostPixels], pixels[kMostPixels];
-    Alike sorts[kMostPixels];
     find_pixels(t, o.a, first, count, found);
+    if (t.h.taps * t.w.taps == 0) {
+      fill(t, o, row0, rows, found, count, past);
+      continue;
+    }
+    Alike sorts[kMostPixels];
     const int64_t kinds = sort_pixels(t, found, count, pixels, sorts);
-    with_vectors<T>(smaller(tasks.panels.width, t.rows - row0),
-                    [&](auto v) { correlate_panel<S, v>(t, o, row0, pixels, sorts, kinds, workspace); });
+    with_vectors<T>(rows, [&](auto v) { correlate_panel<S, v>(t, o, row0, pixels, sorts, kinds, past, workspace); });
   }
+  stores_done();
 }
 
 // ---- the row of the table ----
