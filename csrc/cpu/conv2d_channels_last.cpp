@@ -265,6 +265,67 @@ void correlate_panel(const Windows& t, const Conv2dOperands<S>& o, int64_t row0,
   } while (i < runs.count);
 }
 
+/// Whether output pixel p sees input pixel p and no other, for all p.
+static bool is_flat(const Windows& t) {
+  return t.h.taps * t.w.taps == 1 && t.pixels() == t.h.in_size * t.w.in_size &&
+         t.pixels() == t.out_height * t.out_width && t.h.offset0 == 0 && t.w.offset0 == 0;
+}
+
+/// The same for pixels [first, first + count) that are flat: addresses are multiples, and windows short.
+template <class T, int V>
+void correlate_flat(const Windows& t, const Conv2dOperands<T>& o, int64_t row0, int64_t first, int64_t count, bool past,
+                    T* weights) {
+  constexpr int64_t M = kRows<V>, L = kLanes<T>, kDepth = kWeights<T> / (V * L);
+  const int64_t channel = t.out_channel0 + row0, left = t.rows - row0;
+  const int64_t piece = ceil_div(t.channels, ceil_div(t.channels, kDepth));
+  const T* x = o.a + first * t.in_channels + t.in_channel0;
+  T* y = o.out + first * t.out_channels + channel;
+  alignas(64) T rest[M * V * L] = {};  // what has no place in y
+  for (int64_t c = 0; c < t.channels; c += piece) {
+    const int64_t depth = smaller(piece, t.channels - c);
+    const bool last = c + depth == t.channels;
+    pack_weights<T, V>(t, o.b, row0, {0, 0, c, depth, c, true}, weights);
+    const T* const columns = weights;
+    const auto tile = [&](int64_t p, auto rows) {
+      const T *a[rows], *bias[rows];
+      T* to[rows];
+      const int64_t inside = smaller(rows, count - p);
+      for (int64_t m = 0; m < rows; ++m) {
+        a[m] = x + (p + smaller(m, inside - 1)) * t.in_channels + c;
+        to[m] = left >= V * L && m < inside ? y + (p + m) * t.out_channels : rest + m * V * L;
+        bias[m] = o.bias + channel;
+      }
+      if (left >= V * L) {
+        multiply_tile<T, V, rows>(1, &depth, a, 1, &columns, to,
+                                  c > 0    ? to
+                                  : o.bias ? bias
+                                           : nullptr,
+                                  V * L, past && depth == t.channels && inside == rows);
+        return;
+      }
+      multiply_tile<T, V, rows>(1, &depth, a, 1, &columns, to, nullptr);
+      for (int64_t m = 0; m < inside; ++m)
+        for (int64_t j = 0; j < left; j += L) {
+          T* const out = y + (p + m) * t.out_channels + j;
+          const int64_t lanes = smaller(L, left - j);
+          Vec<T> v = load(to[m] + j);
+          if (c > 0) v = load_first(out, lanes) + v;
+          if (last && o.bias) v = v + load_first(o.bias + channel + j, lanes);
+          store_first(out, v, lanes);
+        }
+    };
+    for (int64_t p = 0; p < count;) {
+      if (count - p > M / 2) {
+        tile(p, std::integral_constant<int, int(M)>());
+        p += M;
+      } else {
+        tile(p, std::integral_constant<int, int(M) / 2>());
+        p += M / 2;
+      }
+    }
+  }
+}
+
 /// Tasks are numbered (group, block of pixels, panel of channels, class): classes have unlike numbers of taps, and each
 /// thread should get of all. Their number is even if there are several blocks.
 template <class T>
@@ -320,6 +381,12 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* work
     const int64_t rows = smaller(tasks.panels.width, t.rows - row0);
     if (count <= 0) continue;  // a smaller class than class 0
     const bool past = large && (t.out_channel0 + row0) % kLanes<T> == 0;
+    if constexpr (std::is_same_v<S, T>) {
+      if (is_flat(t)) {
+        with_vectors<T>(rows, [&](auto v) { correlate_flat<T, v>(t, o, row0, first, count, past, workspace); });
+        continue;
+      }
+    }
     Pixel<S> found[kMostPixels], pixels[kMostPixels];
     find_pixels(t, o.a, first, count, found);
     if (t.h.taps * t.w.taps == 0) {
