@@ -29,8 +29,9 @@ constexpr int kTileMultiple = 24;                       // a multiple of the num
 constexpr int64_t kWeightBytes = 65536;                 // packed weights of a block
 constexpr int64_t kMostPixels = 480, kFewPixels = 192;  // of a task
 constexpr int64_t kGoodTasks = 32;
-constexpr int64_t kMostRuns = 64;   // of a block
-constexpr int64_t kShortRow = 256;  // a run is a row of taps below, otherwise a tap
+constexpr int64_t kMuchInput = 16 << 20;  // bytes that are not in a cache when they are read
+constexpr int64_t kMostRuns = 64;         // of a block
+constexpr int64_t kShortRow = 256;        // a run is a row of taps below, otherwise a tap
 
 /// A window as runs: rows of taps, or taps, whose channels are cut into equal pieces where they are many.
 struct Runs {
@@ -271,10 +272,10 @@ static bool is_flat(const Windows& t) {
          t.pixels() == t.out_height * t.out_width && t.h.offset0 == 0 && t.w.offset0 == 0;
 }
 
-/// The same for pixels [first, first + count) that are flat: addresses are multiples, and windows short.
+/// correlate_panel() for pixels [first, first + count) that are flat: their addresses are multiples.
 template <class T, int V>
 void correlate_flat(const Windows& t, const Conv2dOperands<T>& o, int64_t row0, int64_t first, int64_t count, bool past,
-                    T* weights) {
+                    bool fetch, T* weights) {
   constexpr int64_t M = kRows<V>, L = kLanes<T>, kDepth = kWeights<T> / (V * L);
   const int64_t channel = t.out_channel0 + row0, left = t.rows - row0;
   const int64_t piece = ceil_div(t.channels, ceil_div(t.channels, kDepth));
@@ -300,7 +301,8 @@ void correlate_flat(const Windows& t, const Conv2dOperands<T>& o, int64_t row0, 
                                   c > 0    ? to
                                   : o.bias ? bias
                                            : nullptr,
-                                  V * L, past && depth == t.channels && inside == rows);
+                                  V * L, past && depth == t.channels && inside == rows,
+                                  fetch ? rows * t.in_channels : 0);
         return;
       }
       multiply_tile<T, V, rows>(1, &depth, a, 1, &columns, to, nullptr);
@@ -373,6 +375,9 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* work
   const int64_t out_channels = pass == Pass::forward ? g.k : g.c;
   const int64_t* size = pass == Pass::forward ? g.out : g.in;
   const bool large = past_cache(o.out, g.n * size[0] * size[1] * out_channels) && out_channels % kLanes<T> == 0;
+  const int64_t* in_size = pass == Pass::forward ? g.in : g.out;
+  const int64_t inputs = g.n * in_size[0] * in_size[1] * (pass == Pass::forward ? g.c : g.k);
+  const bool fetch = inputs * int64_t(sizeof(S)) > kMuchInput;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t cls = task % tasks.classes, row0 = task / tasks.classes % tasks.panels.count * tasks.panels.width;
     const int64_t block = task / tasks.classes / tasks.panels.count, first = block % tasks.blocks * tasks.pixels;
@@ -383,7 +388,7 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* work
     const bool past = large && (t.out_channel0 + row0) % kLanes<T> == 0;
     if constexpr (std::is_same_v<S, T>) {
       if (is_flat(t)) {
-        with_vectors<T>(rows, [&](auto v) { correlate_flat<T, v>(t, o, row0, first, count, past, workspace); });
+        with_vectors<T>(rows, [&](auto v) { correlate_flat<T, v>(t, o, row0, first, count, past, fetch, workspace); });
         continue;
       }
     }
