@@ -140,9 +140,10 @@ void correlate(const Conv2dGeometry& shape, const Conv2dOperands<S>& o, Sum<S>* 
   const Blocks blocks = correlation_blocks<T>(g, pass);
   const int64_t classes_h = axis_classes(g, pass, 0), classes_w = axis_classes(g, pass, 1);
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t block = task % blocks.per_class, cls = task / blocks.per_class;
-    const Correlation t =
-        make_correlation(g, pass, cls / (classes_h * classes_w), cls / classes_w % classes_h, cls % classes_w);
+    // Classes have unlike numbers of taps, and each thread should get of all: they stand innermost.
+    const int64_t cls = task % (classes_h * classes_w), block = task / (classes_h * classes_w) % blocks.per_class;
+    const int64_t group = task / (classes_h * classes_w) / blocks.per_class;
+    const Correlation t = make_correlation(g, pass, group, cls / classes_w, cls % classes_w);
     const int64_t pixels = t.h.count * t.w.count;
     const int64_t row0 = block % blocks.rows * kBlockRows, rows = smaller(kBlockRows, t.rows - row0);
     const int64_t p0 = block / blocks.rows * blocks.size, columns = smaller(blocks.size, g.n * pixels - p0);
