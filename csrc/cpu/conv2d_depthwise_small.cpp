@@ -151,7 +151,8 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* wo
 }
 
 const char* refuses_all_but_small(const Conv2dGeometry& g) {
-  if (g.layout != Layout::contiguous || g.c != g.groups || g.k != g.groups) return "it takes planes with one filter each";
+  if (g.layout != Layout::contiguous || g.c != g.groups || g.k != g.groups)
+    return "it takes planes with one filter each";
   if (larger(g.in[0] * g.in[1], g.out[0] * g.out[1]) > kMostPixels) return "its images are large";
   return nullptr;
 }
