@@ -145,6 +145,7 @@ def _axes(operator):
 
 
 for operator, tensors in [
+    (ops.relu_max_pool2d_backward, 3),
     (ops.max_pool2d, 1),
     (ops.max_pool2d_backward, 2),
     (ops.max_pool2d_gather, 2),

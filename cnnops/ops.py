@@ -13,6 +13,7 @@ conv_transpose2d              conv2d_grad_input with torch's sizes and a bias
 channel_sum                   ``(N, C, ...) -> (C)``: the gradient of a bias
 conv_relu_max_pool2d          convolution, activation and, if windows are given, max pooling at once; positions as
                               from max_pool2d
+relu_max_pool2d_backward      the gradient through a block's activation and pooling
 max_pool2d                    the largest values, and where in its window each was found
 max_pool2d_backward           its gradient
 max_pool2d_gather             its derivative along a direction: the values at the places found
@@ -36,6 +37,7 @@ conv2d_grad_weight = torch.ops.cnnops.conv2d_grad_weight.default
 conv_transpose2d = torch.ops.cnnops.conv_transpose2d.default
 channel_sum = torch.ops.cnnops.channel_sum.default
 conv_relu_max_pool2d = torch.ops.cnnops.conv_relu_max_pool2d.default
+relu_max_pool2d_backward = torch.ops.cnnops.relu_max_pool2d_backward.default
 max_pool2d = torch.ops.cnnops.max_pool2d.default
 max_pool2d_backward = torch.ops.cnnops.max_pool2d_backward.default
 max_pool2d_gather = torch.ops.cnnops.max_pool2d_gather.default

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "geometry.h"
+#include "numbers.h"
 
 namespace cnnops {
 
@@ -19,7 +20,8 @@ template <class T>
 struct Conv2dOperands {
   const T *a, *b, *bias;
   T* out;
-  bool tf32 = false;  // whether float32 may be rounded to TF32 before it is multiplied: CUDA only
+  bool tf32 = false;        // whether float32 may be rounded to TF32 before it is multiplied: CUDA only
+  Sum<T>* parts = nullptr;  // of sums: CPU only (cpu/kernels.h)
 };
 
 template <class Run>

@@ -335,14 +335,16 @@ def test_depthwise_at_other_addresses(kernels, case, which, layout, dtype):
     assert same_bits(expected, conv2d(kernels, case, which, "depthwise", *operands, layout, offsets=offsets))
 
 
-def test_depthwise_adds_nothing_beyond_the_image(kernels):
-    """To an infinite input, or a gradient's: zeros there would make NaN of it."""
+def test_depthwise_leaves_out_what_no_result_has(kernels):
+    """A strip's rows beyond the last, and taps that miss a cell: zeros there would make NaN of an infinite number."""
     for case in depthwise_cases():
         x, w, b, gy = (t if t is None else t.float() for t in conv2d_operands(case))
-        w, x[:, :, -1, -1], gy[:, :, -1, -1] = w.abs() + 1, torch.inf, torch.inf
+        x[:, :, -1, -1] = torch.inf
+        infinite_gy = gy.clone()
+        infinite_gy[:, :, -1, -1] = torch.inf
         for which in PASSES:
-            expected = conv2d(kernels, case, which, "reference", x, w, b, gy)
-            got = conv2d(kernels, case, which, "depthwise", x, w, b, gy)
+            operands = x, w, b, infinite_gy if which == "grad_input" else gy
+            expected, got = (conv2d(kernels, case, which, row, *operands) for row in ("reference", "depthwise"))
             assert torch.equal(got.isnan(), expected.isnan()), (str(case), which)
 
 
@@ -435,8 +437,9 @@ def test_implicit_gemm_is_not_for_float64(kernels):
 @pytest.mark.parametrize("which", PASSES)
 def test_auto_takes_implicit_gemm_where_there_are_channels(kernels, which):
     """Its TF32 tells it apart."""
-    for c, k, taken in [(8, 8, True), (7, 8, False), (8, 7, False)]:
-        case = Bordered("auto", 1, c, 5, 5, k, (3, 3))
+    # Few channels to sum over do, if there are 64 products.
+    for c, k, kernel, taken in [(8, 8, 3, True), (7, 8, 3, False), (8, 7, 3, False), (3, 8, 5, which != "grad_input")]:
+        case = Bordered("auto", 1, c, 7, 7, k, (kernel, kernel))
         operands = [t if t is None else t.float() for t in conv2d_operands(case)]
         exact, rounds = (
             conv2d(kernels, case, which, "auto", *operands, "contiguous", tf32, architecture=80)

@@ -51,6 +51,10 @@ def samples(device="cpu"):
             (x, w, b, *CONV, "relu6", 0.1, *WINDOW, "auto"),
             (channels_last, w, None, *CONV, "leaky_relu", 0.1, (), (), 0, 1, False, "reference"),
         ],
+        "relu_max_pool2d_backward": [
+            (draw(*y.shape), y, positions, (7, 8), *WINDOW, "leaky_relu", 0.1),
+            (draw(2, 4, 3, 4), *ops.max_pool2d(channels_last, 2), (7, 8), 2),
+        ],
         "channel_sum": [(x,), (channels_last,), (draw(3, 2),), (draw(0, 2, 3),)],
         "max_pool2d": [(x, *WINDOW), (channels_last, *WINDOW), (x[:0], *WINDOW), (x, *WIDE_WINDOW)],
         "max_pool2d_backward": [(draw(*y.shape), positions, (7, 8), *WINDOW)],

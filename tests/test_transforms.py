@@ -51,6 +51,9 @@ def samples():
         "conv_relu_max_pool2d": (
             lambda x, w, b: ops.conv_relu_max_pool2d(x, w, b, *CONV, "zeros", "leaky_relu", 0.1, 2, (), 0, 1, False)[0],
             x, w, b),
+        "relu_max_pool2d_backward": (
+            lambda gy, y, p: ops.relu_max_pool2d_backward(gy, y, p, plane, *WINDOW, "relu6"),
+            numbers(*pooled), numbers(*pooled, seed=1), positions),
         "channel_sum": (ops.channel_sum, x),
         "max_pool2d": (lambda x: ops.max_pool2d(x, *WINDOW)[0], x),
         "max_pool2d, unbatched": (lambda x: ops.max_pool2d(x, *WINDOW)[0], x[0]),

@@ -12,17 +12,23 @@ constexpr int kMostRows = 12;
 template <int V>
 constexpr int kRows = kSums / V < kMostRows ? kSums / V : kMostRows;
 
-/// to[m][V vectors] = sum over runs and their lengths of a[run][m][r*step] * b[run][r][V vectors], plus what `plus` has.
+/// to[m][V vectors] = sum over runs and their lengths of a[run][m][r*step] * b[run][r*b_step][V vectors], plus what `plus`
+/// has; written past the cache if that is wanted. What lies `ahead` of a's rows
+/// is fetched into the cache meanwhile.
 template <class T, int V, int M>
 void multiply_tile(int64_t runs, const int64_t* lengths, const T* const* a, int64_t step, const T* const* b,
-                   T* const* to, const T* const* plus) {
+                   T* const* to, const T* const* plus, int64_t b_step = V * kLanes<T>, bool past = false,
+                   int64_t ahead = 0) {
   constexpr int L = kLanes<T>;
   Vec<T> sum[M][V]{};
   for (int64_t i = 0; i < runs; ++i, a += M) {
     const T* row[M];
     for (int m = 0; m < M; ++m) row[m] = a[m];
     const T* columns = b[i];
-    for (int64_t r = 0; r < lengths[i] * step; r += step, columns += V * L) {
+    for (int64_t r = 0; r < lengths[i] * step; r += step, columns += b_step) {
+      if (ahead && r % L == 0) {
+        for (int m = 0; m < M; ++m) __builtin_prefetch(row[m] + r + ahead);
+      }
       Vec<T> column[V];
       for (int v = 0; v < V; ++v) column[v] = load(columns + v * L);
       for (int m = 0; m < M; ++m) {
@@ -33,7 +39,14 @@ void multiply_tile(int64_t runs, const int64_t* lengths, const T* const* a, int6
   }
 #pragma GCC unroll 16  // early, or GCC keeps the sums in memory
   for (int m = 0; m < M; ++m)
-    for (int v = 0; v < V; ++v) store(to[m] + v * L, plus ? load(plus[m] + v * L) + sum[m][v] : sum[m][v]);
+    for (int v = 0; v < V; ++v) {
+      const Vec<T> result = plus ? load(plus[m] + v * L) + sum[m][v] : sum[m][v];
+      if (past) {
+        store_past_cache(to[m] + v * L, result);
+      } else {
+        store(to[m] + v * L, result);
+      }
+    }
 }
 
 /// How `columns` are cut into panels of about the same number of vectors.

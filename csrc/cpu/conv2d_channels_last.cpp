@@ -29,8 +29,9 @@ constexpr int kTileMultiple = 24;                       // a multiple of the num
 constexpr int64_t kWeightBytes = 65536;                 // packed weights of a block
 constexpr int64_t kMostPixels = 480, kFewPixels = 192;  // of a task
 constexpr int64_t kGoodTasks = 32;
-constexpr int64_t kMostRuns = 64;   // of a block
-constexpr int64_t kShortRow = 256;  // a run is a row of taps below, otherwise a tap
+constexpr int64_t kMuchInput = 16 << 20;  // bytes that are not in a cache when they are read
+constexpr int64_t kMostRuns = 64;         // of a block
+constexpr int64_t kShortRow = 256;        // a run is a row of taps below, otherwise a tap
 
 /// A window as runs: rows of taps, or taps, whose channels are cut into equal pieces where they are many.
 struct Runs {
@@ -161,7 +162,8 @@ struct SeenRuns {
 /// Up to M pixels that see alike. Their sums go through `sums` from block to block of runs, and out with the last.
 template <class S, int V, int M>
 void correlate_tile(const Windows& t, const Conv2dOperands<S>& o, int64_t row0, const SeenRuns<Sum<S>>& runs,
-                    const Pixel<S>* pixels, int64_t count, bool first, bool last, Sum<S>* copies, Sum<S>* sums) {
+                    const Pixel<S>* pixels, int64_t count, bool first, bool last, bool past, Sum<S>* copies,
+                    Sum<S>* sums) {
   using T = Sum<S>;
   constexpr int64_t L = kLanes<T>;
   const T* a[kMostRuns * M];
@@ -185,10 +187,14 @@ void correlate_tile(const Windows& t, const Conv2dOperands<S>& o, int64_t row0, 
   const T* bias[M];
   for (int64_t m = 0; m < M; ++m) to[m] = tile + m * V * L;
   if constexpr (std::is_same_v<S, T>) {
-    if (first && last && left >= V * L) {
+    if (left >= V * L) {
       for (int64_t m = 0; m < count; ++m) to[m] = o.out + pixels[m].out * t.out_channels + channel;
       for (int64_t m = 0; m < M; ++m) bias[m] = o.bias + channel;
-      multiply_tile<T, V, M>(runs.count, runs.lengths, a, 1, runs.weights, to, o.bias ? bias : nullptr);
+      multiply_tile<T, V, M>(runs.count, runs.lengths, a, 1, runs.weights, to,
+                             !first   ? to
+                             : o.bias ? bias
+                                      : nullptr,
+                             V * L, first && last && past);
       return;
     }
   }
@@ -211,7 +217,7 @@ void correlate_tile(const Windows& t, const Conv2dOperands<S>& o, int64_t row0, 
 /// The produced channels [row0, row0 + V vectors) of some pixels.
 template <class S, int V>
 void correlate_panel(const Windows& t, const Conv2dOperands<S>& o, int64_t row0, const Pixel<S>* pixels,
-                     const Alike* sorts, int64_t kinds, Sum<S>* workspace) {
+                     const Alike* sorts, int64_t kinds, bool past, Sum<S>* workspace) {
   using T = Sum<S>;
   constexpr int64_t M = kRows<V>, L = kLanes<T>, kDepth = kWeights<T> / (V * L);
   static_assert(kDepth >= kShortRow && kTileMultiple % M == 0);
@@ -245,7 +251,7 @@ void correlate_panel(const Windows& t, const Conv2dOperands<S>& o, int64_t row0,
       for (int64_t p = sorts[k].first; p < sorts[k].last;) {
         const int64_t left = sorts[k].last - p;
         const auto go = [&](auto rows) {
-          correlate_tile<S, V, rows>(t, o, row0, runs_seen, pixels + p, smaller(left, rows), first, last, copies,
+          correlate_tile<S, V, rows>(t, o, row0, runs_seen, pixels + p, smaller(left, rows), first, last, past, copies,
                                      sums + p * V * L);
         };
         if (left > M / 2) {
@@ -260,7 +266,70 @@ void correlate_panel(const Windows& t, const Conv2dOperands<S>& o, int64_t row0,
   } while (i < runs.count);
 }
 
-/// Tasks are numbered (group, class, block of pixels, panel of channels).
+/// Whether output pixel p sees input pixel p and no other, for all p.
+static bool is_flat(const Windows& t) {
+  return t.h.taps * t.w.taps == 1 && t.pixels() == t.h.in_size * t.w.in_size &&
+         t.pixels() == t.out_height * t.out_width && t.h.offset0 == 0 && t.w.offset0 == 0;
+}
+
+/// correlate_panel() for pixels [first, first + count) that are flat: their addresses are multiples.
+template <class T, int V>
+void correlate_flat(const Windows& t, const Conv2dOperands<T>& o, int64_t row0, int64_t first, int64_t count, bool past,
+                    bool fetch, T* weights) {
+  constexpr int64_t M = kRows<V>, L = kLanes<T>, kDepth = kWeights<T> / (V * L);
+  const int64_t channel = t.out_channel0 + row0, left = t.rows - row0;
+  const int64_t piece = ceil_div(t.channels, ceil_div(t.channels, kDepth));
+  const T* x = o.a + first * t.in_channels + t.in_channel0;
+  T* y = o.out + first * t.out_channels + channel;
+  alignas(64) T rest[M * V * L] = {};  // what has no place in y
+  for (int64_t c = 0; c < t.channels; c += piece) {
+    const int64_t depth = smaller(piece, t.channels - c);
+    const bool last = c + depth == t.channels;
+    pack_weights<T, V>(t, o.b, row0, {0, 0, c, depth, c, true}, weights);
+    const T* const columns = weights;
+    const auto tile = [&](int64_t p, auto rows) {
+      const T *a[rows], *bias[rows];
+      T* to[rows];
+      const int64_t inside = smaller(rows, count - p);
+      for (int64_t m = 0; m < rows; ++m) {
+        a[m] = x + (p + smaller(m, inside - 1)) * t.in_channels + c;
+        to[m] = left >= V * L && m < inside ? y + (p + m) * t.out_channels : rest + m * V * L;
+        bias[m] = o.bias + channel;
+      }
+      if (left >= V * L) {
+        multiply_tile<T, V, rows>(1, &depth, a, 1, &columns, to,
+                                  c > 0    ? to
+                                  : o.bias ? bias
+                                           : nullptr,
+                                  V * L, past && depth == t.channels && inside == rows,
+                                  fetch ? rows * t.in_channels : 0);
+        return;
+      }
+      multiply_tile<T, V, rows>(1, &depth, a, 1, &columns, to, nullptr);
+      for (int64_t m = 0; m < inside; ++m)
+        for (int64_t j = 0; j < left; j += L) {
+          T* const out = y + (p + m) * t.out_channels + j;
+          const int64_t lanes = smaller(L, left - j);
+          Vec<T> v = load(to[m] + j);
+          if (c > 0) v = load_first(out, lanes) + v;
+          if (last && o.bias) v = v + load_first(o.bias + channel + j, lanes);
+          store_first(out, v, lanes);
+        }
+    };
+    for (int64_t p = 0; p < count;) {
+      if (count - p > M / 2) {
+        tile(p, std::integral_constant<int, int(M)>());
+        p += M;
+      } else {
+        tile(p, std::integral_constant<int, int(M) / 2>());
+        p += M / 2;
+      }
+    }
+  }
+}
+
+/// Tasks are numbered (group, block of pixels, panel of channels, class): classes have unlike numbers of taps, and each
+/// thread should get of all. Their number is even if there are several blocks.
 template <class T>
 struct Tasks {
   int64_t classes, blocks, pixels, total;
@@ -269,31 +338,71 @@ struct Tasks {
       : classes(cpu::CNNOPS_ISA::classes(g, pass)), panels((pass == Pass::forward ? g.k : g.c) / g.groups) {
     const int64_t most = g.n * make_windows(g, pass, 0, 0).pixels();  // class 0 has the most outputs
     const int64_t others = g.groups * classes * panels.count;
-    pixels = round_up(smaller(larger(most * others / kGoodTasks, kFewPixels), kMostPixels), kTileMultiple);
-    blocks = ceil_div(most, pixels);
-    pixels = round_up(ceil_div(most, larger(blocks, 1)), kTileMultiple);
+    blocks = ceil_div(most, smaller(larger(most * others / kGoodTasks, kFewPixels), kMostPixels));
+    if (blocks > 1 && others % 2 == 1) blocks = round_up(blocks, 2);
+    with_vectors<T>(panels.width,
+                    [&](auto v) { pixels = round_up(ceil_div(most, larger(blocks, 1)), larger(1, kRows<v> / 2)); });
     total = others * blocks;
   }
 };
+
+/// What no tap reaches: the bias, or zero.
+template <class S>
+void fill(const Windows& t, const Conv2dOperands<S>& o, int64_t row0, int64_t rows, const Pixel<S>* pixels,
+          int64_t count, bool past) {
+  constexpr int64_t L = kLanes<Sum<S>>;
+  const S* bias = o.bias ? o.bias + t.out_channel0 + row0 : nullptr;
+  for (int64_t p = 0; p < count; ++p) {
+    S* to = o.out + pixels[p].out * t.out_channels + t.out_channel0 + row0;
+    for (int64_t j = 0; j < rows; j += L) {
+      const int64_t lanes = smaller(L, rows - j);
+      const Vec<Sum<S>> v = bias ? load_first(bias + j, lanes) : Vec<Sum<S>>{};
+      if constexpr (std::is_same_v<S, Sum<S>>) {
+        if (past && lanes == L) {
+          store_past_cache(to + j, v);
+          continue;
+        }
+      }
+      store_first(to + j, v, lanes);
+    }
+  }
+}
 
 template <class S, Pass pass>
 void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace, int64_t begin, int64_t end) {
   using T = Sum<S>;
   const Tasks<T> tasks(g, pass);
+  const int64_t out_channels = pass == Pass::forward ? g.k : g.c;
+  const int64_t* size = pass == Pass::forward ? g.out : g.in;
+  const bool large = past_cache(o.out, g.n * size[0] * size[1] * out_channels) && out_channels % kLanes<T> == 0;
+  const int64_t* in_size = pass == Pass::forward ? g.in : g.out;
+  const int64_t inputs = g.n * in_size[0] * in_size[1] * (pass == Pass::forward ? g.c : g.k);
+  const bool fetch = inputs * int64_t(sizeof(S)) > kMuchInput;
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t row0 = task % tasks.panels.count * tasks.panels.width;
-    const int64_t first = task / tasks.panels.count % tasks.blocks * tasks.pixels;
-    const int64_t cls = task / tasks.panels.count / tasks.blocks;
-    const Windows t = make_windows(g, pass, cls / tasks.classes, cls % tasks.classes);
+    const int64_t cls = task % tasks.classes, row0 = task / tasks.classes % tasks.panels.count * tasks.panels.width;
+    const int64_t block = task / tasks.classes / tasks.panels.count, first = block % tasks.blocks * tasks.pixels;
+    const Windows t = make_windows(g, pass, block / tasks.blocks, cls);
     const int64_t count = smaller(tasks.pixels, g.n * t.pixels() - first);
+    const int64_t rows = smaller(tasks.panels.width, t.rows - row0);
     if (count <= 0) continue;  // a smaller class than class 0
+    const bool past = large && (t.out_channel0 + row0) % kLanes<T> == 0;
+    if constexpr (std::is_same_v<S, T>) {
+      if (is_flat(t)) {
+        with_vectors<T>(rows, [&](auto v) { correlate_flat<T, v>(t, o, row0, first, count, past, fetch, workspace); });
+        continue;
+      }
+    }
     Pixel<S> found[kMostPixels], pixels[kMostPixels];
-    Alike sorts[kMostPixels];
     find_pixels(t, o.a, first, count, found);
+    if (t.h.taps * t.w.taps == 0) {
+      fill(t, o, row0, rows, found, count, past);
+      continue;
+    }
+    Alike sorts[kMostPixels];
     const int64_t kinds = sort_pixels(t, found, count, pixels, sorts);
-    with_vectors<T>(smaller(tasks.panels.width, t.rows - row0),
-                    [&](auto v) { correlate_panel<S, v>(t, o, row0, pixels, sorts, kinds, workspace); });
+    with_vectors<T>(rows, [&](auto v) { correlate_panel<S, v>(t, o, row0, pixels, sorts, kinds, past, workspace); });
   }
+  stores_done();
 }
 
 // ---- the row of the table ----

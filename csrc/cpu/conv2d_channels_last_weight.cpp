@@ -4,8 +4,13 @@
 //
 // The tile of conv2d_channels_last.cpp makes it in one of two ways.
 //
-// By windows: the rows of a tile are output channels, its vectors lie along r, the steps go through blocks of 128 pixels,
-// whose windows are copied. A task is a block of output channels x a panel of the filter.
+// By taps: what all pixels see through one tap is x again, moved and cut off at its border. So for each tap gw is the
+// product of two matrices, pixels x output channels and pixels x input channels, which lie in memory ready for the tile:
+// its rows are channels of one, its vectors channels of the other, the steps go through pixels. For a 1x1 kernel nothing
+// is copied; otherwise the pixels that see through the tap are put together in blocks, and what would see the border is
+// not there to be multiplied. (Where channels are few, or the border shows pixels, whole windows are copied instead.)
+// A task is a block of the product. If such blocks would be few and pixels are many, the sums are made in parts, each a
+// task of its own, that are added up in their order at the end.
 //
 // By rows, where channels are few and a row of pixels is not short: windows of neighbours overlap, and most of a copy
 // would be copied again. So the rows of a tile are numbers of the filter, its vectors output channels, and the steps go
@@ -13,90 +18,234 @@
 // KH lines of x under a row of gy are copied, once for all r, with their border. A task is a panel of output channels x
 // some numbers of the filter.
 //
-// Sums are made for each block of pixels, or row of them, from a fresh zero and added in order. Zeros of the border are
-// multiplied: an infinite or NaN gradient gives NaN there, where plain loops would skip it.
+// Sums are made for each block of pixels, or row of them, from a fresh zero and added in order. Zeros of a border that is
+// copied are multiplied: an infinite or NaN gradient gives NaN there, where plain loops would skip it.
 #include "channels_last_tile.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
 
 constexpr int64_t kFewTasks = 4;
-constexpr int64_t kBlockRows = 144, kBlockPixels = 128;  // output channels of a task, pixels of a block
 
-// ---- by windows ----
+// ---- by taps ----
 
-/// Tasks are numbered (group, block of output channels, panel of the filter).
+constexpr int64_t kBlockRows = 256, kBlockPixels = 160;  // of a task, of a block that is summed from a fresh zero
 template <class T>
-struct WeightTasks {
-  int64_t rows, blocks, filter, total;
-  Panels<T> panels;
-  explicit WeightTasks(const Conv2dGeometry& g) : filter(g.c / g.groups * g.kernel[0] * g.kernel[1]), panels(filter) {
-    const int64_t k_group = g.k / g.groups;
-    blocks = ceil_div(k_group, kBlockRows);
-    rows = ceil_div(k_group, blocks);
-    blocks = ceil_div(k_group, rows);
-    for (int most = kMostVectors - 1; most > 0 && g.groups * blocks * panels.count < kFewTasks; --most)
-      panels = Panels<T>(filter, most);
-    total = g.groups * blocks * panels.count;
+constexpr int64_t kBlockColumns = 16 * kLanes<T>;
+constexpr int64_t kGoodTasks = 16, kMostParts = 16;
+constexpr int64_t kPartPixels = 512, kPartNumbers = 1 << 19;  // of a part at least; of all parts together at most
+constexpr int64_t kSomeTasks = 12, kSomeChannels = 128;       // blocks are cut for these down to those
+
+/// Tasks are numbered (group, tap, block of rows, block of columns, part).
+template <class T>
+struct Products {
+  bool by_tap, turned;          // turned: rows are input channels, columns output channels
+  int64_t taps, rows, columns;  // of a product
+  int64_t block_rows, row_blocks, block_columns, column_blocks;
+  int64_t panel;  // columns of a tile
+  int64_t parts, total;
+
+  explicit Products(const Conv2dGeometry& g) {
+    constexpr int64_t L = kLanes<T>;
+    const int64_t c_group = g.c / g.groups, kernel = g.kernel[0] * g.kernel[1];
+    by_tap = kernel == 1 || c_group >= 3 * L;
+    taps = by_tap ? kernel : 1;
+    rows = g.k / g.groups;
+    columns = by_tap ? c_group : kernel * c_group;
+    turned = by_tap && g.border == Border::zeros && columns < rows && columns < 4 * L;
+    if (turned) std::swap(rows, columns);
+
+    const int64_t all = ceil_div(columns, L);
+    int64_t vectors = smaller(all, kMostVectors);
+    for (int64_t v = vectors - 1; v > 1; --v)
+      if (round_up(all, v) < round_up(all, vectors)) vectors = v;
+    panel = vectors * L;
+    const auto cut = [&](int64_t most_rows, int64_t most_columns) {
+      row_blocks = ceil_div(rows, most_rows);
+      block_rows = ceil_div(rows, row_blocks);
+      row_blocks = ceil_div(rows, block_rows);
+      const int64_t panels = ceil_div(columns, panel), most = larger(1, most_columns / panel);
+      block_columns = ceil_div(panels, ceil_div(panels, most)) * panel;
+      column_blocks = ceil_div(columns, block_columns);
+      total = g.groups * taps * row_blocks * column_blocks * parts;
+    };
+    parts = 1;
+    cut(kBlockRows, kBlockColumns<T>);
+    const int64_t pixels = g.n * g.out[0] * g.out[1], numbers = g.k * c_group * kernel;
+    while (parts < kMostParts && total < kGoodTasks && pixels >= 2 * parts * kPartPixels &&
+           2 * parts * numbers <= kPartNumbers) {
+      parts *= 2;
+      total *= 2;
+    }
+    const auto cut_down = [&](int64_t tasks, int64_t least) {
+      while (total < tasks && (block_columns > larger(panel, least) || block_rows > larger(kMostRows, least))) {
+        if (block_columns > panel && block_columns >= block_rows)
+          cut(block_rows, block_columns / 2);
+        else
+          cut(ceil_div(block_rows, 2), block_columns);
+      }
+    };
+    cut_down(kSomeTasks, kSomeChannels);
+    cut_down(kFewTasks, 0);
   }
 };
 
 template <class T>
-constexpr int64_t kWeightWorkspace =
-    kBlockPixels * (kBlockRows + kMostVectors * kLanes<T>)+kBlockRows * kMostVectors * kLanes<T>;
+constexpr int64_t kProductWorkspace =
+    kBlockPixels * (kBlockRows + kBlockColumns<T>)+(kBlockRows + kMostRows) * kBlockColumns<T>;
 
-/// The weights [k0, k0 + rows) x [r0, r0 + columns) of a group.
+/// Only the outputs that see the image through one tap, and only that tap.
+static void narrow(Axis& axis, int64_t tap, Border border) {
+  axis.offset0 += tap * axis.offset_step;
+  axis.k0 = tap;
+  axis.taps = 1;
+  if (border != Border::zeros) return;
+  const int64_t begin = axis.offset0 >= 0 ? 0 : ceil_div(-axis.offset0, axis.in_step);
+  const int64_t last = axis.in_size - 1 - axis.offset0;
+  axis.count = larger(0, smaller(axis.count, last < 0 ? 0 : last / axis.in_step + 1) - begin);
+  axis.first = begin;
+  axis.offset0 += begin * axis.in_step;
+}
+
+/// A task's block of a product, and the pixels of its part.
+struct Block {
+  int64_t row0, rows, column0, columns;
+  int64_t first, last;
+};
+
+/// Numbers of pixels, `step` from one pixel to the next: a side of a product.
+template <class T>
+struct Side {
+  const T* from;
+  int64_t step;
+};
+
+/// sums[row][column], rows `pitch` apart, of a block: V vectors of columns at a time.
 template <class S, int V>
-void grad_weight_panel(const Conv2dGeometry& g, const Windows& t, const Conv2dOperands<S>& o, int64_t k0, int64_t rows,
-                       int64_t r0, int64_t columns, Sum<S>* workspace) {
+void sum_block(const Conv2dGeometry& g, const Windows& t, const Conv2dOperands<S>& o, bool by_tap, bool turned,
+               const Block& block, Sum<S>* workspace, Sum<S>* sums) {
   using T = Sum<S>;
-  constexpr int64_t M = kRows<V>, L = kLanes<T>, kPixels = kBlockPixels;
-  T *grads = workspace, *windows = grads + kPixels * kBlockRows, *sums = windows + kPixels * V * L;
-  const int64_t row = t.w.taps * t.channels, first_row = r0 / row, last_row = (r0 + columns - 1) / row;
-  const int64_t padded = round_up(rows, M);
-  for (int64_t i = 0; i < kPixels * kBlockRows; ++i) grads[i] = 0;
-  for (int64_t i = 0; i < kPixels * V * L; ++i) windows[i] = 0;
-  for (int64_t i = 0; i < padded * V * L; ++i) sums[i] = 0;
+  constexpr int64_t M = kRows<V>, L = kLanes<T>, kPanel = V * L;
+  const int64_t pitch = round_up(block.columns, kPanel);
+  const int64_t x0 = turned ? block.row0 : block.column0, xs = turned ? block.rows : block.columns;
+  const int64_t gy0 = turned ? block.column0 : block.row0, gys = turned ? block.columns : block.rows;
+  const int64_t x_pitch = turned ? block.rows : pitch, gy_pitch = turned ? pitch : block.rows;
 
-  const int64_t all = g.n * t.pixels();
-  for (int64_t p0 = 0; p0 < all; p0 += kPixels) {
-    const int64_t count = smaller(kPixels, all - p0);
-    Pixel<S> pixels[kPixels];
-    find_pixels(t, o.b, p0, count, pixels);
-    for (int64_t p = 0; p < count; ++p)
-      copy_numbers(o.a + (p0 + p) * g.k + t.out_channel0 + k0, rows, grads + p * kBlockRows);
-    for (int64_t th = first_row; th <= last_row; ++th) {
-      const int64_t begin = larger(r0, th * row), end = smaller(r0 + columns, (th + 1) * row);
-      const Run run = make_run(t, th, begin - th * row, end - th * row);
-      for (int64_t p = 0; p < count; ++p) copy_run(t, pixels[p], run, windows + p * V * L + begin - r0);
+  // A side that is a matrix in memory already is read where it stands.
+  const bool all_outputs = std::is_same_v<S, T> && t.pixels() == g.out[0] * g.out[1];
+  const bool gy_stands = all_outputs && (!turned || t.out_channel0 + gy0 + pitch <= g.k);
+  const bool x_stands = all_outputs && by_tap && g.stride[0] * g.stride[1] == 1 && t.pixels() == g.in[0] * g.in[1] &&
+                        t.border == Border::zeros && (turned || t.in_channel0 + x0 + pitch <= g.c);
+  T *gy_copy = workspace, *x_copy = gy_copy + kBlockPixels * gy_pitch;
+
+  if (block.first == block.last) {
+    for (int64_t i = 0; i < block.rows * pitch; i += L) store(sums + i, Vec<T>{});
+  }
+  for (int64_t p0 = block.first, count; p0 < block.last; p0 += count) {
+    count = ceil_div(block.last - p0, ceil_div(block.last - p0, kBlockPixels));
+    Side<T> gy{gy_copy, gy_pitch}, x{x_copy, x_pitch};
+    Pixel<S> pixels[kBlockPixels];
+    if (!gy_stands || !x_stands) find_pixels(t, o.b, p0, count, pixels);
+    if constexpr (std::is_same_v<S, T>) {
+      if (gy_stands) gy = {o.a + p0 * g.k + t.out_channel0 + gy0, g.k};
+      if (x_stands) x = {o.b + p0 * g.c + t.in_channel0 + x0, g.c};
     }
-    for (int64_t k = 0; k < rows; k += M) {
-      const T *a[M], *b = windows;
-      T* to[M];
-      for (int64_t m = 0; m < M; ++m) {
-        a[m] = grads + k + m;
-        to[m] = sums + (k + m) * V * L;
+    for (int64_t p = 0; p < count && !gy_stands; ++p)
+      copy_numbers(o.a + pixels[p].out * g.k + t.out_channel0 + gy0, gys, gy_copy + p * gy_pitch);
+    if (!x_stands) {
+      const int64_t row = t.w.taps * t.channels;
+      for (int64_t th = x0 / row; th <= (x0 + xs - 1) / row; ++th) {
+        const int64_t begin = larger(x0, th * row), end = smaller(x0 + xs, (th + 1) * row);
+        const Run run = make_run(t, th, begin - th * row, end - th * row);
+        for (int64_t p = 0; p < count; ++p) copy_run(t, pixels[p], run, x_copy + p * x_pitch + begin - x0);
       }
-      multiply_tile<T, V, int(M)>(1, &count, a, kBlockRows, &b, to, to);
+    }
+
+    const Side<T> left = turned ? x : gy, right = turned ? gy : x;
+    for (int64_t j = 0; j < block.columns; j += kPanel) {
+      const T* b = right.from + j;
+      const auto tile = [&](int64_t r, auto rows) {
+        const T* a[rows];
+        T* to[rows];
+        for (int64_t m = 0; m < rows; ++m) {
+          a[m] = left.from + smaller(r + m, block.rows - 1);
+          to[m] = sums + (r + m) * pitch + j;
+        }
+        multiply_tile<T, V, rows>(1, &count, a, left.step, &b, to, p0 == block.first ? nullptr : to, right.step);
+      };
+      for (int64_t r = 0; r < block.rows;) {
+        if (block.rows - r > M / 2) {
+          tile(r, std::integral_constant<int, int(M)>());
+          r += M;
+        } else {
+          tile(r, std::integral_constant<int, int(M) / 2>());
+          r += M / 2;
+        }
+      }
     }
   }
-  for (int64_t k = 0; k < rows; ++k) {
-    S* out = o.out + t.weight0 + (k0 + k) * t.weight_row + r0;
-    for (int64_t j = 0; j < columns; j += L) store_first(out + j, load(sums + k * V * L + j), smaller(L, columns - j));
+}
+
+/// to[row*step + column] = from[row*pitch + column]; turned, to[column*step + row].
+template <class T, class R>
+void put_block(const T* from, int64_t pitch, int64_t rows, int64_t columns, bool turned, int64_t step, R* to) {
+  constexpr int64_t L = kLanes<T>;
+  for (int64_t r = 0; r < rows; r += turned ? L : 1)
+    for (int64_t j = 0; j < columns; j += L) {
+      const int64_t lanes = smaller(L, columns - j), down = smaller(L, rows - r);
+      if (!turned) {
+        store_first(to + r * step + j, load(from + r * pitch + j), lanes);
+        continue;
+      }
+      Vec<T> square[L];
+      for (int64_t i = 0; i < L; ++i) square[i] = i < down ? load(from + (r + i) * pitch + j) : Vec<T>{};
+      transpose<T>(square);
+      for (int64_t i = 0; i < lanes; ++i) store_first(to + (j + i) * step + r, square[i], down);
+    }
+}
+
+template <class S>
+void grad_weight_by_taps(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace, int64_t begin,
+                         int64_t end) {
+  using T = Sum<S>;
+  const Products<T> all(g);
+  T* sums = workspace + kBlockPixels * (kBlockRows + kBlockColumns<T>);
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t part = task % all.parts, columns = task / all.parts % all.column_blocks;
+    const int64_t rows = task / all.parts / all.column_blocks % all.row_blocks;
+    const int64_t product = task / all.parts / all.column_blocks / all.row_blocks, tap = product % all.taps;
+    Windows t = make_windows(g, Pass::grad_weight, product / all.taps, 0);
+    if (all.by_tap) {
+      narrow(t.h, tap / g.kernel[1], g.border);
+      narrow(t.w, tap % g.kernel[1], g.border);
+    }
+    const int64_t row0 = rows * all.block_rows, column0 = columns * all.block_columns, pixels = g.n * t.pixels();
+    const Block block{row0,
+                      smaller(all.block_rows, all.rows - row0),
+                      column0,
+                      smaller(all.block_columns, all.columns - column0),
+                      pixels * part / all.parts,
+                      pixels * (part + 1) / all.parts};
+    with_vectors<T>(all.panel,
+                    [&](auto v) { sum_block<S, v>(g, t, o, all.by_tap, all.turned, block, workspace, sums); });
+    const int64_t at = t.weight_of(0, 0) + (all.turned ? column0 : row0) * t.weight_row + (all.turned ? row0 : column0);
+    const int64_t pitch = round_up(block.columns, all.panel), numbers = g.k * t.weight_row;
+    if (all.parts == 1) {
+      put_block(sums, pitch, block.rows, block.columns, all.turned, t.weight_row, o.out + at);
+    } else {
+      put_block(sums, pitch, block.rows, block.columns, all.turned, t.weight_row, o.parts + part * numbers + at);
+    }
   }
 }
 
 template <class S>
-void grad_weight_by_windows(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace, int64_t begin,
-                            int64_t end) {
-  using T = Sum<S>;
-  const WeightTasks<T> tasks(g);
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t r0 = task % tasks.panels.count * tasks.panels.width;
-    const int64_t k0 = task / tasks.panels.count % tasks.blocks * tasks.rows;
-    const Windows t = make_windows(g, Pass::grad_weight, task / tasks.panels.count / tasks.blocks, 0);
-    const int64_t rows = smaller(tasks.rows, t.rows - k0), columns = smaller(tasks.panels.width, tasks.filter - r0);
-    with_vectors<T>(columns, [&](auto v) { grad_weight_panel<S, v>(g, t, o, k0, rows, r0, columns, workspace); });
+void add_parts(const Sum<S>* parts, int64_t count, int64_t numbers, S* out, int64_t begin, int64_t end) {
+  constexpr int64_t L = kLanes<Sum<S>>;
+  for (int64_t i = begin; i < end; i += L) {
+    const int64_t lanes = smaller(L, end - i);
+    Vec<Sum<S>> sum = load_first(parts + i, lanes);
+    for (int64_t part = 1; part < count; ++part) sum += load_first(parts + part * numbers + i, lanes);
+    store_first(out + i, sum, lanes);
   }
 }
 
@@ -123,7 +272,9 @@ struct RowTasks {
 
 template <class T>
 bool by_rows(const Conv2dGeometry& g) {
-  if (g.groups != 1 || g.c < 1 || g.k < 1 || g.c > kFewChannels || g.out[1] < kShortestRow) return false;
+  if (g.groups != 1 || g.kernel[0] * g.kernel[1] == 1 || g.c < 1 || g.k < 1 || g.c > kFewChannels ||
+      g.out[1] < kShortestRow)
+    return false;
   const RowTasks<T> tasks(g);
   return tasks.filter <= kMostNumbers && g.kernel[0] * tasks.line <= kMostLines;
 }
@@ -217,11 +368,12 @@ void grad_weight_by_rows(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Su
 template <class S>
 Conv2dRun<S> channels_last_grad_weight() {
   using T = Sum<S>;
-  return {[](const Conv2dGeometry& g) { return by_rows<T>(g) ? RowTasks<T>(g).total : WeightTasks<T>(g).total; },
-          [](const Conv2dGeometry& g) { return by_rows<T>(g) ? kRowWorkspace<T> : kWeightWorkspace<T>; },
+  return {[](const Conv2dGeometry& g) { return by_rows<T>(g) ? RowTasks<T>(g).total : Products<T>(g).total; },
+          [](const Conv2dGeometry& g) { return by_rows<T>(g) ? kRowWorkspace<T> : kProductWorkspace<T>; },
           [](const Conv2dGeometry& g, const Conv2dOperands<S>& o, T* workspace, int64_t begin, int64_t end) {
-            (by_rows<T>(g) ? grad_weight_by_rows<S> : grad_weight_by_windows<S>)(g, o, workspace, begin, end);
-          }};
+            (by_rows<T>(g) ? grad_weight_by_rows<S> : grad_weight_by_taps<S>)(g, o, workspace, begin, end);
+          },
+          [](const Conv2dGeometry& g) { return by_rows<T>(g) ? 1 : Products<T>(g).parts; }, add_parts<S>};
 }
 
 template Conv2dRun<float> channels_last_grad_weight();

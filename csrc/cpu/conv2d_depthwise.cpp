@@ -1,6 +1,6 @@
 // Convolution in many small groups: vectors along the channels of channels_last tensors. (One filter per channel has
-// files of its own: conv2d_depthwise_channels_last.cpp and conv2d_depthwise_contiguous.cpp. The row `depthwise` of the
-// table is made of the three.)
+// files of its own: conv2d_depthwise_channels_last.cpp, conv2d_depthwise_contiguous.cpp and conv2d_depthwise_small.cpp. The
+// row `depthwise` of the table is made of the four.)
 //
 //   y[p, k]          = bias[k] + sum over (tap, j) of x[pixel of (p, tap), (group of k) + j] * w[k, tap, j]
 //   gw[k, tap, j]    =           sum over p        of x[pixel of (p, tap), (group of k) + j] * gy[p, k]
@@ -347,24 +347,25 @@ Conv2dAlgorithm<Conv2dRun<S>> small_groups() {
           {weight_tasks<Sum<S>>, [](const Conv2dGeometry&) { return kWeightWorkspace<Sum<S>>; }, grad_weight<S>}};
 }
 
-/// Three files, and one row.
+/// Four files, and one row.
 template <class S>
 struct Depthwise {
   using Row = Conv2dAlgorithm<Conv2dRun<S>>;
 
-  static const Row& of(const Conv2dGeometry& g) {
-    static const Row contiguous = depthwise_contiguous<S>(), channels_last = depthwise_channels_last<S>(),
-                     groups = small_groups<S>();
-    if (g.layout == Layout::contiguous) return contiguous;
+  static const Row& of(const Conv2dGeometry& g, Pass pass) {
+    static const Row contiguous = depthwise_contiguous<S>(), small = depthwise_small<S>(),
+                     channels_last = depthwise_channels_last<S>(), groups = small_groups<S>();
+    if (g.layout == Layout::contiguous)
+      return contiguous.refuses(g, pass) || small.refuses(g, pass) ? contiguous : small;
     return g.c == g.groups && g.k == g.groups ? channels_last : groups;
   }
 
-  template <Conv2dRun<S> Row::* pass>
+  template <Pass pass>
   static Conv2dRun<S> run() {
-    return {[](const Conv2dGeometry& g) { return (of(g).*pass).tasks(g); },
-            [](const Conv2dGeometry& g) { return (of(g).*pass).workspace(g); },
+    return {[](const Conv2dGeometry& g) { return of(g, pass).run(pass).tasks(g); },
+            [](const Conv2dGeometry& g) { return of(g, pass).run(pass).workspace(g); },
             [](const Conv2dGeometry& g, const Conv2dOperands<S>& operands, Sum<S>* workspace, int64_t begin,
-               int64_t end) { (of(g).*pass).run(g, operands, workspace, begin, end); }};
+               int64_t end) { of(g, pass).run(pass).run(g, operands, workspace, begin, end); }};
   }
 };
 
@@ -372,13 +373,12 @@ struct Depthwise {
 
 template <class S>
 Conv2dAlgorithm<Conv2dRun<S>> conv2d_depthwise() {
-  using Row = Conv2dAlgorithm<Conv2dRun<S>>;
   return {"depthwise",
           "one filter per channel, or few; in channels_last also many small groups",
-          [](const Conv2dGeometry& g, Pass pass) { return Depthwise<S>::of(g).refuses(g, pass); },
-          Depthwise<S>::template run<&Row::forward>(),
-          Depthwise<S>::template run<&Row::grad_input>(),
-          Depthwise<S>::template run<&Row::grad_weight>()};
+          [](const Conv2dGeometry& g, Pass pass) { return Depthwise<S>::of(g, pass).refuses(g, pass); },
+          Depthwise<S>::template run<Pass::forward>(),
+          Depthwise<S>::template run<Pass::grad_input>(),
+          Depthwise<S>::template run<Pass::grad_weight>()};
 }
 
 template Conv2dAlgorithm<Conv2dRun<float>> conv2d_depthwise();

@@ -11,5 +11,8 @@ Conv2dAlgorithm<Conv2dRun<S>> depthwise_channels_last();
 /// One or several filters per channel, contiguous.
 template <class S>
 Conv2dAlgorithm<Conv2dRun<S>> depthwise_contiguous();
+/// One filter per channel, contiguous, of small images; of what depthwise_contiguous() accepts.
+template <class S>
+Conv2dAlgorithm<Conv2dRun<S>> depthwise_small();
 
 }  // namespace cnnops::cpu::CNNOPS_ISA

@@ -210,7 +210,11 @@ Conv2dAlgorithm<Conv2dRun<S>> conv2d_few_channels() {
           refuses,
           y,
           y,
-          few_channels_grad_weight<S>()};
+          few_channels_grad_weight<S>(),
+          true,
+          [](const Conv2dGeometry& g, Pass pass) {  // of windows far apart, so much is copied that `im2col` is faster
+            return pass == Pass::grad_weight && g.layout == Layout::contiguous && g.stride[1] > 2;
+          }};
 }
 
 template Conv2dAlgorithm<Conv2dRun<float>> conv2d_few_channels();

@@ -12,7 +12,7 @@
 // multiply-adds whatever the image's width, and each packed value is used for 128 output channels. Where there are few
 // channels the packing costs more than it saves.
 //
-// A task is one block of the result, 128 channels x 384 pixels (or x 384 weights of a filter). Zeros are multiplied
+// A task is one block of the result, 128 channels x 384 pixels at most (or x 384 weights of a filter). Zeros are multiplied
 // where a window hangs over a border of zeros: an infinite or NaN weight gives NaN there, where plain loops would skip
 // it. Refuses channels_last.
 #include "correlate.h"
@@ -37,17 +37,27 @@ struct Segment {
   int64_t n, i, j, count, panel, lane;
 };
 
+constexpr int64_t kGoodTasks = 16, kGoodColumns = 192;
+
+/// Blocks of the result. Those of columns are of one size, or the thread that got the small ones would wait.
 struct Blocks {
-  int64_t rows, columns, per_class, tasks;
+  int64_t rows, columns, size, per_class, tasks;  // `columns` blocks of `size` columns
 };
 
+template <class T>
 Blocks correlation_blocks(const Conv2dGeometry& g, Pass pass) {
   const Correlation t = make_correlation(g, pass, 0, 0, 0);  // class 0 has the most outputs
+  const int64_t pixels = g.n * t.h.count * t.w.count;
+  const int64_t products = g.groups * axis_classes(g, pass, 0) * axis_classes(g, pass, 1);
   Blocks b;
   b.rows = ceil_div(t.rows, kBlockRows);
-  b.columns = ceil_div(g.n * t.h.count * t.w.count, kBlockColumns);
+  b.columns = ceil_div(pixels, kBlockColumns);
+  const int64_t wanted = ceil_div(kGoodTasks, larger(1, products * b.rows));
+  b.columns = larger(b.columns, smaller(wanted, pixels / kGoodColumns));
+  b.size = round_up(ceil_div(pixels, larger(1, b.columns)), kLanes<T>);
+  b.columns = b.size == 0 ? 0 : ceil_div(pixels, b.size);
   b.per_class = b.rows * b.columns;
-  b.tasks = g.groups * axis_classes(g, pass, 0) * axis_classes(g, pass, 1) * b.per_class;
+  b.tasks = products * b.per_class;
   return b;
 }
 
@@ -127,15 +137,16 @@ template <class S, Pass pass>
 void correlate(const Conv2dGeometry& shape, const Conv2dOperands<S>& o, Sum<S>* workspace, int64_t begin, int64_t end) {
   using T = Sum<S>;
   const Conv2dGeometry g = flattened(shape);
-  const Blocks blocks = correlation_blocks(g, pass);
+  const Blocks blocks = correlation_blocks<T>(g, pass);
   const int64_t classes_h = axis_classes(g, pass, 0), classes_w = axis_classes(g, pass, 1);
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t block = task % blocks.per_class, cls = task / blocks.per_class;
-    const Correlation t =
-        make_correlation(g, pass, cls / (classes_h * classes_w), cls / classes_w % classes_h, cls % classes_w);
+    // Classes have unlike numbers of taps, and each thread should get of all: they stand innermost.
+    const int64_t cls = task % (classes_h * classes_w), block = task / (classes_h * classes_w) % blocks.per_class;
+    const int64_t group = task / (classes_h * classes_w) / blocks.per_class;
+    const Correlation t = make_correlation(g, pass, group, cls / classes_w, cls % classes_w);
     const int64_t pixels = t.h.count * t.w.count;
     const int64_t row0 = block % blocks.rows * kBlockRows, rows = smaller(kBlockRows, t.rows - row0);
-    const int64_t p0 = block / blocks.rows * kBlockColumns, columns = smaller(kBlockColumns, g.n * pixels - p0);
+    const int64_t p0 = block / blocks.rows * blocks.size, columns = smaller(blocks.size, g.n * pixels - p0);
     if (columns <= 0) continue;  // a smaller class than class 0
 
     Segment segments[kBlockColumns];
@@ -275,9 +286,9 @@ Conv2dAlgorithm<Conv2dRun<S>> conv2d_im2col() {
   return {"im2col",
           "blocked matrix multiply, the input unfolded block by block; contiguous tensors",
           refuses,
-          {[](const Conv2dGeometry& g) { return correlation_blocks(g, Pass::forward).tasks; }, workspace,
+          {[](const Conv2dGeometry& g) { return correlation_blocks<Sum<S>>(g, Pass::forward).tasks; }, workspace,
            correlate<S, Pass::forward>},
-          {[](const Conv2dGeometry& g) { return correlation_blocks(g, Pass::grad_input).tasks; }, workspace,
+          {[](const Conv2dGeometry& g) { return correlation_blocks<Sum<S>>(g, Pass::grad_input).tasks; }, workspace,
            correlate<S, Pass::grad_input>},
           {[](const Conv2dGeometry& g) { return WeightBlocks<Sum<S>>(g).tasks; }, workspace, grad_weight<S>}};
 }

@@ -20,6 +20,11 @@ struct Conv2dRun {
   int64_t (*tasks)(const Conv2dGeometry&);
   int64_t (*workspace)(const Conv2dGeometry&);  // elements of Sum<S> that each thread wants, aligned to 64 bytes
   void (*run)(const Conv2dGeometry&, const Conv2dOperands<S>&, Sum<S>* workspace, int64_t task_begin, int64_t task_end);
+
+  /// Long sums of few results are made in so many parts, by tasks of their own: `run` leaves each as an array of `numbers`
+  /// in operands.parts, and then they are added up in order. nullptr for one part, which is the result.
+  int64_t (*parts)(const Conv2dGeometry&) = nullptr;
+  void (*add_parts)(const Sum<S>* parts, int64_t count, int64_t numbers, S* out, int64_t begin, int64_t end) = nullptr;
 };
 
 /// The kernels of one instruction set and one type of stored number. Entries are nullptr where there is nothing to

@@ -19,7 +19,9 @@ struct Direct {
     return {[](const Conv2dGeometry& g) { return (of(g).*pass).tasks(g); },
             [](const Conv2dGeometry& g) { return (of(g).*pass).workspace(g); },
             [](const Conv2dGeometry& g, const Conv2dOperands<S>& operands, Sum<S>* workspace, int64_t begin,
-               int64_t end) { (of(g).*pass).run(g, operands, workspace, begin, end); }};
+               int64_t end) { (of(g).*pass).run(g, operands, workspace, begin, end); },
+            [](const Conv2dGeometry& g) { return (of(g).*pass).parts ? (of(g).*pass).parts(g) : 1; },
+            (conv2d_channels_last<S>().*pass).add_parts};
   }
 
   static Row row() {

@@ -13,7 +13,7 @@
 //
 // A sum is one block per channel: each thread adds every 512th element in 4 interleaved sums, and a tree adds up the
 // threads. Which element goes where depends on the shape alone.
-#include "device.h"
+#include "epilogue.h"
 #include "launchers.h"
 
 namespace cnnops::cuda {
@@ -92,26 +92,20 @@ struct ReluBackward {
 template <class S>
 struct Hardtanh {
   Sum<S> low, high;
-  __device__ S operator()(S x, S, Place) const {
-    const Sum<S> here = value(x);
-    return here < low ? rounded<S>(low) : here > high ? rounded<S>(high) : x;
-  }
+  __device__ S operator()(S x, S, Place) const { return clipped(x, low, high); }
 };
 
 template <class S>
 struct HardtanhBackward {
   Sum<S> low, high;
-  __device__ S operator()(S gy, S y, Place) const {
-    const Sum<S> here = value(y);
-    return here <= low || here >= high ? S{} : gy;
-  }
+  __device__ S operator()(S gy, S y, Place) const { return clipped_gradient(gy, y, low, high); }
 };
 
-/// x where kept > 0, a fraction of it elsewhere: leaky_relu forward (both x) and backward.
+/// leaky_relu forward, where both are x, and backward.
 template <class S>
 struct Leaky {
   Sum<S> slope;
-  __device__ S operator()(S x, S kept, Place) const { return value(kept) > 0 ? x : rounded<S>(value(x) * slope); }
+  __device__ S operator()(S x, S kept, Place) const { return leaky(x, kept, slope); }
 };
 
 /// The same with a slope per channel; Index is wide enough for every element. A vector lies within one channel, or, where
@@ -129,7 +123,7 @@ struct ChannelLeaky {
   __device__ S operator()(S x, S kept, Place place) const {
     const Index first = static_cast<Index>(place.first);
     const Index channel = inner == 1 ? first % channels + place.lane : first / inner % channels;
-    return value(kept) > 0 ? x : rounded<S>(value(x) * value(slopes[channel]));
+    return leaky(x, kept, value(slopes[channel]));
   }
 };
 

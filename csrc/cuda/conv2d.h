@@ -49,14 +49,15 @@ struct Beyond {
 };
 
 /// What a pass reads and writes besides the weights: forward x and y, for the gradient of the input gy and gx. The
-/// gradient of the weights sees them as forward does. `h` and `w` say what is beyond x.
+/// gradient of the weights sees them as forward does. `h` and `w` say what is beyond x. An output pixel is of `side` x
+/// `side` results.
 struct Tensors {
   Strides<int> x, y;
   Beyond h, w;
 
-  Tensors(const Conv2dGeometry& g, Pass pass)
+  Tensors(const Conv2dGeometry& g, Pass pass, int side = 1)
       : x(g.layout, g.c, g.in[0], g.in[1]),
-        y(g.layout, g.k, g.out[0], g.out[1]),
+        y(g.layout, g.k, g.out[0] / side, g.out[1] / side),
         h(g.border, g.in[0]),
         w(g.border, g.in[1]) {
     if (pass == Pass::grad_input) std::swap(x, y);

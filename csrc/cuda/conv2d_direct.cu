@@ -20,6 +20,7 @@
 #include <numeric>
 
 #include "conv2d.h"
+#include "epilogue.h"
 #include "launchers.h"
 
 namespace cnnops::cuda {
@@ -62,6 +63,7 @@ __device__ inline void stage(const S* from, const Tensors& tensors, int in_h, in
 }
 
 struct Plan {
+  int side;                                      // of a window of outputs: 2 if they are pooled, else 1
   int tile[2], tiles[2], extent[2], classes[2];  // outputs per tile, tiles per class, inputs per tile
   int chunk, produce_blocks;                     // channels staged at once, blocks of output channels in a group
   int weights_at;                                // where they begin in shared memory
@@ -70,14 +72,16 @@ struct Plan {
 };
 
 template <class T>
-Plan plan_correlation(const Conv2dGeometry& g, Pass pass) {
+Plan plan_correlation(const Conv2dGeometry& g, Pass pass, int side = 1) {
   const Channels channels(g, pass);
   const int produce = produced_at_once(channels.produce);
   Plan plan{};
+  plan.side = side;
   int64_t count[2], taps = 1, tiles = 1;
-  for (int dim = 0; dim < 2; ++dim) count[dim] = make_axis(g, pass, dim, 0).count;
-  const int64_t tile_w = even_tile(count[1], 64);
-  const int64_t tile[2] = {even_tile(count[0], kThreads * kPixels / tile_w), tile_w};
+  for (int dim = 0; dim < 2; ++dim) count[dim] = make_axis(g, pass, dim, 0).count / side * side;
+  // Pooling's tiles are not larger than others, or refuses() would have to know of it.
+  const int64_t tile_w = even_tile(count[1], 64) / side * side;
+  const int64_t tile[2] = {even_tile(count[0], kThreads * kPixels / tile_w) / side * side, tile_w};
   for (int dim = 0; dim < 2; ++dim) {
     const int64_t apart = pass == Pass::forward ? 1 : std::gcd(g.stride[dim], g.dilation[dim]);
     const int64_t taps_here = pass == Pass::forward ? g.kernel[dim] : ceil_div(g.kernel[dim], g.stride[dim] / apart);
@@ -104,7 +108,8 @@ Plan plan_correlation(const Conv2dGeometry& g, Pass pass) {
 
 template <class S, int kProduce>
 __global__ void __launch_bounds__(kThreads, kBlocks<Sum<S>, kProduce>)
-    correlate_kernel(Conv2dGeometry g, Pass pass, Plan plan, Tensors tensors, Conv2dOperands<S> o) {
+    correlate_kernel(Conv2dGeometry g, Pass pass, Plan plan, Tensors tensors, Conv2dOperands<S> o,
+                     Epilogue<S> epilogue) {
   using T = Sum<S>;
   const Channels channels(g, pass);
   T* inputs = shared_memory<T>();
@@ -127,10 +132,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Sum<S>, kProduce>)
     const int first_w = axis_w.offset_step < 0 ? -(axis_w.taps - 1) * axis_w.offset_step : 0;
     const int h0 = oh0 * axis_h.in_step + axis_h.offset0 - first_h;
     const int w0 = ow0 * axis_w.in_step + axis_w.offset0 - first_w;
+    // Windows' pixels are a thread's that are above each other, and neighbouring threads' that are beside each other.
+    const auto row_of = [&](int p) {
+      const int pixel = threadIdx.x + p / plan.side * blockDim.x;
+      return pixel / plan.tile[1] * plan.side + p % plan.side;
+    };
+    const auto column_of = [&](int p) -> int { return (threadIdx.x + p / plan.side * blockDim.x) % plan.tile[1]; };
     int first_of[kPixels];  // the input that a pixel sees through tap 0
     for (int p = 0; p < kPixels; ++p) {
-      const int pixel = threadIdx.x + p * blockDim.x, row = pixel / plan.tile[1], column = pixel % plan.tile[1];
-      const int at = row * axis_h.in_step * plan.extent[1] + column * axis_w.in_step;
+      const int row = row_of(p), at = row * axis_h.in_step * plan.extent[1] + column_of(p) * axis_w.in_step;
       first_of[p] = first_h * plan.extent[1] + first_w + (row < plan.tile[0] ? at : 0);
     }
 
@@ -170,29 +180,47 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Sum<S>, kProduce>)
     }
 
     const int out_channel0 = group * channels.produce + produce0;
-    S* out = o.out + n * tensors.y.n + out_channel0 * tensors.y.c;
+    const int64_t out = n * tensors.y.n + out_channel0 * tensors.y.c;
+    const auto bias_of = [&](int k) { return o.bias ? value(o.bias[out_channel0 + k]) : T(0); };
+    if (plan.side == 2) {  // of two neighbouring threads each pools one of their two windows
+      const bool right = threadIdx.x % 2;
+      const int row = row_of(right ? 2 : 0), column = column_of(right ? 2 : 0) / 2 * 2;
+      const bool exists = row < plan.tile[0] && oh0 + row + 1 < axis_h.count && ow0 + column + 1 < axis_w.count;
+      const int64_t place = out + (oh0 + row) / 2 * tensors.y.h + (ow0 + column) / 2 * tensors.y.w;
+      CNNOPS_UNROLL
+      for (int k = 0; k < kProduce; ++k) {
+        const bool produced = exists && produce0 + k < channels.produce;
+        const T bias = produced ? bias_of(k) : T(0);
+        T window[4];
+        exchange_columns({sum[0][k], sum[1][k], sum[2][k], sum[3][k]}, window);
+        for (T& here : window) here = value(finished(here + bias, epilogue));
+        const int64_t at = place + k * tensors.y.c;
+        if (produced) pool(window, o.out + at, epilogue.positions + at);
+      }
+      continue;
+    }
     CNNOPS_UNROLL
     for (int p = 0; p < kPixels; ++p) {
-      const int pixel = threadIdx.x + p * blockDim.x, row = pixel / plan.tile[1], column = pixel % plan.tile[1];
+      const int row = row_of(p), column = column_of(p);
       if (row >= plan.tile[0] || oh0 + row >= axis_h.count || ow0 + column >= axis_w.count) continue;
-      S* place = out + (axis_h.first + (oh0 + row) * axis_h.step) * tensors.y.h +
+      S* place = o.out + out + (axis_h.first + (oh0 + row) * axis_h.step) * tensors.y.h +
                  (axis_w.first + (ow0 + column) * axis_w.step) * tensors.y.w;
       CNNOPS_UNROLL
       for (int k = 0; k < kProduce; ++k) {
         if (produce0 + k >= channels.produce) break;
-        const T bias = o.bias ? value(o.bias[out_channel0 + k]) : T(0);
-        place[k * tensors.y.c] = rounded<S>(sum[p][k] + bias);
+        place[k * tensors.y.c] = finished(sum[p][k] + bias_of(k), epilogue);
       }
     }
   }
 }
 
 template <class S, Pass kPass>
-void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>*, Stream stream) {
-  const Plan plan = plan_correlation<Sum<S>>(g, kPass);
+void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, const Epilogue<S>& epilogue, Sum<S>*,
+               Stream stream) {
+  const Plan plan = plan_correlation<Sum<S>>(g, kPass, epilogue.positions ? 2 : 1);
   const auto start = [&](auto kernel) {
     launch(kPass == Pass::forward ? "conv2d_direct forward" : "conv2d_direct grad_input", kernel, plan.blocks,
-           plan.threads, plan.shared_bytes, stream, g, kPass, plan, Tensors(g, kPass), o);
+           plan.threads, plan.shared_bytes, stream, g, kPass, plan, Tensors(g, kPass, plan.side), o, epilogue);
   };
   switch (produced_at_once(Channels(g, kPass).produce)) {
     case 1:
@@ -202,6 +230,11 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>*, Str
     default:
       return start(correlate_kernel<S, 8>);
   }
+}
+
+template <class S, Pass kPass>
+void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace, Stream stream) {
+  correlate<S, kPass>(g, o, Epilogue<S>{}, workspace, stream);
 }
 
 struct WeightPlan {
@@ -369,7 +402,7 @@ Conv2dRow<S> conv2d_direct() {
   return {"direct",
           "input tiles in shared memory, register tiles of 4 outputs x 8 channels; few channels",
           refuses<Sum<S>>,
-          {no_workspace, correlate<S, Pass::forward>},
+          {no_workspace, correlate<S, Pass::forward>, correlate<S, Pass::forward>},
           {no_workspace, correlate<S, Pass::grad_input>},
           {grad_weight_workspace<S>, grad_weight<S>}};
 }

@@ -27,6 +27,7 @@
 // Refused: only what does not fit 32-bit counts within an image. An infinite weight at a tap that falls on padding
 // gives NaN, as inf * 0 does.
 #include "conv2d.h"
+#include "epilogue.h"
 #include "launchers.h"
 #include "unfolded.h"
 
@@ -141,21 +142,19 @@ struct CorrelateShared {
 /// Forward and the gradient of the input: rows are output channels, columns pixels.
 template <class S, Layout kLayout>
 __global__ void __launch_bounds__(kThreads, kBlocks<S>)
-    correlate_kernel(Conv2dGeometry g, Pass pass, Tensors tensors, int64_t tiles, int64_t row_tiles,
-                     int64_t column_tiles, Conv2dOperands<S> o) {
+    correlate_kernel(Conv2dGeometry g, Pass pass, Tensors tensors, CorrelatePlan plan, Conv2dOperands<S> o,
+                     Epilogue<S> epilogue) {
   using Product = CorrelateTile<S, kLayout>;
   CorrelateShared<Product>& shared = *shared_memory<CorrelateShared<Product>>();
-  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    Digits digits(tile);
-    const int row0 = static_cast<int>(digits.next(row_tiles)) * Product::kRows;
-    const int64_t column0 = digits.next(column_tiles) * Product::kColumns;
-    const int64_t class_w = digits.next(axis_classes(g, pass, 1)), class_h = digits.next(axis_classes(g, pass, 0));
-    const int group = static_cast<int>(digits.rest());
-    const Axes axes(g, pass, tensors, class_h, class_w);
+  for (int64_t number = blockIdx.x; number < plan.tiles; number += gridDim.x) {
+    const auto tile = plan.tile(g, pass, number);
+    const int row0 = static_cast<int>(tile.channels) * Product::kRows, group = static_cast<int>(tile.group);
+    const int64_t column0 = tile.pixels * Product::kColumns;
+    const Axes axes(g, pass, tensors, tile.class_h, tile.class_w);
     const Channels& channels = axes.channels;
-    const int64_t pixels = g.n * axes.h.count * axes.w.count;
+    const int64_t windows = plan.windows(g, axes);
     for (int i = threadIdx.x; i < Product::kColumns; i += kThreads) {
-      axes.find(column0 + i, pixels, group, shared.pixels[i], shared.outs[i]);
+      axes.find(column0 + i, windows, group, shared.pixels[i], shared.outs[i], plan.apart);
     }
     sync_block();
 
@@ -187,10 +186,23 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>)
       const int row = row0 + Product::row(i);
       if (row >= channels.produce) continue;
       const auto bias = o.bias ? value(o.bias[group * channels.produce + row]) : Sum<S>(0);
-      CNNOPS_UNROLL
-      for (int j = 0; j < Product::kWidth; ++j) {
-        const int64_t out = shared.outs[Product::column(j)];
-        if (out >= 0) o.out[out + row * tensors.y.c] = rounded<S>(product.sum[i][j] + bias);
+      const auto result = [&](int j) { return finished(product.sum[i][j] + bias, epilogue); };
+      if (plan.apart) {
+        if constexpr (Product::kVector == 4) {  // a window each
+          CNNOPS_UNROLL
+          for (int j = 0; j < Product::kWidth; j += 4) {
+            const Sum<S> window[] = {value(result(j)), value(result(j + 1)), value(result(j + 2)),
+                                     value(result(j + 3))};
+            const int64_t out = shared.outs[Product::column(j)] + row * tensors.y.c;
+            if (shared.outs[Product::column(j)] >= 0) pool(window, o.out + out, epilogue.positions + out);
+          }
+        }
+      } else {
+        CNNOPS_UNROLL
+        for (int j = 0; j < Product::kWidth; ++j) {
+          const int64_t out = shared.outs[Product::column(j)];
+          if (out >= 0) o.out[out + row * tensors.y.c] = result(j);
+        }
       }
     }
     sync_block();
@@ -208,17 +220,27 @@ void with_layout(const Conv2dGeometry& g, const Start& start) {
 }
 
 template <class S, Pass kPass>
-void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>*, Stream stream) {
+void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, const Epilogue<S>& epilogue, Sum<S>*,
+               Stream stream) {
   with_layout(g, [&](auto layout) {
     using Product = CorrelateTile<S, layout()>;
-    const int64_t pixels = g.n * make_axis(g, kPass, 0, 0).count * make_axis(g, kPass, 1, 0).count;
-    const int64_t row_tiles = ceil_div(Channels(g, kPass).produce, Product::kRows);
-    const int64_t column_tiles = ceil_div(pixels, Product::kColumns);
-    const int64_t tiles = g.groups * axis_classes(g, kPass, 0) * axis_classes(g, kPass, 1) * row_tiles * column_tiles;
+    const CorrelatePlan plan(g, kPass, Product::kRows, Product::kColumns, epilogue.positions ? 1 : 0);
     launch(kPass == Pass::forward ? "conv2d_im2col forward" : "conv2d_im2col grad_input", correlate_kernel<S, layout()>,
-           tiles, kThreads, sizeof(CorrelateShared<Product>), stream, g, kPass, Tensors(g, kPass), tiles, row_tiles,
-           column_tiles, o);
+           plan.tiles, kThreads, sizeof(CorrelateShared<Product>), stream, g, kPass, Tensors(g, kPass, plan.side), plan,
+           o, epilogue);
   });
+}
+
+template <class S, Pass kPass>
+void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace, Stream stream) {
+  correlate<S, kPass>(g, o, Epilogue<S>{}, workspace, stream);
+}
+
+/// A thread has whole windows if its vectors are of four numbers.
+template <class S>
+constexpr auto fused() -> decltype(Conv2dRun<S>::fused) {
+  if constexpr (Vector<Sum<S>>::size == 4) return correlate<S, Pass::forward>;
+  return nullptr;
 }
 
 template <class S>
@@ -230,10 +252,6 @@ struct WeightShared {
   Tap taps[WeightTile<S>::kColumns];
   Pixel pixels[kTable];
   int64_t outs[kTable];
-};
-
-struct WeightPlan {
-  int64_t row_tiles, column_tiles, parts, tiles, weights;
 };
 
 /// The gradient of the weights: rows are output channels, columns taps, and the steps of the sum pixels. Chunks of
@@ -292,12 +310,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>)
       CNNOPS_UNROLL
       for (int j = 0; j < Product::kWidth; ++j) {
         const int column = column0 + Product::column(j);
-        if (column >= columns) continue;
-        if (plan.parts > 1) {
-          parts[part * plan.weights + weight + column] = total.sum[i][j];
-        } else {
-          o.out[weight + column] = rounded<S>(total.sum[i][j]);
-        }
+        if (column < columns) plan.put(part, weight + column, total.sum[i][j], parts, o.out);
       }
     }
     sync_block();
@@ -306,20 +319,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>)
 
 template <class S>
 WeightPlan plan_grad_weight(const Conv2dGeometry& g) {
-  const int64_t columns = g.c / g.groups * g.kernel[0] * g.kernel[1];
-  WeightPlan plan{};
-  plan.row_tiles = ceil_div(g.k / g.groups, WeightTile<S>::kRows);
-  plan.column_tiles = ceil_div(columns, WeightTile<S>::kColumns);
-  plan.parts = parts_for(g.groups * plan.row_tiles * plan.column_tiles);
-  plan.tiles = plan.parts * g.groups * plan.row_tiles * plan.column_tiles;
-  plan.weights = g.k * columns;
-  return plan;
+  return {g, WeightTile<S>::kRows, WeightTile<S>::kColumns};
 }
 
 template <class S>
 int64_t grad_weight_workspace(const Conv2dGeometry& g) {
-  const WeightPlan plan = plan_grad_weight<S>(g);
-  return plan.parts > 1 ? plan.parts * plan.weights : 0;
+  return plan_grad_weight<S>(g).workspace();
 }
 
 template <class S>
@@ -329,10 +334,7 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* wo
     launch("conv2d_im2col grad_weight", grad_weight_kernel<S, layout()>, plan.tiles, kThreads, sizeof(WeightShared<S>),
            stream, g, Tensors(g, Pass::grad_weight), plan, o, workspace);
   });
-  if (plan.parts > 1) {
-    launch_items("conv2d_im2col add_parts", add_parts<S>, plan.weights, stream, workspace, plan.parts, plan.weights,
-                 o.out);
-  }
+  add_up("conv2d_im2col add_parts", plan, workspace, o.out, stream);
 }
 
 const char* refuses(const Conv2dGeometry& g, Pass) {
@@ -349,7 +351,7 @@ Conv2dRow<S> conv2d_im2col() {
   return {"im2col",
           "a matrix product whose tiles are packed straight from the tensors; register tiles of 8 x 8",
           refuses,
-          {no_workspace, correlate<S, Pass::forward>},
+          {no_workspace, correlate<S, Pass::forward>, fused<S>()},
           {no_workspace, correlate<S, Pass::grad_input>},
           {grad_weight_workspace<S>, grad_weight<S>}};
 }

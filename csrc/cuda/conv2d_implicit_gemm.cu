@@ -7,13 +7,10 @@
 //                their taps, each a product of its own (correlation.h)
 //   grad_weight  gw[k, tap]   = sum over pixels of gy[pixel, k] * unfolded[pixel, tap]
 //
-// A block computes a tile of the product (gemm_tile.h). Its operands come to shared memory slice by slice, 64 bytes of
-// steps for each row and column, kStages slices ahead, in the types in which they are stored. A thread brings vectors of
-// 16 bytes (Carrier): with one cp.async if the steps are neighbours in memory, as channels are in channels_last; or else
-// number by number, float32 by cp.async of 4 bytes, 16-bit numbers by way of registers, which also transpose them where
-// neighbours are of different rows. Which of these, how large the tile
-// is, and whether addresses are aligned change nothing in the bits: each sum runs over its slices in order. Those of
-// grad_weight run over pixels in parts (parts_for): slices go round the parts like cards.
+// A block computes a tile of the product (gemm_tile.h). Its operands come to shared memory slice by slice, kStages ahead
+// (carrier.h). In which way they come, how large the tile is, and whether addresses are aligned change nothing in the
+// bits: each sum runs over its slices in order. Those of grad_weight run over pixels in parts (parts_for): slices go round
+// the parts like cards.
 //
 // How numbers are multiplied:
 //
@@ -21,9 +18,11 @@
 //              TF32 for convolutions. On sm_75 plain multiply-adds.
 //   16 bits    exact products, summed in float32, rounded once. On sm_75 plain multiply-adds for bfloat16.
 //
-// Refused: float64, groups of few channels, and what does not fit 32-bit counts within an image. An infinite weight at a tap that falls on padding
-// gives NaN, as inf * 0 does; with split float32 any infinity gives NaN, since what its big part leaves over is none.
-#include "gemm_tile.h"
+// Refused: float64, groups of few channels, and what does not fit 32-bit counts within an image. An infinite weight at a
+// tap that falls on padding gives NaN, as inf * 0 does; with split float32 any infinity gives NaN, since what its big part
+// leaves over is none.
+#include "carrier.h"
+#include "epilogue.h"
 #include "launchers.h"
 #include "unfolded.h"
 
@@ -33,101 +32,6 @@ namespace {
 constexpr int kStages = 3;
 constexpr int kFew = 8;  // channels per group: fewer would fill little of a tile, or of a slice
 
-/// How an operand comes to shared memory.
-enum class Way {
-  whole,   // a vector of steps that are neighbours in memory, by one cp.async
-  across,  // 16-bit numbers: 4 steps of 4 rows, these being neighbours in memory
-  steps,   // number by number, and neighbouring threads bring neighbouring steps
-  rows,    // likewise, neighbouring rows
-};
-
-/// What a thread brings of kCount rows of a slice, or columns.
-template <class S, int kCount, int kThreads>
-class Carrier {
- public:
-  using To = Rows<S, kCount, 4>;
-
-  __device__ explicit Carrier(Way way) : way_(way) {}
-
-  /// from(row, step) says where a number is; nullptr for zero.
-  template <class From>
-  __device__ void start(To& to, const From& from) {
-    if (way_ == Way::whole) {
-      CNNOPS_UNROLL
-      for (int i = 0; i < kVectors; ++i) {
-        const int row = first(i) / 4, vector = first(i) % 4;
-        const S* source = from(row, vector * kSize);
-        copy_async<16>(to.at(row, vector), source, source ? 16 : 0);
-      }
-      return;
-    }
-    if constexpr (kAsync) {
-      CNNOPS_NO_UNROLL
-      for (int i = 0; i < kVectors; ++i) {
-        CNNOPS_UNROLL
-        for (int number = 0; number < kSize; ++number) {
-          const S* source = from(row(i), vector(i) * kSize + number);
-          copy_async<4>(to.at(row(i), vector(i)) + number, source, source ? 4 : 0);
-        }
-      }
-    } else if (way_ == Way::across) {
-      CNNOPS_UNROLL
-      for (int i = 0; i < kFours; ++i) {
-        const S* source = from(first(i / 4) / 8 * 4, first(i / 4) % 8 * 4 + i % 4);
-        held_[i] = source ? load_four(source) : Four{};
-      }
-    } else {
-      CNNOPS_UNROLL
-      for (int i = 0; i < kFours * 4; ++i) {
-        const S* source = from(row(i / kSize), vector(i / kSize) * kSize + i % kSize);
-        held_[i / 4].lane[i % 4] = source ? *source : S{};
-      }
-    }
-  }
-
-  __device__ void finish(To& to) const {
-    if constexpr (!kAsync) {
-      if (way_ == Way::whole) return;
-      CNNOPS_UNROLL
-      for (int i = 0; i < kFours; ++i) {
-        if (way_ == Way::across) {
-          const int square = first(i / 4);
-          const Four* held = held_ + i / 4 * 4;
-          const Four steps{held[0].lane[i % 4], held[1].lane[i % 4], held[2].lane[i % 4], held[3].lane[i % 4]};
-          store_four(to.at(square / 8 * 4 + i % 4, square % 8 / 2) + square % 2 * 4, steps);
-        } else {
-          store_four(to.at(row(i / 2), vector(i / 2)) + i % 2 * 4, held_[i]);
-        }
-      }
-    }
-  }
-
- private:
-  static constexpr bool kAsync = sizeof(S) == 4;
-  static constexpr int kSize = Vector<S>::size, kVectors = kCount * 4 / kThreads;
-  static constexpr int kFours = kAsync ? 1 : kVectors * kSize / 4;
-  static_assert(kCount * 4 % kThreads == 0 && (kAsync || kVectors % 2 == 0));
-
-  struct alignas(8) Four {
-    S lane[4];
-  };
-  __device__ static Four load_four(const S* from, Here here = Here::current()) {
-    check_aligned(from, sizeof(Four), here);
-    return *reinterpret_cast<const Four*>(from);
-  }
-  __device__ static void store_four(S* to, const Four& four, Here here = Here::current()) {
-    check_aligned(to, sizeof(Four), here);
-    *reinterpret_cast<Four*>(to) = four;
-  }
-
-  __device__ static int first(int i) { return static_cast<int>(threadIdx.x) + i * kThreads; }
-  __device__ int row(int i) const { return way_ == Way::steps ? first(i) / 4 : first(i) % kCount; }
-  __device__ int vector(int i) const { return way_ == Way::steps ? first(i) % 4 : first(i) / kCount; }
-
-  Way way_;
-  Four held_[kFours];
-};
-
 // Without tensor cores a thread has no registers for operands of 64 rows.
 template <class S, Math kMath>
 using LargeTile = GemmTile<S, 2, 2, true, kMath, kMath == Math::plain ? 32 : 64, 32>;
@@ -135,6 +39,16 @@ template <class S, Math kMath>
 using SmallTile = GemmTile<S, 2, 1, true, kMath>;
 template <class S, Math kMath>
 using WeightTile = GemmTile<S, 2, 2, true, kMath>;
+
+/// Blocks that should fit a processor together, by their registers: as many as spill none. 0 leaves it to the compiler.
+template <class Tile>
+constexpr int kBlocks = 0;
+template <>
+constexpr int kBlocks<SmallTile<float, Math::plain>> = 6;
+template <class Tile>
+constexpr int kWeightBlocks = 0;
+template <>
+constexpr int kWeightBlocks<WeightTile<float, Math::split>> = 3;
 
 template <class Tile>
 struct CorrelateShared {
@@ -144,34 +58,29 @@ struct CorrelateShared {
   int64_t outs[Tile::kRows];
 };
 
-struct CorrelatePlan {
-  int64_t row_tiles, column_tiles, tiles;
-  Way weights;
-};
-
-/// Forward and the gradient of the input. kWhole: vectors of taps are neighbours in memory.
+/// Forward and the gradient of the input. kWhole: vectors of taps are neighbours in memory. Where the epilogue pools, a
+/// lane has all four results of a window.
 template <class Tile, bool kWhole>
-__global__ void __launch_bounds__(Tile::kThreads)
-    correlate_kernel(Conv2dGeometry g, Pass pass, Tensors tensors, CorrelatePlan plan,
-                     Conv2dOperands<typename Tile::S> o) {
+__global__ void __launch_bounds__(Tile::kThreads, kBlocks<Tile>)
+    correlate_kernel(Conv2dGeometry g, Pass pass, Tensors tensors, CorrelatePlan plan, Way weights_way,
+                     Conv2dOperands<typename Tile::S> o, Epilogue<typename Tile::S> epilogue) {
+  if constexpr (!Tile::kMade) return stop();
   using S = typename Tile::S;
   CorrelateShared<Tile>& shared = *shared_memory<CorrelateShared<Tile>>();
-  for (int64_t tile = blockIdx.x; tile < plan.tiles; tile += gridDim.x) {
-    Digits digits(tile);
-    const int column0 = static_cast<int>(digits.next(plan.column_tiles)) * Tile::kColumns;
-    const int64_t row0 = digits.next(plan.row_tiles) * Tile::kRows;
-    const int64_t class_w = digits.next(axis_classes(g, pass, 1)), class_h = digits.next(axis_classes(g, pass, 0));
-    const int group = static_cast<int>(digits.rest());
-    const Axes axes(g, pass, tensors, class_h, class_w);
+  for (int64_t number = blockIdx.x; number < plan.tiles; number += gridDim.x) {
+    const auto tile = plan.tile(g, pass, number);
+    const int column0 = static_cast<int>(tile.channels) * Tile::kColumns, group = static_cast<int>(tile.group);
+    const int64_t row0 = tile.pixels * Tile::kRows;
+    const Axes axes(g, pass, tensors, tile.class_h, tile.class_w);
     const Channels& channels = axes.channels;
-    const int64_t pixels = g.n * axes.h.count * axes.w.count;
+    const int64_t windows = plan.windows(g, axes);
     for (int i = threadIdx.x; i < Tile::kRows; i += Tile::kThreads) {
-      axes.find(row0 + i, pixels, group, shared.pixels[i], shared.outs[i]);
+      axes.find(row0 + i, windows, group, shared.pixels[i], shared.outs[i], plan.apart);
     }
 
     const S* weights = o.b + group * channels.weight_group + static_cast<int64_t>(column0) * channels.weight_produce;
     Carrier<S, Tile::kRows, Tile::kThreads> a(kWhole ? Way::whole : axes.channels_last ? Way::steps : Way::rows);
-    Carrier<S, Tile::kColumns, Tile::kThreads> b(plan.weights);
+    Carrier<S, Tile::kColumns, Tile::kThreads> b(weights_way);
     const auto prepare = [&](int64_t number) {
       const int step = threadIdx.x;
       if (step < kSlice<S>) shared.taps[number % 2][step] = axes.tap(static_cast<int>(number) * kSlice<S> + step);
@@ -192,16 +101,28 @@ __global__ void __launch_bounds__(Tile::kThreads)
     Tile product;
     product.multiply(shared.stages, ceil_div(axes.taps(), kSlice<S>), start, finish, prepare);
 
-    product.each([&](int row, int column, float first, float second) {
+    /// Calls use(where the outputs of row and column go, a function that makes one of a sum), if there are such.
+    const auto finish_sum = [&](int row, int column, const auto& use) {
       const int64_t out = shared.outs[row];
-      const auto put = [&](int k, float sum) {
-        if (out < 0 || k >= channels.produce) return;
-        const float bias = o.bias ? value(o.bias[group * channels.produce + k]) : 0.0f;
-        o.out[out + static_cast<int64_t>(k) * tensors.y.c] = rounded<S>(sum + bias);
-      };
-      put(column0 + column, first);
-      put(column0 + column + 1, second);
-    });
+      const int k = column0 + column;
+      if (out < 0 || k >= channels.produce) return;
+      const float bias = o.bias ? value(o.bias[group * channels.produce + k]) : 0.0f;
+      use(out + static_cast<int64_t>(k) * tensors.y.c, [&](float sum) { return finished(sum + bias, epilogue); });
+    };
+    if (plan.apart) {
+      product.each_four([&](int row, int column, const float (&sums)[4]) {
+        finish_sum(row, column, [&](int64_t at, const auto& result) {
+          const float window[] = {value(result(sums[0])), value(result(sums[1])), value(result(sums[2])),
+                                  value(result(sums[3]))};
+          pool(window, o.out + at, epilogue.positions + at);
+        });
+      });
+    } else {
+      product.each([&](int row, int column, float first, float second) {
+        finish_sum(row, column, [&](int64_t at, const auto& result) { o.out[at] = result(first); });
+        finish_sum(row, column + 1, [&](int64_t at, const auto& result) { o.out[at] = result(second); });
+      });
+    }
     sync_block();
   }
 }
@@ -214,16 +135,17 @@ struct WeightShared {
   int64_t outs[2][kSlice<typename Tile::S>];
 };
 
-struct WeightPlan {
-  int64_t row_tiles, column_tiles, parts, tiles, weights;
+struct WeightWays {
   Way gradient, input;
 };
 
 /// The gradient of the weights: rows are output channels, columns taps, and the steps of the sum pixels. `parts`, if there
 /// are several, get their sums instead of o.out.
 template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads) grad_weight_kernel(Conv2dGeometry g, Tensors tensors, WeightPlan plan,
-                                                                     Conv2dOperands<typename Tile::S> o, float* parts) {
+__global__ void __launch_bounds__(Tile::kThreads, kWeightBlocks<Tile>)
+    grad_weight_kernel(Conv2dGeometry g, Tensors tensors, WeightPlan plan, WeightWays ways,
+                       Conv2dOperands<typename Tile::S> o, float* parts) {
+  if constexpr (!Tile::kMade) return stop();
   using S = typename Tile::S;
   WeightShared<Tile>& shared = *shared_memory<WeightShared<Tile>>();
   const Axes axes(g, Pass::forward, tensors, 0, 0);
@@ -237,8 +159,8 @@ __global__ void __launch_bounds__(Tile::kThreads) grad_weight_kernel(Conv2dGeome
     const int64_t part = digits.rest();
     for (int i = threadIdx.x; i < Tile::kColumns; i += Tile::kThreads) shared.taps[i] = axes.tap(column0 + i);
 
-    Carrier<S, Tile::kRows, Tile::kThreads> a(plan.gradient);
-    Carrier<S, Tile::kColumns, Tile::kThreads> b(plan.input);
+    Carrier<S, Tile::kRows, Tile::kThreads> a(ways.gradient);
+    Carrier<S, Tile::kColumns, Tile::kThreads> b(ways.input);
     const auto prepare = [&](int64_t number) {
       const int step = threadIdx.x;
       if (step >= kSlice<S>) return;
@@ -266,29 +188,13 @@ __global__ void __launch_bounds__(Tile::kThreads) grad_weight_kernel(Conv2dGeome
     product.each([&](int row, int column, float first, float second) {
       const int64_t weight = (static_cast<int64_t>(group) * channels.produce + row0 + row) * columns;
       const auto put = [&](int at, float sum) {
-        if (row0 + row >= channels.produce || at >= columns) return;
-        if (plan.parts > 1) {
-          parts[part * plan.weights + weight + at] = sum;
-        } else {
-          o.out[weight + at] = rounded<S>(sum);
-        }
+        if (row0 + row < channels.produce && at < columns) plan.put(part, weight + at, sum, parts, o.out);
       };
       put(column0 + column, first);
       put(column0 + column + 1, second);
     });
     sync_block();
   }
-}
-
-template <class S>
-bool aligned(const S* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % sizeof(Vector<S>) == 0;
-}
-
-/// For an operand whose rows are neighbours in memory, in runs of `count`.
-template <class S>
-Way across_rows(const S* pointer, int64_t count) {
-  return sizeof(S) == 2 && count % 4 == 0 && aligned(pointer) ? Way::across : Way::rows;
 }
 
 /// Calls start(math), where math() is a constant: how this device multiplies numbers of type S.
@@ -307,91 +213,83 @@ void with_math(bool tf32, const Start& start) {
 }
 
 template <class Tile, Pass kPass>
-void correlate(const Conv2dGeometry& g, const Conv2dOperands<typename Tile::S>& o, Stream stream) {
+void correlate(const Conv2dGeometry& g, const Conv2dOperands<typename Tile::S>& o,
+               const Epilogue<typename Tile::S>& epilogue, Stream stream) {
   constexpr int kSize = Vector<typename Tile::S>::size;
   const Channels channels(g, kPass);
-  const int64_t pixels = g.n * make_axis(g, kPass, 0, 0).count * make_axis(g, kPass, 1, 0).count;
-  CorrelatePlan plan{};
-  plan.row_tiles = ceil_div(pixels, Tile::kRows);
-  plan.column_tiles = ceil_div(channels.produce, Tile::kColumns);
-  plan.tiles = g.groups * axis_classes(g, kPass, 0) * axis_classes(g, kPass, 1) * plan.row_tiles * plan.column_tiles;
+  const CorrelatePlan plan(g, kPass, Tile::kColumns, Tile::kRows, epilogue.positions ? Tile::kApart : 0);
+  Way weights = channels.weight_produce == 1 ? across_rows(o.b, channels.produce) : Way::steps;
   if (kPass == Pass::forward) {
     const bool whole = channels.reduce * g.kernel[0] * g.kernel[1] % kSize == 0 && aligned(o.b);
-    plan.weights = whole ? Way::whole : Way::steps;
-  } else {
-    plan.weights = channels.weight_produce == 1 ? across_rows(o.b, channels.produce) : Way::steps;
+    weights = whole ? Way::whole : Way::steps;
   }
   const bool whole = g.layout == Layout::channels_last && channels.reduce % kSize == 0 && aligned(o.a);
   launch(kPass == Pass::forward ? "conv2d_implicit_gemm forward" : "conv2d_implicit_gemm grad_input",
          whole ? correlate_kernel<Tile, true> : correlate_kernel<Tile, false>, plan.tiles, Tile::kThreads,
-         sizeof(CorrelateShared<Tile>), stream, g, kPass, Tensors(g, kPass), plan, o);
+         sizeof(CorrelateShared<Tile>), stream, g, kPass, Tensors(g, kPass, plan.side), plan, weights, o, epilogue);
 }
 
 template <class S, Pass kPass>
-void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>*, Stream stream) {
+void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, const Epilogue<S>& epilogue, Sum<S>*,
+               Stream stream) {
   with_math<S>(o.tf32, [&](auto math) {
     using Large = LargeTile<S, math()>;
     const int64_t produce = Channels(g, kPass).produce;
     const int64_t outputs = produce * make_axis(g, kPass, 0, 0).count * make_axis(g, kPass, 1, 0).count;
     if (produce > Large::kColumns / 2 && outputs >= 2 * Large::kRows * Large::kColumns) {
-      correlate<Large, kPass>(g, o, stream);
+      correlate<Large, kPass>(g, o, epilogue, stream);
     } else {
-      correlate<SmallTile<S, math()>, kPass>(g, o, stream);
+      correlate<SmallTile<S, math()>, kPass>(g, o, epilogue, stream);
     }
   });
+}
+
+template <class S, Pass kPass>
+void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace, Stream stream) {
+  correlate<S, kPass>(g, o, Epilogue<S>{}, workspace, stream);
 }
 
 template <class S>
 WeightPlan plan_grad_weight(const Conv2dGeometry& g) {
   using Tile = WeightTile<S, Math::tensor>;  // all Math has this size
-  const int64_t columns = g.c / g.groups * g.kernel[0] * g.kernel[1];
-  WeightPlan plan{};
-  plan.row_tiles = ceil_div(g.k / g.groups, Tile::kRows);
-  plan.column_tiles = ceil_div(columns, Tile::kColumns);
-  plan.parts = parts_for(g.groups * plan.row_tiles * plan.column_tiles);
-  plan.tiles = plan.parts * g.groups * plan.row_tiles * plan.column_tiles;
-  plan.weights = g.k * columns;
-  return plan;
+  return {g, Tile::kRows, Tile::kColumns};
 }
 
 template <class S>
 int64_t grad_weight_workspace(const Conv2dGeometry& g) {
-  const WeightPlan plan = plan_grad_weight<S>(g);
-  return plan.parts > 1 ? plan.parts * plan.weights : 0;
+  return plan_grad_weight<S>(g).workspace();
 }
 
 template <class S>
 void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace, Stream stream) {
-  WeightPlan plan = plan_grad_weight<S>(g);
+  const WeightPlan plan = plan_grad_weight<S>(g);
+  WeightWays ways{across_rows(o.a, g.k / g.groups), across_rows(o.b, g.c / g.groups)};
   if (g.layout == Layout::contiguous) {
     const bool whole = g.out[0] * g.out[1] % Vector<S>::size == 0 && aligned(o.a);
-    plan.gradient = whole ? Way::whole : Way::steps;
-    plan.input = Way::steps;
-  } else {
-    plan.gradient = across_rows(o.a, g.k / g.groups);
-    plan.input = across_rows(o.b, g.c / g.groups);
+    ways = {whole ? Way::whole : Way::steps, Way::steps};
   }
   with_math<S>(o.tf32, [&](auto math) {
     using Tile = WeightTile<S, math()>;
     launch("conv2d_implicit_gemm grad_weight", grad_weight_kernel<Tile>, plan.tiles, Tile::kThreads,
-           sizeof(WeightShared<Tile>), stream, g, Tensors(g, Pass::grad_weight), plan, o, workspace);
+           sizeof(WeightShared<Tile>), stream, g, Tensors(g, Pass::grad_weight), plan, ways, o, workspace);
   });
-  if (plan.parts > 1) {
-    launch_items("conv2d_implicit_gemm add_parts", add_parts<S>, plan.weights, stream, workspace, plan.parts,
-                 plan.weights, o.out);
-  }
+  add_up("conv2d_implicit_gemm add_parts", plan, workspace, o.out, stream);
 }
 
-bool yields(const Conv2dGeometry& g, Pass) { return g.c / g.groups < kFew || g.k / g.groups < kFew; }
+/// Few channels to sum over do, where their taps fill slices, as in the 7x7 of three colours that many networks begin with.
+bool yields(const Conv2dGeometry& g, Pass pass) {
+  const Channels channels(g, pass);
+  const bool short_sum = channels.reduce < kFew && channels.reduce * g.kernel[0] * g.kernel[1] < 64;
+  return channels.produce < kFew || short_sum;
+}
 
-const char* refuses(const Conv2dGeometry& g, Pass pass) {
+const char* refuses(const Conv2dGeometry& g, Pass) {
   if (!small(g)) {
     return "the implicit_gemm algorithm counts within an image in 32 bits, and this image or kernel is larger";
   }
-  if (g.groups > 1 && yields(g, pass)) {
+  if (g.groups > 1 && (g.c / g.groups < kFew || g.k / g.groups < kFew)) {
     return "the implicit_gemm algorithm is for groups of 8 channels or more on either side: of fewer, its tiles would "
-           "be "
-           "almost empty";
+           "be almost empty";
   }
   return nullptr;
 }
@@ -413,7 +311,7 @@ Conv2dRow<S> conv2d_implicit_gemm() {
     return {name,
             summary,
             refuses,
-            {no_workspace, correlate<S, Pass::forward>},
+            {no_workspace, correlate<S, Pass::forward>, correlate<S, Pass::forward>},
             {no_workspace, correlate<S, Pass::grad_input>},
             {grad_weight_workspace<S>, grad_weight<S>},
             true,

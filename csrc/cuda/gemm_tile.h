@@ -65,8 +65,12 @@ struct GemmTile {
   static_assert(kMath != Math::split || std::is_same_v<S, float>);
   static constexpr int kThreads = kWarpRows * kWarpColumns * kWarp;
   static constexpr int kRows = kWarpRows * kHeight, kColumns = kWarpColumns * kWidth;
+  static constexpr int kApart = 8;  // a lane's rows
   using A = Rows<S, kRows, 4>;
   using B = std::conditional_t<kStepsFirst, Rows<S, kColumns, 4>, Rows<S, kSlice<S>, kColumns / Vector<S>::size>>;
+
+  /// Whether this tile's Math is for the GPUs that code is being made for: other kernels would be dead weight.
+  static constexpr bool kMade = kMath == Math::plain ? kNoTensorCores : kTensorCores || std::is_same_v<S, Float16>;
 
   struct Slice {
     A a;
@@ -118,6 +122,25 @@ struct GemmTile {
       CNNOPS_UNROLL
       for (int j = 0; j < kWidth / 8; ++j) {
         use(row + 8 * i, column + 8 * j, sum[i / 2][j][i % 2 * 2], sum[i / 2][j][i % 2 * 2 + 1]);
+      }
+    }
+  }
+
+  /// use(row, column, sums) for each four results of a column that are kApart rows apart, `row` being the first: a lane has
+  /// those.
+  template <class Use>
+  __device__ void each_four(const Use& use) const {
+    static_assert(kHeight % 32 == 0);
+    const int row = warp_row() + lane() / 4, column = warp_column() + lane() % 4 * 2;
+    CNNOPS_UNROLL
+    for (int i = 0; i < kHeight / 16; i += 2) {
+      CNNOPS_UNROLL
+      for (int j = 0; j < kWidth / 8; ++j) {
+        CNNOPS_UNROLL
+        for (int next = 0; next < 2; ++next) {
+          const float four[] = {sum[i][j][next], sum[i][j][2 + next], sum[i + 1][j][next], sum[i + 1][j][2 + next]};
+          use(row + 16 * i, column + 8 * j + next, four);
+        }
       }
     }
   }

@@ -8,6 +8,8 @@
 // Nothing here needs CUDA's headers: a stream is passed as the opaque pointer that it is.
 #pragma once
 
+#include <limits>
+
 #include "../algorithm.h"
 #include "../numbers.h"
 
@@ -15,10 +17,26 @@ namespace cnnops::cuda {
 
 using Stream = void*;  // a cudaStream_t
 
+/// What a fused convolution does with its results, rounded, before it writes them. NaN stands for nothing to be done.
+template <class S>
+struct Epilogue {
+  static constexpr Sum<S> kNone = std::numeric_limits<Sum<S>>::quiet_NaN();
+
+  Sum<S> low = kNone, high = kNone;  // the bounds of hardtanh, and of relu, which has one
+  Sum<S> slope = kNone;              // that of leaky_relu, instead of bounds
+
+  /// For max_pool2d of windows of 2 x 2, without padding: positions as that has them. Then `out` is the pooled tensor, of
+  /// (out[0] / 2) x (out[1] / 2) pixels.
+  uint8_t* positions = nullptr;
+};
+
 template <class S>
 struct Conv2dRun {
   int64_t (*workspace)(const Conv2dGeometry&);  // elements of Sum<S> for the whole launch
   void (*run)(const Conv2dGeometry&, const Conv2dOperands<S>&, Sum<S>* workspace, Stream);
+  /// Forward with an epilogue; nullptr for an algorithm that has none. The bits are those of one after the other.
+  void (*fused)(const Conv2dGeometry&, const Conv2dOperands<S>&, const Epilogue<S>&, Sum<S>* workspace,
+                Stream) = nullptr;
 };
 
 /// The kernels of one type of stored number; the meaning of each is said in cpu/kernels.h. Entries are nullptr where
@@ -37,6 +55,10 @@ struct Kernels {
   };
   MaxPool2d<uint8_t> max_pool2d;
   MaxPool2d<int32_t> max_pool2d_wide;
+
+  /// The gradient of what an epilogue with positions was given, from that of what it wrote, y. The geometry is pooling's.
+  void (*epilogue_backward)(const Pool2dGeometry&, const Epilogue<S>&, const S* gy, const S* y, S* gx, Stream);
+
   void (*avg_pool2d)(const Pool2dGeometry&, Divisor, const S* x, S* y, Stream);
   void (*avg_pool2d_backward)(const Pool2dGeometry&, Divisor, const S* gy, S* gx, Stream);
 

@@ -18,6 +18,8 @@ Conv2dAlgorithm<Conv2dRun<S>> conv2d_reference();
 
 /// These fill in their own fields; the last also for integers.
 template <class S>
+void add_epilogue_backward(Kernels<S>&);
+template <class S>
 void add_border(Kernels<S>&);
 template <class S>
 void add_pool2d(Kernels<S>&);

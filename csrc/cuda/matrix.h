@@ -26,6 +26,24 @@ struct Tf32 {
 template <class S>
 constexpr int kPack = 4 / sizeof(S);
 
+/// Which GPUs code is being made for: those whose tensor cores take all of these types, or others. The emulation is both.
+#ifdef CNNOPS_EMULATE
+constexpr bool kTensorCores = true, kNoTensorCores = true;
+#elif !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+constexpr bool kTensorCores = true, kNoTensorCores = false;
+#else
+constexpr bool kTensorCores = false, kNoTensorCores = true;
+#endif
+
+/// Ends a kernel that was not made for this GPU, with an error.
+__device__ inline void stop() {
+#ifdef CNNOPS_EMULATE
+  emulation::fail_thread("runs what was not made for this GPU");
+#else
+  __trap();
+#endif
+}
+
 /// To the nearest, ties away from zero: cvt.rna.tf32.f32.
 __device__ inline Tf32 to_tf32(float x) {
 #if !defined(CNNOPS_EMULATE) && __CUDA_ARCH__ >= 800

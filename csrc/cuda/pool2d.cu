@@ -11,7 +11,7 @@
 // of the plane are left out. Which results a thread takes: pool2d.h.
 #include <limits>
 
-#include "device.h"
+#include "epilogue.h"
 #include "launchers.h"
 #include "pool2d.h"
 
@@ -42,7 +42,7 @@ struct Positions {
   }
 };
 
-/// The largest so far, and its position: -1 before there was any. NaN wins over everything, as in torch.
+/// The largest so far, and its position: -1 before there was any.
 template <class S>
 struct Largest {
   Sum<S> number = -std::numeric_limits<Sum<S>>::infinity();
@@ -50,7 +50,7 @@ struct Largest {
 
   __device__ void see(S x, int32_t at) {
     const Sum<S> here = value(x);
-    if (position < 0 || here > number || here != here) {
+    if (position < 0 || wins(here, number)) {
       number = here;
       position = at;
     }

@@ -13,6 +13,7 @@ const Kernels<S>& kernels() {
                                                              conv2d_reference<S>()};
       filled.conv2d = {conv2d, sizeof(conv2d) / sizeof(conv2d[0])};
       add_border(filled);
+      add_epilogue_backward(filled);
       add_pool2d(filled);
     }
     add_activation(filled);

@@ -53,14 +53,19 @@ struct Axes {
     return {weight, c * tensors.x.c + tap_h * tensors.x.h + tap_w * tensors.x.w, tap_h, tap_w};
   }
 
-  /// The class's pixel of this number, and where its first output is: -1 if there is no such pixel.
-  __device__ void find(int64_t number, int64_t count, int group, Pixel& pixel, int64_t& out) const {
+  /// The class's pixel of this number, and where its first output is: -1 if there is no such pixel. If `apart`, pixels come
+  /// in windows of 2 x 2, each of which has one output, and `count` is that of windows. The pixels of one are `apart` numbers
+  /// apart.
+  __device__ void find(int64_t number, int64_t count, int group, Pixel& pixel, int64_t& out, int apart = 0) const {
     pixel = {0, kNowhere, 0};
     out = -1;
-    if (number >= count) return;
-    Digits digits(number);
-    const int j = static_cast<int>(digits.next(w.count)), i = static_cast<int>(digits.next(h.count));
-    const int64_t n = digits.rest(), in_h = i * h.in_step + h.offset0, in_w = j * w.in_step + w.offset0;
+    const int side = apart ? 2 : 1, place = apart ? static_cast<int>(number / apart % 4) : 0;
+    const int64_t window = apart ? number / (4 * apart) * apart + number % apart : number;
+    if (window >= count) return;
+    Digits digits(window);
+    const int j = static_cast<int>(digits.next(w.count / side)), i = static_cast<int>(digits.next(h.count / side));
+    const int64_t n = digits.rest(), in_h = (i * side + place / 2) * h.in_step + h.offset0,
+                  in_w = (j * side + place % 2) * w.in_step + w.offset0;
     pixel.x = n * tensors.x.n + group * channels.reduce * tensors.x.c + in_h * tensors.x.h + in_w * tensors.x.w;
     pixel.h = static_cast<int>(in_h);
     pixel.w = static_cast<int>(in_w);
@@ -88,5 +93,71 @@ struct Axes {
     return at ? *at : S{};
   }
 };
+
+/// Forward and the gradient of the input as a product of channels and pixels, in tiles; of each group and each class of
+/// pixels. See Axes::find() for `apart`.
+struct CorrelatePlan {
+  int apart, side;  // that of a window
+  int64_t channel_tiles, pixel_tiles, tiles;
+
+  CorrelatePlan(const Conv2dGeometry& g, Pass pass, int channels, int pixels, int apart)
+      : apart(apart), side(apart ? 2 : 1) {
+    const int64_t windows = g.n * (make_axis(g, pass, 0, 0).count / side) * (make_axis(g, pass, 1, 0).count / side);
+    channel_tiles = ceil_div(Channels(g, pass).produce, channels);
+    pixel_tiles = ceil_div(windows, pixels / (side * side));
+    tiles = g.groups * axis_classes(g, pass, 0) * axis_classes(g, pass, 1) * channel_tiles * pixel_tiles;
+  }
+
+  struct Tile {
+    int64_t channels, pixels, class_h, class_w, group;  // the first two count tiles
+  };
+  __device__ Tile tile(const Conv2dGeometry& g, Pass pass, int64_t number) const {
+    Digits digits(number);
+    Tile tile;
+    tile.channels = digits.next(channel_tiles);
+    tile.pixels = digits.next(pixel_tiles);
+    tile.class_w = digits.next(axis_classes(g, pass, 1));
+    tile.class_h = digits.next(axis_classes(g, pass, 0));
+    tile.group = digits.rest();
+    return tile;
+  }
+
+  /// How many windows a class has.
+  __device__ int64_t windows(const Conv2dGeometry& g, const Axes& axes) const {
+    return g.n * (axes.h.count / side) * (axes.w.count / side);
+  }
+};
+
+/// The gradient of the weights as a product: a row per output channel and a column per tap, in tiles, and the sum over
+/// pixels in parts.
+struct WeightPlan {
+  int64_t row_tiles, column_tiles, parts, tiles, weights;
+
+  WeightPlan(const Conv2dGeometry& g, int rows, int columns) {
+    const int64_t taps = g.c / g.groups * g.kernel[0] * g.kernel[1];
+    row_tiles = ceil_div(g.k / g.groups, rows);
+    column_tiles = ceil_div(taps, columns);
+    parts = parts_for(g.groups * row_tiles * column_tiles);
+    tiles = parts * g.groups * row_tiles * column_tiles;
+    weights = g.k * taps;
+  }
+
+  int64_t workspace() const { return parts > 1 ? parts * weights : 0; }
+
+  /// The sum of one part for a weight goes to the workspace, for add_up(); if there is but one part it is the result.
+  template <class S>
+  __device__ void put(int64_t part, int64_t weight, Sum<S> sum, Sum<S>* workspace, S* gw) const {
+    if (parts > 1) {
+      workspace[part * weights + weight] = sum;
+    } else {
+      gw[weight] = rounded<S>(sum);
+    }
+  }
+};
+
+template <class S>
+void add_up(const char* name, const WeightPlan& plan, const Sum<S>* workspace, S* gw, Stream stream) {
+  if (plan.parts > 1) launch_items(name, add_parts<S>, plan.weights, stream, workspace, plan.parts, plan.weights, gw);
+}
 
 }  // namespace cnnops::cuda

@@ -26,12 +26,11 @@ void run_pass(const Conv2dGeometry& g, Pass pass, const std::string& algorithm, 
                              mutable_data_of<S>(out)};
   if (a.is_cuda()) {
 #ifdef CNNOPS_CUDA
-    operands.tf32 = !wants_accurate(algorithm) && at::globalContext().allowTF32CuDNN(at::Float32Op::CONV);
+    operands.tf32 = allows_tf32(algorithm);
     const c10::cuda::CUDAGuard guard(a.device());
     const auto& row = choose_or_throw(cuda::kernels<S>().conv2d, g, pass, algorithm);
     if (nothing_to_do(g, out)) return;
-    const int64_t bytes = row.run(pass).workspace(g) * int64_t(sizeof(Sum<S>));
-    const Tensor workspace = at::empty({bytes}, a.options().dtype(at::kByte).memory_format(std::nullopt));
+    const Tensor workspace = cuda_workspace<S>(row.run(pass).workspace(g), a);
     row.run(pass).run(g, operands, mutable_data_of<Sum<S>>(workspace), c10::cuda::getCurrentCUDAStream().stream());
 #else
     refuse_cuda();
@@ -42,8 +41,14 @@ void run_pass(const Conv2dGeometry& g, Pass pass, const std::string& algorithm, 
     const cpu::Conv2dRun<S>& run = row.run(pass);
     const int64_t tasks = run.tasks(g), bytes = run.workspace(g) * int64_t(sizeof(Sum<S>));
     const int64_t work = g.n * g.k * g.out[0] * g.out[1] * (g.c / g.groups) * g.kernel[0] * g.kernel[1];
+    const int64_t parts = run.parts ? run.parts(g) : 1, numbers = out.numel();
+    if (parts > 1) operands.parts = static_cast<Sum<S>*>(scratch(parts * numbers * sizeof(Sum<S>), Scratch::of_caller));
     split(tasks, grain_for(work / tasks),
           [&](int64_t begin, int64_t end) { run.run(g, operands, static_cast<Sum<S>*>(scratch(bytes)), begin, end); });
+    if (parts > 1)
+      split(numbers, kGrain / parts, [&](int64_t begin, int64_t end) {
+        run.add_parts(operands.parts, parts, numbers, operands.out, begin, end);
+      });
   }
 }
 

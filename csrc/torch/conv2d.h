@@ -22,6 +22,17 @@ BasicConv2dGeometry<Int> check_conv2d(const char* op, const Tensor& input, const
   return g;
 }
 
+/// Whether torch's switches and the choice of an algorithm allow TF32.
+inline bool allows_tf32(const std::string& algorithm) {
+  return !wants_accurate(algorithm) && at::globalContext().allowTF32CuDNN(at::Float32Op::CONV);
+}
+
+/// Scratch memory for a launch, from torch's allocator.
+template <class S>
+Tensor cuda_workspace(int64_t elements, const Tensor& like) {
+  return at::empty({elements * int64_t(sizeof(Sum<S>))}, like.options().dtype(at::kByte).memory_format(std::nullopt));
+}
+
 Tensor call_conv2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const Conv2dSettings& s);
 Tensor call_grad_input(const Tensor& grad_output, const Tensor& weight, const OptionalTensor& bias,
                        c10::SymIntArrayRef input_size, const Conv2dSettings& s);

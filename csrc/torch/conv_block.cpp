@@ -12,118 +12,23 @@
 // a maximum can be told from the output. The gradient of the convolution's output exists while it is made use of. With
 // leaky_relu and windows that overlap it is rounded in another order than the chain's.
 //
-// On a GPU it is the three operators one after the other, with the same little kept.
+// On a GPU the convolution's kernel activates its results before it writes them; where windows of 2 x 2 are pooled, as they
+// mostly are, it writes the largest of each and the position alone. Other windows, and algorithms that cannot do this, take
+// one operator after the other.
+#include "conv_block.h"
+
 #include <ATen/autocast_mode.h>
 
 #include "autograd.h"
-#include "conv2d.h"
 #include "numbers.h"
 #include "run.h"
 
 namespace cnnops {
 namespace {
 
-constexpr const char* kName = "conv_relu_max_pool2d";
 // Bytes of a chunk: as the second-level cache holds them, or where winograd transforms filters for each chunk, the third.
 constexpr int64_t kChunk = int64_t(1) << 20, kWinogradChunk = int64_t(1) << 22, kLargestChunk = int64_t(1) << 23;
 constexpr int64_t kTileRows = 4;  // of winograd, whose outputs of one tile share their rounding
-
-using TwoTensors = std::tuple<Tensor, Tensor>;
-
-// ---- what the block consists of ----
-
-enum class Kind { none, relu, relu6, leaky_relu };
-
-struct Activation {
-  Kind kind;
-  double negative_slope;
-
-  Activation(std::string_view name, double negative_slope) : kind(kind_of(name)), negative_slope(negative_slope) {
-    TORCH_CHECK_VALUE(kind != Kind::leaky_relu || negative_slope >= 0, kName,
-                      ": negative_slope must be at least 0, or outputs would not tell their inputs' sign, but got ",
-                      negative_slope);
-  }
-  static Kind kind_of(std::string_view name) {
-    if (name == "none") return Kind::none;
-    if (name == "relu") return Kind::relu;
-    if (name == "relu6") return Kind::relu6;
-    if (name == "leaky_relu") return Kind::leaky_relu;
-    TORCH_CHECK_VALUE(false, kName, ": activation must be one of 'none', 'relu', 'relu6' and 'leaky_relu', but got '",
-                      name, "'");
-  }
-
-  template <class S>
-  void run(const cpu::Kernels<S>& kernels, const S* x, S* y, int64_t begin, int64_t end) const {
-    switch (kind) {
-      case Kind::relu:
-        return kernels.relu(x, y, begin, end);
-      case Kind::relu6:
-        return kernels.hardtanh(x, Sum<S>(0), Sum<S>(6), y, begin, end);
-      case Kind::leaky_relu:
-        return kernels.leaky_relu(x, Sum<S>(negative_slope), y, begin, end);
-      default:
-        return;
-    }
-  }
-
-  Tensor operator()(const Tensor& x) const {
-    static const auto relu = find_operator<Tensor(const Tensor&)>("cnnops::relu");
-    static const auto hardtanh = find_operator<Tensor(const Tensor&, double, double)>("cnnops::hardtanh");
-    static const auto leaky_relu = find_operator<Tensor(const Tensor&, double)>("cnnops::leaky_relu");
-    return kind == Kind::none         ? x
-           : kind == Kind::relu       ? relu.call(x)
-           : kind == Kind::leaky_relu ? leaky_relu.call(x, negative_slope)
-                                      : hardtanh.call(x, 0, 6);
-  }
-
-  Tensor backward(const Tensor& grad_output, const Tensor& output) const {
-    static const auto relu = find_operator<Tensor(const Tensor&, const Tensor&)>("cnnops::relu_backward");
-    static const auto hardtanh =
-        find_operator<Tensor(const Tensor&, const Tensor&, double, double)>("cnnops::hardtanh_backward");
-    static const auto leaky_relu =
-        find_operator<Tensor(const Tensor&, const Tensor&, double)>("cnnops::leaky_relu_backward");
-    return kind == Kind::none         ? grad_output
-           : kind == Kind::relu       ? relu.call(grad_output, output)
-           : kind == Kind::leaky_relu ? leaky_relu.call(grad_output, output, negative_slope)
-                                      : hardtanh.call(grad_output, output, 0, 6);
-  }
-};
-
-/// Pooling's windows, or none.
-struct Pooling : std::optional<Window> {
-  Pooling(IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, bool ceil_mode) {
-    if (!kernel_size.empty()) emplace(kName, kernel_size, stride, padding, dilation, ceil_mode);
-  }
-
-  TwoTensors operator()(const Tensor& x) const {
-    static const auto op =
-        find_operator<TwoTensors(const Tensor&, IntArrayRef, IntArrayRef, IntArrayRef, IntArrayRef, bool)>(
-            "cnnops::max_pool2d");
-    const Window& w = **this;
-    return op.call(x, w.kernel_size, w.stride, w.padding, w.dilation, w.ceil_mode);
-  }
-
-  Tensor backward(const Tensor& grad_output, const Tensor& positions, c10::SymIntArrayRef input_size) const {
-    static const auto op =
-        find_operator<Tensor(const Tensor&, const Tensor&, c10::SymIntArrayRef, IntArrayRef, IntArrayRef, IntArrayRef,
-                             IntArrayRef, bool)>("cnnops::max_pool2d_backward");
-    const Window& w = **this;
-    return op.call(grad_output, positions, input_size, w.kernel_size, w.stride, w.padding, w.dilation, w.ceil_mode);
-  }
-};
-
-struct Block {
-  Conv2dSettings conv;
-  Activation activation;
-  Pooling pooling;
-
-  Block(IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups, std::string_view padding_mode,
-        std::string_view activation, double negative_slope, IntArrayRef pool_kernel_size, IntArrayRef pool_stride,
-        IntArrayRef pool_padding, IntArrayRef pool_dilation, bool ceil_mode, std::string_view algorithm)
-      : conv(kName, stride, padding, dilation, groups, padding_mode, algorithm),
-        activation(activation, negative_slope),
-        pooling(pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode) {}
-};
 
 // ---- check and allocate ----
 
@@ -136,13 +41,13 @@ struct Prepared {
 
 template <class Int>
 Prepared<Int> prepare(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const Block& b) {
-  const auto g = check_conv2d<Int>(kName, input, weight, bias, b.conv);
-  const Window window = b.pooling.value_or(Window(kName, 1, {}, 0, 1, false));
-  TORCH_CHECK(window.kernel_size[0] <= 256 && window.kernel_size[1] <= 256 / window.kernel_size[0], kName,
+  const auto g = check_conv2d<Int>(kBlockName, input, weight, bias, b.conv);
+  const Window window = b.pooling.value_or(Window(kBlockName, 1, {}, 0, 1, false));
+  TORCH_CHECK(window.kernel_size[0] <= 256 && window.kernel_size[1] <= 256 / window.kernel_size[0], kBlockName,
               ": pooling windows of more than 256 places are not fused, but got pool_kernel_size=",
               IntArrayRef(window.kernel_size));
   const Int planes[] = {g.n, g.k, g.out[0], g.out[1]};
-  const auto p = pool2d_geometry<Int>(kName, planes, window, g.layout);
+  const auto p = pool2d_geometry<Int>(kBlockName, planes, window, g.layout);
   const Int sizes[] = {g.n, g.k, p.out[0], p.out[1]}, none[] = {0};
   const auto bytes = input.options().dtype(at::kByte);
   const auto format = format_of(g.layout);
@@ -254,14 +159,56 @@ TwoTensors chain(const Tensor& input, const Tensor& weight, const OptionalTensor
   return {made, at::empty_symint({0}, made.options().dtype(at::kByte))};
 }
 
+#ifdef CNNOPS_CUDA
+/// Whether the algorithm could.
+template <class S>
+bool run_epilogue(const Conv2dGeometry& g, const Block& block, const Tensor& x, const Tensor& w, const Tensor& bias,
+                  const Tensor& out, uint8_t* positions) {
+  const c10::cuda::CUDAGuard guard(x.device());
+  const auto& run = choose_or_throw(cuda::kernels<S>().conv2d, g, Pass::forward, block.conv.algorithm).forward;
+  if (!run.fused) return false;
+  if (g.n == 0) return true;
+  const Conv2dOperands<S> operands{data_of<S>(x), data_of<S>(w), bias.defined() ? data_of<S>(bias) : nullptr,
+                                   mutable_data_of<S>(out), allows_tf32(block.conv.algorithm)};
+  auto epilogue = epilogue_of<S>(block.activation);
+  epilogue.positions = positions;
+  const Tensor workspace = cuda_workspace<S>(run.workspace(g), x);
+  run.fused(g, operands, epilogue, mutable_data_of<Sum<S>>(workspace), c10::cuda::getCurrentCUDAStream().stream());
+  return true;
+}
+#endif
+
+TwoTensors run_cuda(const Prepared<int64_t>& prepared, const Tensor& input, const Tensor& weight,
+                    const OptionalTensor& bias, const Block& b) {
+#ifdef CNNOPS_CUDA
+  const Conv2dGeometry& g = prepared.conv;
+  const bool pools = b.pooling && quarters(prepared.pool), pools_afterwards = b.pooling && !pools;
+  if (!pools && b.activation.kind == Kind::none) return chain(input, weight, bias, b);
+  const int64_t sizes[] = {g.n, g.k, g.out[0], g.out[1]};
+  const Tensor out = pools_afterwards ? empty<int64_t>(sizes, input.options(), format_of(g.layout)) : prepared.out;
+  const Tensor x = in_layout(input, g.layout), w = in_layout(weight, g.layout);
+  uint8_t* const positions = pools ? mutable_data_of<uint8_t>(prepared.positions) : nullptr;
+  bool done = false;
+  with_real_number(x.scalar_type(), [&](auto number) {
+    done = run_epilogue<decltype(number)>(g, b, x, w, bias ? bias->contiguous() : Tensor(), out, positions);
+  });
+  if (!done) return chain(input, weight, bias, b);
+  if (pools_afterwards) return b.pooling(out);
+  return {out, prepared.positions};
+#else
+  refuse_cuda();
+#endif
+}
+
 TwoTensors run(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const Block& b) {
   const auto prepared = prepare<int64_t>(input, weight, bias, b);
+  if (input.is_cuda()) return run_cuda(prepared, input, weight, bias, b);
   const Conv2dGeometry& g = prepared.conv;
   const Pool2dGeometry& p = prepared.pool;
   const Chunks chunks(g, p, input.element_size(), kWinogradChunk);
   const int64_t largest = Chunk(g, p, 1, 0, chunks.rows, kTileRows).end * g.k * g.out[1] * input.element_size();
   const bool nothing_to_fuse = !b.pooling && b.activation.kind == Kind::none;
-  if (!input.is_cpu() || nothing_to_fuse || largest > kLargestChunk) return chain(input, weight, bias, b);
+  if (nothing_to_fuse || largest > kLargestChunk) return chain(input, weight, bias, b);
   const Tensor x = in_layout(input, g.layout), w = in_layout(weight, g.layout);
   with_real_number(x.scalar_type(), [&](auto number) {
     run_chunks<decltype(number)>(prepared, b, x, w, bias ? bias->contiguous() : Tensor());
@@ -302,12 +249,11 @@ TwoTensors conv_relu_max_pool2d_meta(const Tensor& input, const Tensor& weight, 
   });
 }
 
-TwoTensors call(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const Block& b,
-                std::string_view activation) {
+TwoTensors call(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const Block& b) {
   static const auto op = find_operator<decltype(conv_relu_max_pool2d)>("cnnops::conv_relu_max_pool2d");
   const Conv2dSettings& s = b.conv;
-  const Window w = b.pooling.value_or(Window(kName, 1, {}, 0, 1, false));
-  return op.call(input, weight, bias, s.stride, s.padding, s.dilation, s.groups, s.padding_mode, activation,
+  const Window w = b.pooling.value_or(Window(kBlockName, 1, {}, 0, 1, false));
+  return op.call(input, weight, bias, s.stride, s.padding, s.dilation, s.groups, s.padding_mode, b.activation.name(),
                  b.activation.negative_slope, b.pooling ? IntArrayRef(w.kernel_size) : IntArrayRef(), w.stride,
                  w.padding, w.dilation, w.ceil_mode, s.algorithm);
 }
@@ -322,26 +268,24 @@ TwoTensors conv_relu_max_pool2d_autograd(const Tensor& input, const Tensor& weig
                 pool_stride, pool_padding, pool_dilation, ceil_mode, algorithm);
   const auto has_tangent = [](const Tensor& t) { return t.defined() && t._fw_grad(0).defined(); };
   if (!may_be_differentiated(input, weight, or_none(bias)))
-    return below_autograd([&] { return call(input, weight, bias, b, activation); });
+    return below_autograd([&] { return call(input, weight, bias, b); });
   return two_batched(input, b, [&](const Tensor& x) -> TwoTensors {
     if (has_tangent(x) || has_tangent(weight) || has_tangent(or_none(bias))) return chain(x, weight, bias, b);
     const auto outputs = differentiable(
         "ConvReluMaxPool2dBackward", {x, weight, or_none(bias)},
         [&] {
-          const auto [y, positions] = call(x, weight, bias, b, activation);
+          const auto [y, positions] = call(x, weight, bias, b);
           return variable_list{y, positions};
         },
         [&](const variable_list& outputs) { return variable_list{x, weight, outputs[0], outputs[1]}; },
         [b](const Backward& step) {
           const Tensor &x = step.kept[0], &weight = step.kept[1], &y = step.kept[2], &positions = step.kept[3];
           if (!step.grads[0].defined()) return variable_list(3);
-          Tensor gy = b.activation.backward(step.grads[0], y);
           const auto plane = [](const Tensor& t) { return t.sym_sizes().slice(2); };
-          if (b.pooling) {
-            const auto g =
-                conv2d_geometry<c10::SymInt>(kName, x.sym_sizes(), weight.sym_sizes(), b.conv, Layout::contiguous);
-            gy = b.pooling.backward(gy, positions, g.out);
-          }
+          const auto g =
+              conv2d_geometry<c10::SymInt>(kBlockName, x.sym_sizes(), weight.sym_sizes(), b.conv, Layout::contiguous);
+          const Tensor gy = b.pooling ? call_backward(step.grads[0], y, positions, g.out, b.activation, b.pooling)
+                                      : b.activation.backward(step.grads[0], y);
           return variable_list{step.needs(0) ? call_grad_input(gy, weight, {}, plane(x), b.conv) : Tensor(),
                                step.needs(1) ? call_grad_weight(gy, x, plane(weight), b.conv) : Tensor(),
                                step.needs(2) ? channel_sum(gy) : Tensor()};
@@ -361,8 +305,7 @@ TwoTensors conv_relu_max_pool2d_autocast(const Tensor& input, const Tensor& weig
   const c10::impl::ExcludeDispatchKeyGuard below_autocast(key);
   const Block b(stride, padding, dilation, groups, padding_mode, activation, negative_slope, pool_kernel_size,
                 pool_stride, pool_padding, pool_dilation, ceil_mode, algorithm);
-  return call(*lower_precision(device, input), *lower_precision(device, weight), lower_precision(device, bias), b,
-              activation);
+  return call(*lower_precision(device, input), *lower_precision(device, weight), lower_precision(device, bias), b);
 }
 
 }  // namespace

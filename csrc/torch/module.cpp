@@ -98,14 +98,20 @@ std::string conv2d_algorithm(const at::Tensor& input, const at::Tensor& weight, 
   return name;
 }
 
-/// The row's scratch memory in bytes: of each thread on a CPU, of the whole call on a GPU.
+/// The row's scratch memory in bytes: of each thread on a CPU, and of parts of sums; of the whole call on a GPU.
 int64_t conv2d_workspace(const at::Tensor& input, const at::Tensor& weight, const Sizes& stride, const Sizes& padding,
                          const Sizes& dilation, int64_t groups, const std::string& padding_mode,
                          const std::string& algorithm, const std::string& which) {
   int64_t bytes = 0;
   with_row(input, weight, stride, padding, dilation, groups, padding_mode, algorithm, which,
            [&](const auto& row, const Conv2dGeometry& g, Pass pass, auto number) {
-             bytes = row.run(pass).workspace(g) * int64_t(sizeof(Sum<decltype(number)>));
+             const auto& run = row.run(pass);
+             int64_t numbers = run.workspace(g);
+             if constexpr (requires { run.parts; }) {
+               if (run.parts && run.parts(g) > 1)
+                 numbers += run.parts(g) * g.k * (g.c / g.groups) * g.kernel[0] * g.kernel[1];
+             }
+             bytes = numbers * int64_t(sizeof(Sum<decltype(number)>));
            });
   return bytes;
 }

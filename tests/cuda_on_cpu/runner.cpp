@@ -52,16 +52,49 @@ Conv2dGeometry conv2d_geometry(const int64_t* i) {
 
 /// pointers: a, b, bias, out.
 template <class S>
-void conv2d(const std::string& algorithm, Pass pass, const Arguments& in) {
+Conv2dOperands<S> conv2d_operands(const Arguments& in) {
+  return {in.pointer<S>(0), in.pointer<S>(1), in.pointer<S>(2), in.pointer<S>(3), in.integers[18] != 0};
+}
+
+/// Calls start(run, geometry, workspace) for the run of an algorithm, if that accepts.
+template <class S, class Start>
+void with_algorithm(const std::string& algorithm, Pass pass, const Arguments& in, const Start& start) {
   const Conv2dGeometry g = conv2d_geometry(in.integers);
   const auto choice = choose(kernels<S>().conv2d, g, pass, algorithm.c_str());
   if (!choice.row) throw std::runtime_error(choice.refusal ? choice.refusal : "no such algorithm");
   const auto& run = choice.row->run(pass);
   const std::size_t size = static_cast<std::size_t>(run.workspace(g));
   const emulation::Guarded workspace("the workspace", size * sizeof(Sum<S>));
-  run.run(g, {in.pointer<S>(0), in.pointer<S>(1), in.pointer<S>(2), in.pointer<S>(3), in.integers[18] != 0},
-          static_cast<Sum<S>*>(workspace.data()), nullptr);
+  start(run, g, static_cast<Sum<S>*>(workspace.data()));
   workspace.check();
+}
+
+template <class S>
+void conv2d(const std::string& algorithm, Pass pass, const Arguments& in) {
+  with_algorithm<S>(algorithm, pass, in, [&](const Conv2dRun<S>& run, const Conv2dGeometry& g, Sum<S>* workspace) {
+    run.run(g, conv2d_operands<S>(in), workspace, nullptr);
+  });
+}
+
+/// `activation` is one of none, relu, relu6 and leaky_relu, whose slope is the first real number.
+template <class S>
+Epilogue<S> epilogue(const Arguments& in, int64_t activation, uint8_t* positions) {
+  Epilogue<S> epilogue;
+  if (activation == 1 || activation == 2) epilogue.low = 0;
+  if (activation == 2) epilogue.high = 6;
+  if (activation == 3) epilogue.slope = static_cast<Sum<S>>(in.reals[0]);
+  epilogue.positions = positions;
+  return epilogue;
+}
+
+/// Further integers: the activation; whether it pools. pointers: a, b, bias, out, positions.
+template <class S>
+void conv_block(const std::string& algorithm, const Arguments& in) {
+  with_algorithm<S>(
+      algorithm, Pass::forward, in, [&](const Conv2dRun<S>& run, const Conv2dGeometry& g, Sum<S>* workspace) {
+        start(run.fused, g, conv2d_operands<S>(in),
+              epilogue<S>(in, in.integers[19], in.integers[20] ? in.pointer<uint8_t>(4) : nullptr), workspace);
+      });
 }
 
 /// integers: n, c, then pairs: in, out, kernel, stride, padding, dilation; then layout, adaptive, and for averages
@@ -110,7 +143,12 @@ void call(const std::string& name, const Arguments& in) {
                                             : Pass::grad_weight,
                      in);
   }
+  if (family == "conv_block") return conv_block<S>(member, in);
   if (name == "fold_border") return start(k.fold_border, conv2d_geometry(i), p(0), p(1));
+  if (name == "epilogue_backward") {
+    const auto of = epilogue<S>(in, i[16], in.pointer<uint8_t>(2));
+    return start(k.epilogue_backward, pool2d_geometry(i), of, p(0), p(1), p(3));
+  }
   if (family == "max_pool2d") return max_pool2d<S, uint8_t>(k.max_pool2d, member, in);
   if (family == "max_pool2d_wide") return max_pool2d<S, int32_t>(k.max_pool2d_wide, member, in);
   if (name == "max_unpool2d") return max_unpool2d<S>(in);
@@ -176,7 +214,7 @@ struct Call {
     read(outputs);
     read(offsets);
     offsets.resize(inputs.size() + outputs.size());
-    integers.resize(std::max<std::size_t>(integers.size(), 19));
+    integers.resize(std::max<std::size_t>(integers.size(), 21));
     reals.resize(2);
     return std::cin.get() == '\n';
   }
