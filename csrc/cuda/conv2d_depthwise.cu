@@ -213,7 +213,8 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kDepthwiseBlocks<S, Shape::
               const S two = rounded<S>(of[i][kMade - 1][lane] + bias[lane]);
               sides[0][lane] = plan.w.odd ? two : one;
               sides[1][lane] = plan.w.odd ? one : two;
-              of[i][0][lane] = of[i][kMade - 1][lane] = 0;
+              of[i][0][lane] = 0;
+              of[i][kMade - 1][lane] = 0;
             }
             const int row = cell * kMade + i;
             if (cell < 0 || cell >= cells || !inside(oh0 + row, plan.h.out)) continue;
