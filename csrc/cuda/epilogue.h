@@ -74,12 +74,13 @@ __device__ inline void pool(const Sum<S> (&window)[4], S* y, uint8_t* position) 
   *position = at;
 }
 
-/// What a window's largest number gets of the gradient of y. Pooling's backward pass adds to a zero, so -0 becomes 0.
+/// What a window's largest number gets of the gradient of y. Pooling's backward pass adds to a zero, so -0 becomes 0 (an
+/// addition here might be contracted with leaky()'s product).
 template <class S>
 __device__ inline S pooled_gradient(S gy, S y, const Epilogue<S>& epilogue) {
   const S gradient =
       leaks(epilogue) ? leaky(gy, y, epilogue.slope) : clipped_gradient(gy, y, epilogue.low, epilogue.high);
-  return rounded<S>(Sum<S>(0) + value(gradient));
+  return value(gradient) == 0 ? S{} : rounded<S>(value(gradient));
 }
 
 }  // namespace cnnops::cuda
