@@ -16,6 +16,9 @@
 // gradient of a layer without padding, that is most of the work. (Where a window is short, or the border shows pixels,
 // what is outside is copied instead, as zeros or as what it shows.)
 //
+// For a 1x1 kernel at stride 1, output pixel p sees input pixel p: addresses are multiples then, and nothing is sorted.
+// Outputs too many for the caches are written past them, and of such inputs the next tile's are fetched ahead.
+//
 // A task is a panel of channels for a block of pixels. Sums are made in blocks of steps, each from a fresh zero, that are
 // then added in order; the batch size decides how pixels are dealt to tasks, never how one sum is made. Zeros of the
 // border that are copied are multiplied: an infinite or NaN weight or gradient gives NaN there, where plain loops would
