@@ -23,6 +23,7 @@ THREADS = 1, 2
 _BY_NAME = {case.name: case for case in [*cases.CONV2D, *cases.BENCH_CONV2D]}
 LAYERS = {
     "1→32, 3x3 @28, N=64": replace(_BY_NAME["two-layer-1"], n=64),
+    "16→32, 5x5 @24, N=64": replace(_BY_NAME["lecture-2"], n=64),
     "32→64, 3x3 @14, N=64": replace(_BY_NAME["two-layer-2"], n=64),
     "64→64, 3x3 @56, N=1": replace(_BY_NAME["resnet-3x3-64-64-56"], n=1),
     "64→256, 1x1 @56, N=1": replace(_BY_NAME["resnet-1x1-64-256-56"], n=1),
@@ -87,6 +88,7 @@ GAINS = {
     "channels_last": ("channels_last", "direct", "contiguous", "direct"),
     "depthwise": ("channels_last", "depthwise", "contiguous", "direct"),
     "winograd": ("channels_last", "winograd", "channels_last", "direct"),
+    "few_channels": ("contiguous", "few_channels", "contiguous", "direct"),
 }
 
 
