@@ -5,14 +5,14 @@
 // Contiguous, these are dot products of two lines, M filters x F taps at a time, whose lanes are added at the end. In
 // channels_last the vectors hold filters: F taps x V vectors, and gy is read once for all of them.
 //
-// A task is the weights of a few filters or taps, whose sums are made for each band, or 128 places of it, from a fresh
+// A task is the weights of a few filters or taps, whose sums are made for each band, or 64 places of it, from a fresh
 // zero and added in the order of bands and images.
 #include "few_channels.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
 
-constexpr int64_t kSumPlaces = 128;  // of a sum in channels_last
+constexpr int64_t kSumPlaces = 64;  // of a sum in channels_last
 constexpr int64_t kFewTasks = 4;
 
 /// totals[f][m] += the products of line f and plane m of gy, lane by lane.
