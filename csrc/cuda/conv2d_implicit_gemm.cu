@@ -45,6 +45,10 @@ template <class Tile>
 constexpr int kBlocks = 0;
 template <>
 constexpr int kBlocks<SmallTile<float, Math::plain>> = 6;
+template <>
+constexpr int kBlocks<SmallTile<float, Math::split>> = 4;
+template <>
+constexpr int kBlocks<LargeTile<float, Math::split>> = 2;
 template <class Tile>
 constexpr int kWeightBlocks = 0;
 template <>
