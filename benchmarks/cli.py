@@ -32,8 +32,10 @@ def parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="few rounds: a look, not a measurement")
     add("--seconds", type=float, default=measure.Effort.seconds, help="of rounds, per workload and pass")
     add("--keep-memory", action="store_true", help="let glibc keep freed memory: no page faults in the times")
+    add("--avx2", action="store_true", help="nobody uses AVX-512, neither ours, nor oneDNN, nor torch's own kernels")
     add("--save", type=Path, metavar="DIR", help="write bench.json, after every row, and bench.png")
-    add("--write-docs", type=Path, metavar="JSON", help="only write docs/performance.md and the README's table")
+    text = "only write docs/performance.md and the README's table; of further JSONs the table of groups alone"
+    add("--write-docs", type=Path, nargs="+", metavar="JSON", help=text)
     return parser
 
 
@@ -51,7 +53,8 @@ def selected(options) -> list[Workload]:
 
 def run(loads: list[Workload], options, console: Console) -> dict:
     effort = measure.QUICK if options.quick else measure.Effort(options.seconds)
-    data = {"machine": measure.machine(), "ceilings": measure.ceilings(), "quick": options.quick, "results": []}
+    about = {"machine": measure.machine(), "quick": options.quick, "avx2": options.avx2}
+    data = {**about, "ceilings": measure.ceilings(), "results": []}
     console.print(report.machine(data), soft_wrap=True)
     if float(load := data["machine"]["load before"]) > 0.5:
         console.print(f"The machine was busy (load {load}): do not trust what follows.", style="red")
@@ -78,9 +81,10 @@ def save(data: dict, folder: Path) -> None:
 def main(arguments: list[str]) -> None:
     options = parser().parse_args(arguments)
     if options.write_docs:
-        beside = options.write_docs.parent / "models.json"  # of python -m benchmarks.models
+        beside = options.write_docs[0].parent / "models.json"  # of python -m benchmarks.models
         section = models.page(json.loads(beside.read_text())) if beside.exists() else ""
-        report.write_docs(json.loads(options.write_docs.read_text()), ROOT, section)
+        first, *others = [json.loads(path.read_text()) for path in options.write_docs]
+        report.write_docs(first, ROOT, section, others)
         return
     loads = selected(options)
     if not loads:
@@ -88,12 +92,9 @@ def main(arguments: list[str]) -> None:
     if options.list:
         print(*(f"{load.name:48} {' '.join(load.groups)}" for load in loads), sep="\n")
         return
-    if options.keep_memory and not measure.KEEP_MEMORY.items() <= os.environ.items():
-        os.execve(
-            sys.executable,
-            [sys.executable, "-m", "cnnops", "bench", *arguments],
-            {**os.environ, **measure.KEEP_MEMORY},
-        )
+    wanted = (measure.KEEP_MEMORY if options.keep_memory else {}) | (measure.AVX2 if options.avx2 else {})
+    if not wanted.items() <= os.environ.items():  # what is read when a process starts
+        os.execve(sys.executable, [sys.executable, "-m", "cnnops", "bench", *arguments], {**os.environ, **wanted})
     torch.set_num_threads(options.threads)
     console = Console()
     data = run(loads, options, console)

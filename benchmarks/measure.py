@@ -12,7 +12,9 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import repeat
 from math import ceil
 from pathlib import Path
@@ -30,6 +32,7 @@ BOUND = {torch.float32: 1e-5, torch.float64: 1e-13, torch.bfloat16: 1e-2}
 TF32_BOUND = 2e-3
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
+AVX2 = {"CNNOPS_ISA": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}  # both sides
 
 
 @dataclass(frozen=True)
@@ -199,7 +202,10 @@ def _fastest_product(dtype: torch.dtype) -> float:
         a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
         calls = {"mm": lambda a=a, b=b: torch.mm(a, b)}
         if dtype != torch.float64 and hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # oneDNN's, often the faster one
-            calls["onednn"] = lambda a=a, b=b: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+            with suppress(RuntimeError):  # it has none for bfloat16 where it may not use AVX-512
+                product = partial(torch.ops.mkldnn._linear_pointwise, a, b, None, "none", [], "")
+                product()
+                calls["onednn"] = product
         for times in race(calls, QUICK).values():
             best = max(best, 2 * size**3 / min(times) / 1e9)
     return best

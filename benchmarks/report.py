@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.measure import BOUND, LAYOUTS, fraction, ours
@@ -132,8 +133,8 @@ def machine(data: dict) -> str:
 NO_GPU = "Not measured yet: `make gpu-check` measures, and `python -m benchmarks.gpu_check --write-docs` writes here.\n"
 
 
-def page(data: dict, whole_models: str = "", before: str = "") -> str:
-    """docs/performance.md. What it said `before` of a GPU stays."""
+def page(data: dict, whole_models: str = "", others: Sequence[dict] = (), before: str = "") -> str:
+    """docs/performance.md; of `others` the groups alone. What it said `before` of a GPU stays."""
     limits, rows = data["ceilings"], data["results"]
     arithmetic = ", ".join(f"{dtype} {speed:.0f}" for dtype, speed in limits["flops"].items())
     copies = ", ".join(f"{int(size) / 2**20:.0f} MB {speed:.0f}" for size, speed in limits["copy"].items())
@@ -162,11 +163,19 @@ through autograd.
 ![Ratios by group](performance.png)
 
 {whole_models}
+{chr(10).join(_conditions(other) for other in others)}
 {chr(10).join(section for section in sections if section)}
 ## On a GPU
 
 {block_of(before, "gpu", NO_GPU)}
 """
+
+
+def _conditions(data: dict) -> str:
+    """The groups under other conditions."""
+    rows = [cells(entry) for entry in summary(data["results"])]
+    conditions = "AVX2 alone, on both sides" if data.get("avx2") else f"memory {data['machine']['memory']}"
+    return f"## The groups with {conditions}\n\n{machine(data)}.\n\n{markdown(SUMMARY, rows, left=2)}\n"
 
 
 def _section(group: Group, rows: list[dict], limits: dict) -> str:
@@ -221,9 +230,9 @@ def readme(text: str, data: dict) -> str:
     return with_block(text, "bench", block)
 
 
-def write_docs(data: dict, root: Path, whole_models: str = "") -> None:
+def write_docs(data: dict, root: Path, whole_models: str = "", others: Sequence[dict] = ()) -> None:
     path = root / "docs" / "performance.md"
-    path.write_text(page(data, whole_models, path.read_text() if path.exists() else ""))
+    path.write_text(page(data, whole_models, others, path.read_text() if path.exists() else ""))
     picture(data, root / "docs" / "performance.png")
     (root / "README.md").write_text(readme((root / "README.md").read_text(), data))
 

@@ -139,6 +139,8 @@ def test_documents(data, tmp_path):
     report.write_docs(data, tmp_path)
     assert (tmp_path / "README.md").read_text() == readme
     report.with_block((ROOT / "README.md").read_text(), "bench", "")  # it has one
+    report.write_docs(data, tmp_path, others=[{**data, "avx2": True}])
+    assert (tmp_path / "docs" / "performance.md").read_text().count("## The groups with AVX2 alone") == 1
 
 
 def test_a_readme_without_a_block_is_an_error(data):
@@ -157,11 +159,14 @@ def test_the_command(tmp_path):
     pytest.importorskip("matplotlib")
     command = [sys.executable, "-m", "cnnops", "bench"]
     options = ["--quick", "--case", "two-layer-1-n16", "--pass", "forward", "--threads", "1", "--keep-memory"]
+    avx2 = "avx2" in cnnops.settings.instruction_sets
+    options += ["--avx2"] * avx2
     run = subprocess.run([*command, *options, "--save", tmp_path], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr
     saved = json.loads((tmp_path / "bench.json").read_text())
     assert [row["workload"] for row in saved["results"]] == ["two-layer-1-n16"]
     assert saved["machine"]["memory"].startswith("kept") and saved["machine"]["threads"] == "1"
+    assert ("avx2 (in use)" in saved["machine"]["instruction sets"]) == saved["avx2"] == avx2
     assert (tmp_path / "bench.png").exists()
     assert "two-layer-1-n16" in run.stdout and "GFLOP/s" in run.stdout
 
