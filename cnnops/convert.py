@@ -31,13 +31,14 @@ logger = logging.getLogger("cnnops")
 
 DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
 
-# torch.nn's classes and ours
+# torch.nn's classes and ours; those that are not particular to networks that convolve, on demand only
+ON_DEMAND = {tnn.Linear: nn.Linear}
 OURS = {
     getattr(tnn, name): ours
     for name, ours in vars(nn).items()
-    if isinstance(ours, type) and issubclass(ours, getattr(tnn, name, ()))
+    if isinstance(ours, type) and issubclass(ours, getattr(tnn, name, ())) and ours not in ON_DEMAND.values()
 }
-THEIRS = {ours: theirs for theirs, ours in OURS.items()}
+THEIRS = {ours: theirs for theirs, ours in (OURS | ON_DEMAND).items()}
 # what else in torch, by its name, is of our kind
 FAMILIES = re.compile("(?i)conv|pool|" + "|".join(theirs.__name__ for theirs in OURS))
 
@@ -50,6 +51,7 @@ def _functions() -> dict[Callable, tuple[str, dict]]:
             found |= {getattr(home, name): (name, {}) for home in (F, torch, Tensor) if hasattr(home, name)}
             if hasattr(F, f"{name}_with_indices"):
                 found[getattr(F, f"{name}_with_indices")] = name, {"return_indices": True}
+    del found[F.linear]  # on demand only, and as a module
     return found
 
 
@@ -148,7 +150,7 @@ def _obstacle(module: tnn.Module) -> str | None:
     if "forward" in vars(module):
         return "its forward has been replaced"
     dtypes = {p.dtype for p in module.parameters(recurse=False)} - DTYPES
-    if dtypes and _class(module) in OURS:
+    if dtypes and _class(module) in OURS | ON_DEMAND:
         return f"its parameters are {', '.join(map(str, dtypes))}"
     return None
 
@@ -192,7 +194,7 @@ def _why_left_alone(module: tnn.Module) -> str | None:
     return f"cnnops.nn has no {name}" if is_torchs and cls not in OURS and re.search(FAMILIES, name) else None
 
 
-def convert(model: tnn.Module, *, fuse: bool = False, inference: bool = False) -> tnn.Module:
+def convert(model: tnn.Module, *, fuse: bool = False, inference: bool = False, linear: bool = False) -> tnn.Module:
     """Changes a torch.nn model, in place, into one that computes with our kernels, and returns it.
 
     Modules of a class that cnnops.nn has get that class; in the forward of other modules than torch.nn's, calls of
@@ -209,6 +211,9 @@ def convert(model: tnn.Module, *, fuse: bool = False, inference: bool = False) -
     convolution before it. The model stays as it was, and the result is a new one, a torch.fx.GraphModule, in eval mode;
     its rounding differs from the original's.
 
+    ``linear=True`` makes Linear modules ours, too: then a whole classifier's outputs are the same bits whatever the
+    batch size. On a GPU it has not been measured. Calls of ``F.linear`` stay torch's.
+
     :func:`left_alone` tells which modules remain with torch, and why; the logger ``cnnops`` does so in a line, at level
     INFO. These calls of functions remain with torch:
 
@@ -222,10 +227,11 @@ def convert(model: tnn.Module, *, fuse: bool = False, inference: bool = False) -
         RuntimeError: ``inference=True`` for a model that torch.fx cannot trace.
     """
     if inference:
-        return _fuse.for_inference(convert(copy.deepcopy(model)))
+        return _fuse.for_inference(convert(copy.deepcopy(model), linear=linear))
     modules = [module for module in model.modules() if not _obstacle(module)]
     for module in modules:
-        _set_class(module, _to_ours(_class(module)))
+        cls = _class(module)
+        _set_class(module, ON_DEMAND[cls] if linear and cls in ON_DEMAND else _to_ours(cls))
     count = sum(_class(module) in THEIRS for module in modules)
     rest = "; ".join(f"{row.name or 'the model'} ({row.class_name}): {row.reason}" for row in left_alone(model))
     logger.info("converted %d modules; left alone: %s", count, rest or "none")

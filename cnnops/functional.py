@@ -6,7 +6,9 @@ layout. Every function is differentiable to any order, forward and backward, and
 bits whatever the batch size, the position in the batch, the thread count or the run.
 """
 
-from torch import Tensor, arange, sign
+from math import prod
+
+from torch import Tensor, arange, nn, sign
 from torch.compiler import is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function
 
@@ -104,6 +106,37 @@ def conv_transpose2d(
         return ops.conv_transpose2d(input, weight, bias, *arguments, algorithm=algorithm)
     arguments = (stride, padding, output_padding, groups, dilation)
     return _C.conv_transpose2d(input, weight, bias, *arguments, algorithm=algorithm)
+
+
+@overridable
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, algorithm: str = "auto") -> Tensor:
+    r"""A fully connected layer, as :func:`torch.nn.functional.linear`: the convolution of images of one pixel.
+
+    .. math:: y_{\dots,k} = b_k + \sum_c w_{k,c} \, x_{\dots,c}
+
+    Args:
+        input: (..., C).
+        weight: (K, C); or (C), for a result without the last dimension.
+        bias: (K), optional.
+        algorithm: as for :func:`conv2d`.
+
+    Returns:
+        (..., K). As with all functions here, a row has the same bits alone and among others.
+
+    Raises:
+        RuntimeError, NotImplementedError, ValueError: as :func:`conv2d`.
+    """
+    if weight.dim() not in (1, 2) or input.dim() == 0 or input.shape[-1] != weight.shape[-1]:
+        raise RuntimeError(
+            f"linear: expected input of shape (..., C) and weight of shape (K, C), "
+            f"but got {tuple(input.shape)} and {tuple(weight.shape)}"
+        )
+    *outer, channels = input.shape
+    *rows, _ = weight.shape
+    if weight.numel() == 0 and input.is_floating_point():
+        return nn.functional.linear(input, weight, bias)  # nothing to add up
+    pixels, filters = input.reshape(prod(outer), channels, 1, 1), weight.reshape(prod(rows), channels, 1, 1)
+    return conv2d(pixels, filters, bias, algorithm=algorithm).view(*outer, *rows)
 
 
 def max_pool2d(

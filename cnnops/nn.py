@@ -216,6 +216,13 @@ class ConvTranspose2d(nn.ConvTranspose2d):
         )
 
 
+class Linear(nn.Linear):
+    """:class:`torch.nn.Linear` on cnnops' kernels; see :func:`cnnops.functional.linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.linear(input, self.weight, self.bias)
+
+
 class MaxPool2d(nn.MaxPool2d):
     """:class:`torch.nn.MaxPool2d` on cnnops' kernels; see :func:`cnnops.functional.max_pool2d`."""
 

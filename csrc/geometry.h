@@ -41,6 +41,13 @@ struct BasicConv2dGeometry {
 };
 using Conv2dGeometry = BasicConv2dGeometry<int64_t>;
 
+/// Whether there is one window, as large as the image, as in a fully connected layer.
+static inline bool is_connected(const Conv2dGeometry& g) {
+  bool connected = true;
+  for (int dim = 0; dim < 2; ++dim) connected &= g.kernel[dim] == g.in[dim] && g.out[dim] == 1 && g.padding[dim] == 0;
+  return connected;
+}
+
 /// A window slides over each plane of x: output (oh, ow) sees the inputs (oh*stride - padding + kh*dilation, ...).
 /// Adaptive pooling cuts each axis into `out` windows of about the same size instead, window o from floor(o*in/out) to
 /// ceil((o+1)*in/out): then `kernel` is the largest window's size, and stride, padding and dilation are 1, 0, 1.

@@ -30,12 +30,11 @@ class Sample:
     """One ModuleInput: what the module is made from, and what it is called with."""
 
     def __init__(self, module_input):
-        self.constructor, self.forward = module_input.constructor_input, module_input.forward_input
-        self.name = module_input.desc
-        assert not self.forward.kwargs
+        self.constructor, self.name = module_input.constructor_input, module_input.desc
+        self.arguments = [*module_input.forward_input.args, *module_input.forward_input.kwargs.values()]
 
     def summary(self):
-        shapes = [tuple(x.shape) for x in self.forward.args]
+        shapes = [tuple(x.shape) for x in self.arguments]
         return f"{self.name}: args={self.constructor.args}, kwargs={self.constructor.kwargs}, inputs of {shapes}"
 
     def module(self, library, name, dtype):
@@ -43,7 +42,7 @@ class Sample:
         return getattr(library, name)(*self.constructor.args, **self.constructor.kwargs).to(dtype)
 
     def inputs(self, dtype, strides=False):
-        for x in self.forward.args:
+        for x in self.arguments:
             x = torch.stack([x, x], dim=-1)[..., 0] if strides else x
             yield x.detach().to(dtype).requires_grad_(x.requires_grad)
 

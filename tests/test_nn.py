@@ -25,6 +25,7 @@ MODULES = {
         *[((3, 6, 3), {"padding": (1, 2), "padding_mode": mode}, (2, 3, 9, 8)) for mode in ("reflect", "replicate")],
         ((3, 6, 4), {"padding": "same", "padding_mode": "circular"}, (2, 3, 9, 8)),
     ],
+    "Linear": [((7, 5), {}, (3, 7)), ((7, 5, False), {}, (7,)), ((7, 5), {"dtype": torch.float64}, (2, 3, 4, 7))],
     "MaxPool2d": [
         ((2,), {}, (2, 3, 9, 8)),
         ((3, 2, 1), {}, (3, 9, 8)),

@@ -22,6 +22,7 @@ INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
 DTYPES = {
     "conv2d": FLOATS,
     "conv_transpose2d": FLOATS,
+    "linear": FLOATS,
     "max_pool2d": FLOATS + INTEGERS,
     "max_unpool2d": FLOATS,
     "avg_pool2d": [*FLOATS, torch.int64],
@@ -37,9 +38,12 @@ DTYPES = {
 # What torch takes and we refuse: (function, dtype) -> why.
 REFUSED = {
     (name, dtype): why
-    for name in ("conv2d", "conv_transpose2d")
+    for name in ("conv2d", "conv_transpose2d", "linear")
     for dtype, why in {
-        torch.int64: "torch sums in int64 on the CPU only, without gradients; no network is made of it",
+        **dict.fromkeys(
+            INTEGERS if name == "linear" else [torch.int64],
+            "torch sums in integers on the CPU only, without gradients; no network is made of it",
+        ),
         torch.complex64: "the kernels know real numbers only",
         torch.complex128: "the kernels know real numbers only",
     }.items()

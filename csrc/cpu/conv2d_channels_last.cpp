@@ -35,6 +35,7 @@ constexpr int64_t kGoodTasks = 32;
 constexpr int64_t kMuchInput = 16 << 20;  // bytes that are not in a cache when they are read
 constexpr int64_t kMostRuns = 64;         // of a block
 constexpr int64_t kShortRow = 256;        // a run is a row of taps below, otherwise a tap
+constexpr int64_t kAhead = 128;           // weights of a filter are fetched so many numbers before they are packed
 
 /// A window as runs: rows of taps, or taps, whose channels are cut into equal pieces where they are many.
 struct Runs {
@@ -74,8 +75,10 @@ void pack_weights(const Windows& t, const S* weight, int64_t row0, const Run& ru
       for (int64_t r = 0; r < run.length; r += L) {
         const int64_t count = smaller(L, run.length - r);
         Vec<T> square[L];
-        for (int64_t i = 0; i < L; ++i)
+        for (int64_t i = 0; i < L; ++i) {
           square[i] = i < lanes ? load_first(from + i * t.weight_row + r, count) : Vec<T>{};
+          __builtin_prefetch(from + i * t.weight_row + r + kAhead);
+        }
         transpose<T>(square);
         for (int64_t i = 0; i < count; ++i, panel += V * L) store(panel, square[i]);
       }

@@ -4,6 +4,17 @@
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
 
+/// In a fully connected layer all numbers of an image stand in the order of a filter's, in either layout: so it is a 1x1
+/// convolution of as many channels on images of one pixel.
+Conv2dGeometry flattened(Conv2dGeometry g) {
+  const int64_t pixels = g.in[0] * g.in[1];
+  if (!is_connected(g) || (pixels > 1 && g.groups > 1)) return g;
+  g.c *= pixels;
+  for (int dim = 0; dim < 2; ++dim) g.kernel[dim] = g.in[dim] = 1;
+  g.layout = Layout::channels_last;
+  return g;
+}
+
 /// `direct` is two files, one for each layout, and one row.
 template <class S>
 struct Direct {
@@ -16,23 +27,41 @@ struct Direct {
 
   template <Conv2dRun<S> Row::* pass>
   static Conv2dRun<S> run() {
-    return {[](const Conv2dGeometry& g) { return (of(g).*pass).tasks(g); },
-            [](const Conv2dGeometry& g) { return (of(g).*pass).workspace(g); },
-            [](const Conv2dGeometry& g, const Conv2dOperands<S>& operands, Sum<S>* workspace, int64_t begin,
-               int64_t end) { (of(g).*pass).run(g, operands, workspace, begin, end); },
-            [](const Conv2dGeometry& g) { return (of(g).*pass).parts ? (of(g).*pass).parts(g) : 1; },
+    return {[](const Conv2dGeometry& shape) {
+              const Conv2dGeometry g = flattened(shape);
+              return (of(g).*pass).tasks(g);
+            },
+            [](const Conv2dGeometry& shape) {
+              const Conv2dGeometry g = flattened(shape);
+              return (of(g).*pass).workspace(g);
+            },
+            [](const Conv2dGeometry& shape, const Conv2dOperands<S>& operands, Sum<S>* workspace, int64_t begin,
+               int64_t end) {
+              const Conv2dGeometry g = flattened(shape);
+              (of(g).*pass).run(g, operands, workspace, begin, end);
+            },
+            [](const Conv2dGeometry& shape) {
+              const Conv2dGeometry g = flattened(shape);
+              return (of(g).*pass).parts ? (of(g).*pass).parts(g) : 1;
+            },
             (conv2d_channels_last<S>().*pass).add_parts};
   }
 
   static Row row() {
     return {"direct",
             "register tiles over the image where it stands; stride 1, or channels_last",
-            [](const Conv2dGeometry& g, Pass pass) { return of(g).refuses(g, pass); },
+            [](const Conv2dGeometry& shape, Pass pass) {
+              const Conv2dGeometry g = flattened(shape);
+              return of(g).refuses(g, pass);
+            },
             run<&Row::forward>(),
             run<&Row::grad_input>(),
             run<&Row::grad_weight>(),
             true,
-            [](const Conv2dGeometry& g, Pass pass) { return of(g).yields && of(g).yields(g, pass); }};
+            [](const Conv2dGeometry& shape, Pass pass) {
+              const Conv2dGeometry g = flattened(shape);
+              return of(g).yields && of(g).yields(g, pass);
+            }};
   }
 };
 
