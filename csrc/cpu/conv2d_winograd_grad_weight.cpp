@@ -3,9 +3,10 @@
 //
 //   gw[k, c] = transform of the 36 sums over all tiles of u[i][tile, k] * v[i][tile, c]
 //
-// where v[i] are the transforms of the tiles' 6x6 inputs, and u[i] those of their outputs' gradients. A task is a block
-// of output channels x a panel of input channels. It walks all tiles of all images in blocks, makes the transforms of
-// each block by itself, and keeps its sums: those of a block, each from a fresh zero, are added in order. A NaN or
+// where v[i] are the transforms of the tiles' inputs, and u[i] those of their outputs' gradients. A task is a block of
+// output channels x a panel of input channels. It walks all tiles of all images in blocks, makes the transforms of each
+// block by itself, and keeps its sums: those of a block, each from a fresh zero, are added in order. Where such tasks
+// would be few, the tiles are cut into parts, each with tasks and sums of its own, which are added up last. A NaN or
 // infinity reaches all taps of the filters that see its tile.
 #include "winograd.h"
 
@@ -15,6 +16,7 @@ namespace {
 constexpr int64_t kBlockTiles = 48;                        // summed at a time
 constexpr int64_t kMostChannels = 128, kFewChannels = 32;  // output channels of a task
 constexpr int64_t kGoodTasks = 4;
+constexpr int64_t kPartTiles = 192, kPartNumbers = 1 << 19;  // of a part at least; of all parts together at most
 
 /// The tiles of the output's gradient, as if they were the input.
 Layer gradient_of(const Layer& t) {
@@ -29,13 +31,14 @@ Layer gradient_of(const Layer& t) {
   return y;
 }
 
-/// Tasks are numbered (group, block of output channels, panel of input channels).
+/// Tasks are numbered (group, block of output channels, panel of input channels, part of the tiles).
 template <class T>
 struct Tasks {
   int64_t points;
   int64_t vectors, width, panels;  // of input channels
   int64_t rows, blocks;            // of output channels
   int64_t stride;                  // from tile to tile of the transformed gradients
+  int64_t parts, tile_blocks;      // of all tiles
   int64_t total;
 
   explicit Tasks(const Layer& t) {
@@ -46,13 +49,19 @@ struct Tasks {
     width = all.width;
     panels = all.count;
     blocks = ceil_div(t.rows, kMostChannels);
-    if (t.groups * panels * blocks < kGoodTasks)
+    parts = 1;
+    tile_blocks = ceil_div(t.all_tiles, kBlockTiles);
+    const int64_t numbers = t.groups * t.rows * t.channels * t.taps * t.taps;
+    while (t.groups * panels * blocks * parts < kGoodTasks && t.all_tiles >= 2 * parts * kPartTiles &&
+           2 * parts * numbers <= kPartNumbers)
+      parts *= 2;
+    if (t.groups * panels * blocks * parts < kGoodTasks)
       blocks = larger(1, smaller(larger(t.rows / kFewChannels, smaller(t.rows / (kFewChannels / 2), 2)),
-                                 ceil_div(kGoodTasks, t.groups * panels)));
+                                 ceil_div(kGoodTasks, t.groups * panels * parts)));
     rows = round_up(ceil_div(t.rows, blocks), tile_rows(vectors));
     blocks = ceil_div(t.rows, rows);
     stride = round_up(rows, L);
-    total = t.groups * panels * blocks;
+    total = t.groups * panels * blocks * parts;
   }
   int64_t input_point() const { return kBlockTiles * width + kLine; }
   int64_t gradient_point() const { return kBlockTiles * stride + kLine; }
@@ -98,25 +107,30 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspa
   T* u = v + Form::points * tasks.input_point();
   T* sums = u + Form::points * tasks.gradient_point();
   T* scratch = sums + Form::points * tasks.sum_point();
+  const int64_t numbers = x.groups * x.weight_group;
   const auto multiply = tasks.vectors == 1   ? CNNOPS_ISA::multiply<T, 1>
                         : tasks.vectors == 2 ? CNNOPS_ISA::multiply<T, 2>
                         : tasks.vectors == 3 ? CNNOPS_ISA::multiply<T, 3>
                                              : CNNOPS_ISA::multiply<T, kMostVectors>;
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t c0 = task % tasks.panels * tasks.width, channels = smaller(tasks.width, x.channels - c0);
-    const int64_t k0 = task / tasks.panels % tasks.blocks * tasks.rows, rows = smaller(tasks.rows, x.rows - k0);
-    const int64_t group = task / tasks.panels / tasks.blocks;
+    const int64_t part = task % tasks.parts, block = task / tasks.parts;
+    const int64_t c0 = block % tasks.panels * tasks.width, channels = smaller(tasks.width, x.channels - c0);
+    const int64_t k0 = block / tasks.panels % tasks.blocks * tasks.rows, rows = smaller(tasks.rows, x.rows - k0);
+    const int64_t group = block / tasks.panels / tasks.blocks;
     const T* gy = o.a + (group * x.rows + k0) * y.in.channel;
     const T* in = o.b + (group * x.channels + c0) * x.in.channel;
-    for (int64_t tile = 0; tile < x.all_tiles; tile += kBlockTiles) {
-      const int64_t count = smaller(kBlockTiles, x.all_tiles - tile);
+    const int64_t first = tasks.tile_blocks * part / tasks.parts * kBlockTiles;
+    const int64_t end_tile = smaller(tasks.tile_blocks * (part + 1) / tasks.parts * kBlockTiles, x.all_tiles);
+    for (int64_t tile = first; tile < end_tile; tile += kBlockTiles) {
+      const int64_t count = smaller(kBlockTiles, end_tile - tile);
       transform_tiles<Points<Form::rows, Form::height>, Points<Form::columns, Form::width>>(
           y, gy, tile, count, rows, tasks.gradient_point(), tasks.stride, scratch, u);
       transform_tiles<InputPoints<Form::rows>, InputPoints<Form::columns>>(
           x, in, tile, count, channels, tasks.input_point(), tasks.width, scratch, v);
-      multiply(tasks, rows, count, u, v, sums, tile > 0);
+      multiply(tasks, rows, count, u, v, sums, tile > first);
     }
-    T* out = o.out + group * x.weight_group + k0 * x.weight_row + c0 * x.weight_channel;
+    T* out = (tasks.parts > 1 ? o.parts + part * numbers : o.out) + group * x.weight_group + k0 * x.weight_row +
+             c0 * x.weight_channel;
     write_filters<Form>(x, tasks, sums, rows, channels, out);
   }
 }
@@ -130,7 +144,9 @@ Conv2dRun<T> winograd_grad_weight() {
           [](const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspace, int64_t begin, int64_t end) {
             const Layer t(g, Pass::grad_weight);
             with_form(t.taps, t.tile, [&](auto form) { grad_weight<decltype(form)>(g, o, workspace, begin, end); });
-          }};
+          },
+          [](const Conv2dGeometry& g) { return Tasks<T>(Layer(g, Pass::grad_weight)).parts; },
+          conv2d_channels_last<T>().grad_weight.add_parts};
 }
 
 template Conv2dRun<float> winograd_grad_weight();

@@ -48,18 +48,20 @@ struct Tasks {
     vectors = all.vectors;
     width = all.width;
     depth = kept ? round_up(t.channels, L) : round_up(ceil_div(t.channels, ceil_div(t.channels, kBlockChannels)), L);
-    blocks = ceil_div(all.count, larger(1, kMostChannels / width));
-    if (t.groups * blocks * n < kGoodTasks) blocks = smaller(all.count, ceil_div(kGoodTasks, t.groups * n));
-    panels = ceil_div(all.count, blocks);
-    blocks = ceil_div(all.count, panels);
-    bands = t.groups * blocks * n > 1 || t.tiles[0] < 4 ? 1 : 2;
-    band = ceil_div(t.out_size[0], bands);
     const int64_t step = tile_rows(vectors), most = (kept ? kKeptTiles : kMostTiles) * 36 / points;
     const auto unused = [&](int64_t rows) { return double(round_up(rows * t.tiles[1], step)) / (rows * t.tiles[1]); };
-    rows = 1;  // few tiles beyond the last register tile
-    for (int64_t more = 2; more * t.tiles[1] <= most; ++more)
+    rows = kept ? 1 : larger(1, most * 3 / 4 / t.tiles[1]);  // few tiles beyond the last register tile
+    for (int64_t more = rows + 1; more * t.tiles[1] <= most; ++more)
       if (unused(more) < unused(rows)) rows = more;
-    images = larger(1, smaller(rows, t.groups * blocks * n / (kept ? kManyTasks : kGoodTasks)));
+    blocks = ceil_div(all.count, larger(1, kMostChannels / width));
+    images = larger(1, kept ? smaller(rows, t.groups * n / kManyTasks) : rows / t.tiles[0]);
+    // Where filters are many, two tasks rather have filters of their own than the same ones.
+    blocks = larger(blocks, smaller(all.count, ceil_div(kGoodTasks, t.groups * ceil_div(n, images))));
+    panels = ceil_div(all.count, blocks);
+    blocks = ceil_div(all.count, panels);
+    images = smaller(images, ceil_div(n, ceil_div(kGoodTasks, t.groups * blocks)));
+    bands = t.groups * blocks * n > 1 || t.tiles[0] < 4 ? 1 : 2;
+    band = ceil_div(t.out_size[0], bands);
     tiles = round_up(rows * t.tiles[1], step);
     columns = t.tiles[1] * t.tile[1] + t.taps - 1;
     pieces = bands > 1 ? n * bands : ceil_div(n, images);

@@ -14,9 +14,12 @@ constexpr int64_t kRunTiles = 8;      // copied at a time
 constexpr int64_t kLine = 16;         // numbers between two points: or they would share their places in the cache
 constexpr int kSums = 3 * kTileRows;  // vectors of sums in a register tile
 constexpr int kMostVectors = kTileRows == 8 ? 4 : 3;  // in a row of it
-/// Its rows. Where registers are left over, numbers of channels and tiles that are multiples of 8 or 16 fit.
+/// Of a single vector even and odd terms are summed apart: so many rows that each had its sum would be more than there
+/// are registers for their addresses.
+constexpr int ways(int64_t vectors) { return vectors == 1 ? 2 : 1; }
+/// The register tile's rows. Where registers are left over, numbers of channels and tiles that are multiples of 8 fit.
 constexpr int tile_rows(int64_t vectors) {
-  return static_cast<int>(kTileRows == 8 && vectors < 3 ? 16 / vectors : kSums / vectors);
+  return static_cast<int>((kTileRows == 8 && vectors < 3 ? 16 / vectors : kSums / vectors) / ways(vectors));
 }
 
 /// The numbers of taps, and of outputs of a tile along both axes, that there are transforms for.
@@ -315,21 +318,27 @@ static inline void transform_filters(const Layer& t, const T* weight, int64_t ro
 template <class T, int V>
 static inline void multiply_tile(int64_t depth, const T* a, int64_t row_step, int64_t step, const T* b, T* sums,
                                  bool add) {
-  constexpr int M = tile_rows(V), L = kLanes<T>;
-  Vec<T> sum[M][V]{};
-  for (int64_t c = 0; c < depth; ++c, a += step, b += V * L) {
-    Vec<T> column[V];
-    for (int v = 0; v < V; ++v) column[v] = load(b + v * L);
-    for (int m = 0; m < M; ++m) {
-      const Vec<T> x = broadcast(a[m * row_step]);
-      for (int v = 0; v < V; ++v) sum[m][v] = multiply_add(x, column[v], sum[m][v]);
+  constexpr int M = tile_rows(V), W = ways(V), L = kLanes<T>;
+  Vec<T> sum[W][M][V]{};
+  const auto add_terms = [&](int terms) {
+    for (int way = 0; way < terms; ++way, a += step, b += V * L) {
+      Vec<T> column[V];
+      for (int v = 0; v < V; ++v) column[v] = load(b + v * L);
+      for (int m = 0; m < M; ++m) {
+        const Vec<T> x = broadcast(a[m * row_step]);
+        for (int v = 0; v < V; ++v) sum[way][m][v] = multiply_add(x, column[v], sum[way][m][v]);
+      }
     }
-  }
+  };
+  int64_t c = 0;
+  for (; c + W <= depth; c += W) add_terms(W);
+  if (c < depth) add_terms(1);
 #pragma GCC unroll 16  // early, or GCC keeps the sums in memory
   for (int m = 0; m < M; ++m)
     for (int v = 0; v < V; ++v) {
       T* to = sums + (m * V + v) * L;
-      store(to, add ? load(to) + sum[m][v] : sum[m][v]);
+      if (W > 1) sum[0][m][v] += sum[W - 1][m][v];
+      store(to, add ? load(to) + sum[0][m][v] : sum[0][m][v]);
     }
 }
 
