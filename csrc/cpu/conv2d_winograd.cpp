@@ -29,8 +29,8 @@ constexpr int64_t kMostTiles = 104, kFewTiles = 48;     // of a task
 constexpr int64_t kMostChannels = 256;                  // produced by a task
 constexpr int64_t kKeptChannels = 64, kKeptTiles = 24;  // the most summed where filters are kept, and of a task there
 constexpr int64_t kGoodTasks = 4;
-constexpr int64_t kFewestChannels = 16, kFewestOutputs = 6;  // with fewer, `direct` is faster
-constexpr int64_t kBlockChannels = 32;                       // summed at a time
+constexpr int64_t kFewestChannels = 16;  // with fewer, `direct` is faster
+constexpr int64_t kBlockChannels = 32;   // summed at a time
 
 /// How the work is cut: tasks are numbered (group, block of panels, block of tiles).
 template <class T>
@@ -136,6 +136,13 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspace
   }
 }
 
+/// The smallest image, along an axis, whose tiles are worth the transforms of the filters whatever the batch is. Where a
+/// single image has few tiles, `direct` is hard to beat in channels_last.
+int64_t smallest_image(const Conv2dGeometry& g, Pass pass) {
+  const bool well_served = pass == Pass::forward && g.layout == Layout::channels_last;
+  return well_served || pass == Pass::grad_input ? 6 : g.kernel[0] == 3 ? 4 : 2;
+}
+
 template <class S>
 const char* refuses(const Conv2dGeometry& g, Pass pass) {
   if (g.kernel[0] != 3 && g.kernel[0] != 5) return "its transforms are those of 3x3 and 5x5 kernels";
@@ -143,7 +150,7 @@ const char* refuses(const Conv2dGeometry& g, Pass pass) {
   for (int dim = 0; dim < 2; ++dim) {
     if (g.kernel[dim] != g.kernel[0] || g.stride[dim] != 1 || g.dilation[dim] != 1)
       return "its transforms are those of a square kernel with stride and dilation 1";
-    if ((pass == Pass::grad_input ? g.in : g.out)[dim] < kFewestOutputs)
+    if ((pass == Pass::grad_input ? g.in : g.out)[dim] < smallest_image(g, pass))
       return "the image is too small to share its filters";
   }
   if (g.c / g.groups < kFewestChannels || g.k / g.groups < kFewestChannels)

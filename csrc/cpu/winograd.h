@@ -16,7 +16,7 @@ constexpr int kSums = 3 * kTileRows;  // vectors of sums in a register tile
 constexpr int kMostVectors = kTileRows == 8 ? 4 : 3;  // in a row of it
 /// Of a single vector even and odd terms are summed apart: so many rows that each had its sum would be more than there
 /// are registers for their addresses.
-constexpr int ways(int64_t vectors) { return vectors == 1 ? 2 : 1; }
+constexpr int ways(int64_t vectors) { return vectors < 3 ? 2 : 1; }
 /// The register tile's rows. Where registers are left over, numbers of channels and tiles that are multiples of 8 fit.
 constexpr int tile_rows(int64_t vectors) {
   return static_cast<int>((kTileRows == 8 && vectors < 3 ? 16 / vectors : kSums / vectors) / ways(vectors));
