@@ -134,9 +134,21 @@ def yields(name, which, case):
         filters, size = case.weight_shape[0] // case.groups, prod(case.weight_shape[1:])
         return which == "grad_weight" and filters >= 64 and size >= 256
     if name == "winograd":
-        tiles = prod(ceil(size / (7 - case.kernel[0])) for size in case.input_shape[2:])
-        return which == "grad_input" and 3 * prod(case.kernel) * prod(case.output_shape[2:]) < 72 * tiles
+        products = prod(case.kernel) * prod(case.output_shape[2:])
+        return which == "grad_input" and 3 * products < 2 * winograd_products(case)
     return False
+
+
+def winograd_products(case):
+    """Of a plane's gradient: from tiles over the input, or from those over the output if that makes a tenth fewer."""
+    taps = case.kernel[0]
+    forms = [(4, 4)] if taps == 3 else [(2, 2), (2, 4)]
+
+    def fewest(size):
+        return min((h + taps - 1) * (w + taps - 1) * ceil(size[0] / h) * ceil(size[1] / w) for h, w in forms)
+
+    plain, transposed = fewest(case.input_shape[2:]), fewest(case.output_shape[2:])
+    return transposed if 10 * transposed < 9 * plain else plain
 
 
 @every_algorithm

@@ -29,27 +29,28 @@ constexpr int64_t kMostTiles = 104, kFewTiles = 48;     // of a task
 constexpr int64_t kMostChannels = 256;                  // produced by a task
 constexpr int64_t kKeptChannels = 64, kKeptTiles = 24;  // the most summed where filters are kept, and of a task there
 constexpr int64_t kGoodTasks = 4;
-constexpr int64_t kFewestChannels = 16, kFewestOutputs = 6;  // with fewer, `direct` is faster
-constexpr int64_t kBlockChannels = 32;                       // summed at a time
+constexpr int64_t kFewestChannels = 16;  // with fewer, `direct` is faster
+constexpr int64_t kBlockChannels = 32;   // summed at a time
 
 /// How the work is cut: tasks are numbered (group, block of panels, block of tiles).
 template <class T>
 struct Tasks {
   int64_t vectors, width, panels;  // a panel: `vectors` vectors, `width` produced channels; and how many a task has
-  int64_t blocks, tiles, tile_blocks;
+  int64_t points, blocks, tiles, tile_blocks;
   int64_t depth;  // summed channels of a block
   bool kept;  // all filters are one panel and one block: they are transformed for the first of a thread's tasks only
   int64_t total;
 
   explicit Tasks(const Layer& t) {
     constexpr int64_t L = kLanes<T>;
-    const int64_t all_vectors = ceil_div(t.rows, L);
-    vectors = ceil_div(all_vectors, ceil_div(all_vectors, kMostVectors));
-    width = vectors * L;
-    const int64_t all_panels = ceil_div(t.rows, width);
+    const ChannelPanels<T> all(t.rows);
+    const int64_t all_panels = all.count;
+    points = t.points;
+    vectors = all.vectors;
+    width = all.width;
     blocks = ceil_div(all_panels, larger(1, kMostChannels / width));
     kept = all_panels == 1 && t.channels <= kKeptChannels;
-    const int64_t most = kept ? kKeptTiles : kMostTiles;
+    const int64_t most = kept ? kKeptTiles : kMostTiles * 36 / points;
     tile_blocks = t.all_tiles <= most ? 1 : round_up(ceil_div(t.all_tiles, most), 2);
     if (t.groups * blocks * tile_blocks < kGoodTasks)
       blocks = smaller(all_panels, ceil_div(kGoodTasks, t.groups * tile_blocks));
@@ -66,44 +67,27 @@ struct Tasks {
   int64_t input_point() const { return tiles * depth + kLine; }
   int64_t filter_point() const { return width * depth + kLine; }
   int64_t sum_point() const { return tiles * width + kLine; }
-  int64_t workspace() const { return kPoints * (input_point() + filter_point() + panels * sum_point()) + kScratch<T>; }
+  int64_t workspace() const { return points * (input_point() + filter_point() + panels * sum_point()) + kScratch<T>; }
 };
 
-/// u[point][c][lane], for a panel of `rows` produced channels.
-template <int taps, class T>
-void transform_filters(const Layer& t, const Tasks<T>& tasks, const T* weight, int64_t rows, int64_t channels,
-                       T* scratch, T* u) {
-  constexpr int64_t L = kLanes<T>, all = taps * taps;
-  const int64_t point = tasks.filter_point(), step = t.mirrored ? -L : L;
-  for (int64_t row = 0; row < tasks.width; row += L)
-    for (int64_t c0 = 0; c0 < channels; c0 += L) {
-      const int64_t count = smaller(L, channels - c0), lanes = larger(smaller(L, rows - row), 0);
-      copy_filters(t, weight + row * t.weight_row + c0 * t.weight_channel, lanes, count, scratch);
-      for (int64_t c = 0; c < count; ++c) {
-        const T* filter = scratch + (c * all + (t.mirrored ? all - 1 : 0)) * L;
-        T* to = u + (c0 + c) * tasks.width + row;
-        transform<Points<taps>, T>([&](int i, int j) { return load(filter + (i * taps + j) * step); },
-                                   [&](int i, int j, Vec<T> x) { store(to + (i * kPatch + j) * point, x); });
-      }
-    }
-}
-
 /// From sums[panel][point][tile][lane] to outputs.
-template <int tile, class T>
+template <class Form, class T>
 void transform_outputs(const Layer& t, const Tasks<T>& tasks, const T* sums, const T* bias, int64_t tile0,
                        int64_t count, int64_t channels, T* scratch, T* out) {
   constexpr int64_t L = kLanes<T>;
   const int64_t point = tasks.sum_point();
+  using Rows = Numbers<Form::rows, Form::height>;
+  using Columns = Numbers<Form::columns, Form::width>;
   for_runs<T>(t, tile0, count, channels, [&](const Run& run, int64_t c, int64_t lanes) {
     const Vec<T> plus = bias ? load_first(bias + c, lanes) : Vec<T>{};
-    const int64_t height = smaller(tile, t.out_size[0] - run.h), columns = run.count * tile;
+    const int64_t height = smaller(Form::height, t.out_size[0] - run.h), columns = run.count * Form::width;
     T* image = out + run.n * t.out.image + c * t.out.channel;
-    const T* from = sums + c / tasks.width * kPoints * point + run.first * tasks.width + c % tasks.width;
-    const auto get = [&](int i, int j) { return load(from + (i * kPatch + j) * point); };
+    const T* from = sums + c / tasks.width * Form::points * point + run.first * tasks.width + c % tasks.width;
+    const auto get = [&](int i, int j) { return load(from + (i * Form::columns + j) * point); };
     if (t.layout == Layout::channels_last) {
-      const int64_t width = smaller(tile, t.out_size[1] - run.w);
+      const int64_t width = smaller(Form::width, t.out_size[1] - run.w);
       T* to = image + run.h * t.out.row + run.w * t.out.pixel;
-      transform<Numbers<tile>, T>(get, [&](int i, int j, Vec<T> y) {
+      transform<Rows, Columns, T>(get, [&](int i, int j, Vec<T> y) {
         if (i < height && j < width) store_first(to + i * t.out.row + j * t.out.pixel, y + plus, lanes);
       });
       return;
@@ -112,35 +96,21 @@ void transform_outputs(const Layer& t, const Tasks<T>& tasks, const T* sums, con
       for (int64_t i = 0; i < height; ++i)
         for (int64_t j = 0; j < columns; j += kLine)
           __builtin_prefetch(image + lane * t.out.channel + (run.h + i) * t.out.row + run.w + j, 1);
-    for (T* to = scratch; to < scratch + columns * L; to += tile * L, from += tasks.width)
-      transform<Numbers<tile>, T>(get, [&](int i, int j, Vec<T> y) { store(to + (i * columns + j) * L, y + plus); });
-    copy_back(t, scratch, run.h, run.w, columns, lanes, image);
+    for (T* to = scratch; to < scratch + columns * L; to += Form::width * L, from += tasks.width)
+      transform<Rows, Columns, T>(get, [&](int i, int j, Vec<T> y) { store(to + (i * columns + j) * L, y + plus); });
+    copy_back(t, scratch, run.h, run.w, height, smaller(columns, t.out_size[1] - run.w), columns, lanes, image);
   });
 }
 
-template <class T, int V>
-void multiply(const Tasks<T>& tasks, int64_t tiles, int64_t depth, const T* v, const T* u, T* sums, bool add) {
-  for (int64_t point = 0; point < kPoints; ++point) {
-    const T* a = v + point * tasks.input_point();
-    const T* b = u + point * tasks.filter_point();
-    T* to = sums + point * tasks.sum_point();
-    for (int64_t p = 0; p < tiles; p += tile_rows(V))
-      multiply_tile<T, V>(depth, a + p * tasks.depth, tasks.depth, 1, b, to + p * tasks.width, add);
-  }
-}
-
-template <class T, Pass pass, int taps>
+template <class Form, class T, Pass pass>
 void correlate(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspace, int64_t begin, int64_t end) {
   const Layer t(g, pass);
   const Tasks<T> tasks(t);
   T* v = workspace;
-  T* u = v + kPoints * tasks.input_point();
-  T* sums = u + kPoints * tasks.filter_point();
-  T* scratch = sums + kPoints * tasks.sum_point() * tasks.panels;
-  const auto multiply = tasks.vectors == 1   ? CNNOPS_ISA::multiply<T, 1>
-                        : tasks.vectors == 2 ? CNNOPS_ISA::multiply<T, 2>
-                        : tasks.vectors == 3 ? CNNOPS_ISA::multiply<T, 3>
-                                             : CNNOPS_ISA::multiply<T, kMostVectors>;
+  T* u = v + Form::points * tasks.input_point();
+  T* sums = u + Form::points * tasks.filter_point();
+  T* scratch = sums + Form::points * tasks.sum_point() * tasks.panels;
+  const auto multiply = multiply_points_by<T>(tasks.vectors);
   for (int64_t task = begin, kept = -1; task < end; ++task) {
     const int64_t tile0 = task % tasks.tile_blocks * tasks.tiles, count = smaller(tasks.tiles, t.all_tiles - tile0);
     const int64_t row0 = task / tasks.tile_blocks % tasks.blocks * tasks.rows();
@@ -148,20 +118,29 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspace
     for (int64_t c0 = 0; c0 < t.channels; c0 += tasks.depth) {
       const int64_t depth = smaller(tasks.depth, t.channels - c0);
       const T* in = o.a + (group * t.channels + c0) * t.in.channel;
-      transform_tiles<InputPoints>(t, in, tile0, count, depth, tasks.input_point(), tasks.depth, scratch, v);
+      transform_tiles<InputPoints<Form::rows>, InputPoints<Form::columns>>(
+          t, in, tile0, count, depth, tasks.input_point(), tasks.depth, scratch, v);
       const T* weight = o.b + group * t.weight_group + row0 * t.weight_row + c0 * t.weight_channel;
-      T* to = sums;
-      for (int64_t row = 0; row < rows; row += tasks.width, to += kPoints * tasks.sum_point()) {
+      Factors<T> factors{v, u, sums, tasks.input_point(), tasks.filter_point(), tasks.sum_point(), tasks.depth};
+      for (int64_t row = 0; row < rows; row += tasks.width, factors.sums += Form::points * tasks.sum_point()) {
         if (kept != task / tasks.tile_blocks)
-          transform_filters<taps>(t, tasks, weight + row * t.weight_row, rows - row, depth, scratch, u);
-        multiply(tasks, count, depth, v, u, to, c0 > 0);
+          transform_filters<Form>(t, weight + row * t.weight_row, rows - row, depth, tasks.width, tasks.filter_point(),
+                                  scratch, u);
+        multiply(factors, Form::points, count, depth, c0 > 0);
       }
     }
     if (tasks.kept) kept = task / tasks.tile_blocks;
     const int64_t channel = group * t.rows + row0;
-    transform_outputs<kPatch + 1 - taps>(t, tasks, sums, o.bias ? o.bias + channel : nullptr, tile0, count, rows,
-                                         scratch, o.out + channel * t.out.channel);
+    transform_outputs<Form>(t, tasks, sums, o.bias ? o.bias + channel : nullptr, tile0, count, rows, scratch,
+                            o.out + channel * t.out.channel);
   }
+}
+
+/// The smallest image, along an axis, whose tiles are worth the transforms of the filters whatever the batch is. Where a
+/// single image has few tiles, `direct` is hard to beat in channels_last.
+int64_t smallest_image(const Conv2dGeometry& g, Pass pass) {
+  const bool well_served = pass == Pass::forward && g.layout == Layout::channels_last;
+  return well_served || pass == Pass::grad_input ? 6 : g.kernel[0] == 3 ? 4 : 2;
 }
 
 template <class S>
@@ -171,7 +150,7 @@ const char* refuses(const Conv2dGeometry& g, Pass pass) {
   for (int dim = 0; dim < 2; ++dim) {
     if (g.kernel[dim] != g.kernel[0] || g.stride[dim] != 1 || g.dilation[dim] != 1)
       return "its transforms are those of a square kernel with stride and dilation 1";
-    if ((pass == Pass::grad_input ? g.in : g.out)[dim] < kFewestOutputs)
+    if ((pass == Pass::grad_input ? g.in : g.out)[dim] < smallest_image(g, pass))
       return "the image is too small to share its filters";
   }
   if (g.c / g.groups < kFewestChannels || g.k / g.groups < kFewestChannels)
@@ -179,23 +158,29 @@ const char* refuses(const Conv2dGeometry& g, Pass pass) {
   return nullptr;
 }
 
-/// An output of the gradient of the input that lies at the border of an unpadded layer has few products to save: with
-/// most of them there, as in a 5x5 layer of 6x6 pixels, those who leave such products out are faster.
+/// Few outputs leave the tiles at the border of a small image half empty: those who do without tiles are faster there.
 bool yields(const Conv2dGeometry& g, Pass pass) {
   if (pass != Pass::grad_input) return false;
-  const int64_t tile = kPatch + 1 - g.kernel[0];
-  const int64_t tiles = ((g.in[0] + tile - 1) / tile) * ((g.in[1] + tile - 1) / tile);
   const int64_t products = g.kernel[0] * g.kernel[1] * g.out[0] * g.out[1];
-  return 3 * products < 2 * kPoints * tiles;
+  return 3 * products < 2 * fewest_products(g, pass).products();
 }
 
 template <class S, Pass pass>
 Conv2dRun<S> run() {
   if constexpr (std::is_same_v<S, float>) {
-    return {[](const Conv2dGeometry& g) { return Tasks<S>(Layer(g, pass)).total; },
-            [](const Conv2dGeometry& g) { return Tasks<S>(Layer(g, pass)).workspace(); },
+    return {[](const Conv2dGeometry& g) {
+              const Layer t(g, pass);
+              return t.transposed ? winograd_transposed<S>().tasks(g) : Tasks<S>(t).total;
+            },
+            [](const Conv2dGeometry& g) {
+              const Layer t(g, pass);
+              return t.transposed ? winograd_transposed<S>().workspace(g) : Tasks<S>(t).workspace();
+            },
             [](const Conv2dGeometry& g, const Conv2dOperands<S>& o, S* workspace, int64_t begin, int64_t end) {
-              (g.kernel[0] == 3 ? correlate<S, pass, 3> : correlate<S, pass, 5>)(g, o, workspace, begin, end);
+              const Layer t(g, pass);
+              if (t.transposed) return winograd_transposed<S>().run(g, o, workspace, begin, end);
+              with_form(t.taps, t.tile,
+                        [&](auto form) { correlate<decltype(form), S, pass>(g, o, workspace, begin, end); });
             }};
   } else {
     return {};

@@ -3,9 +3,10 @@
 //
 //   gw[k, c] = transform of the 36 sums over all tiles of u[i][tile, k] * v[i][tile, c]
 //
-// where v[i] are the transforms of the tiles' 6x6 inputs, and u[i] those of their outputs' gradients. A task is a block
-// of output channels x a panel of input channels. It walks all tiles of all images in blocks, makes the transforms of
-// each block by itself, and keeps its sums: those of a block, each from a fresh zero, are added in order. A NaN or
+// where v[i] are the transforms of the tiles' inputs, and u[i] those of their outputs' gradients. A task is a block of
+// output channels x a panel of input channels. It walks all tiles of all images in blocks, makes the transforms of each
+// block by itself, and keeps its sums: those of a block, each from a fresh zero, are added in order. Where such tasks
+// would be few, the tiles are cut into parts, each with tasks and sums of its own, which are added up last. A NaN or
 // infinity reaches all taps of the filters that see its tile.
 #include "winograd.h"
 
@@ -15,6 +16,7 @@ namespace {
 constexpr int64_t kBlockTiles = 48;                        // summed at a time
 constexpr int64_t kMostChannels = 128, kFewChannels = 32;  // output channels of a task
 constexpr int64_t kGoodTasks = 4;
+constexpr int64_t kPartTiles = 192, kPartNumbers = 1 << 19;  // of a part at least; of all parts together at most
 
 /// The tiles of the output's gradient, as if they were the input.
 Layer gradient_of(const Layer& t) {
@@ -29,38 +31,47 @@ Layer gradient_of(const Layer& t) {
   return y;
 }
 
-/// Tasks are numbered (group, block of output channels, panel of input channels).
+/// Tasks are numbered (group, block of output channels, panel of input channels, part of the tiles).
 template <class T>
 struct Tasks {
+  int64_t points;
   int64_t vectors, width, panels;  // of input channels
   int64_t rows, blocks;            // of output channels
   int64_t stride;                  // from tile to tile of the transformed gradients
+  int64_t parts, tile_blocks;      // of all tiles
   int64_t total;
 
   explicit Tasks(const Layer& t) {
     constexpr int64_t L = kLanes<T>;
-    const int64_t all_vectors = ceil_div(t.channels, L);
-    vectors = ceil_div(all_vectors, ceil_div(all_vectors, kMostVectors));
-    width = vectors * L;
-    panels = ceil_div(t.channels, width);
+    const ChannelPanels<T> all(t.channels);
+    points = t.points;
+    vectors = all.vectors;
+    width = all.width;
+    panels = all.count;
     blocks = ceil_div(t.rows, kMostChannels);
-    if (t.groups * panels * blocks < kGoodTasks)
+    parts = 1;
+    tile_blocks = ceil_div(t.all_tiles, kBlockTiles);
+    const int64_t numbers = t.groups * t.rows * t.channels * t.taps * t.taps;
+    while (t.groups * panels * blocks * parts < kGoodTasks && t.all_tiles >= 2 * parts * kPartTiles &&
+           2 * parts * numbers <= kPartNumbers)
+      parts *= 2;
+    if (t.groups * panels * blocks * parts < kGoodTasks)
       blocks = larger(1, smaller(larger(t.rows / kFewChannels, smaller(t.rows / (kFewChannels / 2), 2)),
-                                 ceil_div(kGoodTasks, t.groups * panels)));
+                                 ceil_div(kGoodTasks, t.groups * panels * parts)));
     rows = round_up(ceil_div(t.rows, blocks), tile_rows(vectors));
     blocks = ceil_div(t.rows, rows);
     stride = round_up(rows, L);
-    total = t.groups * panels * blocks;
+    total = t.groups * panels * blocks * parts;
   }
   int64_t input_point() const { return kBlockTiles * width + kLine; }
   int64_t gradient_point() const { return kBlockTiles * stride + kLine; }
   int64_t sum_point() const { return rows * width + kLine; }
-  int64_t workspace() const { return kPoints * (input_point() + gradient_point() + sum_point()) + kScratch<T>; }
+  int64_t workspace() const { return points * (input_point() + gradient_point() + sum_point()) + kScratch<T>; }
 };
 
 template <class T, int V>
 void multiply(const Tasks<T>& tasks, int64_t rows, int64_t tiles, const T* u, const T* v, T* sums, bool add) {
-  for (int64_t point = 0; point < kPoints; ++point) {
+  for (int64_t point = 0; point < tasks.points; ++point) {
     const T* a = u + point * tasks.gradient_point();
     const T* b = v + point * tasks.input_point();
     T* to = sums + point * tasks.sum_point();
@@ -70,50 +81,57 @@ void multiply(const Tasks<T>& tasks, int64_t rows, int64_t tiles, const T* u, co
 }
 
 /// From sums[point][k][c] to the filters of `rows` output channels and `channels` input channels.
-template <int taps, class T>
+template <class Form, class T>
 void write_filters(const Layer& t, const Tasks<T>& tasks, const T* sums, int64_t rows, int64_t channels, T* out) {
-  constexpr int64_t L = kLanes<T>;
+  constexpr int64_t L = kLanes<T>, taps = Form::taps;
   for (int64_t k = 0; k < rows; ++k)
     for (int64_t c = 0; c < channels; c += L) {
       const T* from = sums + k * tasks.width + c;
       T* filter = out + k * t.weight_row + c * t.weight_channel;
       const int64_t lanes = smaller(L, channels - c);
-      transform<Numbers<taps>, T>([&](int i, int j) { return load(from + (i * kPatch + j) * tasks.sum_point()); },
-                                  [&](int i, int j, Vec<T> w) {
-                                    T* to = filter + (i * taps + j) * t.weight_tap;
-                                    if (t.weight_channel == 1) return store_first(to, w, lanes);
-                                    for (int64_t lane = 0; lane < lanes; ++lane) to[lane * t.weight_channel] = w[lane];
-                                  });
+      transform<Numbers<Form::rows, taps>, Numbers<Form::columns, taps>, T>(
+          [&](int i, int j) { return load(from + (i * Form::columns + j) * tasks.sum_point()); },
+          [&](int i, int j, Vec<T> w) {
+            T* to = filter + (i * taps + j) * t.weight_tap;
+            if (t.weight_channel == 1) return store_first(to, w, lanes);
+            for (int64_t lane = 0; lane < lanes; ++lane) to[lane * t.weight_channel] = w[lane];
+          });
     }
 }
 
-template <class T, int taps>
+template <class Form, class T>
 void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspace, int64_t begin, int64_t end) {
-  const Layer x(g, Pass::forward), y = gradient_of(x);
+  const Layer x(g, Pass::grad_weight), y = gradient_of(x);
   const Tasks<T> tasks(x);
   T* v = workspace;
-  T* u = v + kPoints * tasks.input_point();
-  T* sums = u + kPoints * tasks.gradient_point();
-  T* scratch = sums + kPoints * tasks.sum_point();
+  T* u = v + Form::points * tasks.input_point();
+  T* sums = u + Form::points * tasks.gradient_point();
+  T* scratch = sums + Form::points * tasks.sum_point();
+  const int64_t numbers = x.groups * x.weight_group;
   const auto multiply = tasks.vectors == 1   ? CNNOPS_ISA::multiply<T, 1>
                         : tasks.vectors == 2 ? CNNOPS_ISA::multiply<T, 2>
                         : tasks.vectors == 3 ? CNNOPS_ISA::multiply<T, 3>
                                              : CNNOPS_ISA::multiply<T, kMostVectors>;
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t c0 = task % tasks.panels * tasks.width, channels = smaller(tasks.width, x.channels - c0);
-    const int64_t k0 = task / tasks.panels % tasks.blocks * tasks.rows, rows = smaller(tasks.rows, x.rows - k0);
-    const int64_t group = task / tasks.panels / tasks.blocks;
+    const int64_t part = task % tasks.parts, block = task / tasks.parts;
+    const int64_t c0 = block % tasks.panels * tasks.width, channels = smaller(tasks.width, x.channels - c0);
+    const int64_t k0 = block / tasks.panels % tasks.blocks * tasks.rows, rows = smaller(tasks.rows, x.rows - k0);
+    const int64_t group = block / tasks.panels / tasks.blocks;
     const T* gy = o.a + (group * x.rows + k0) * y.in.channel;
     const T* in = o.b + (group * x.channels + c0) * x.in.channel;
-    for (int64_t tile = 0; tile < x.all_tiles; tile += kBlockTiles) {
-      const int64_t count = smaller(kBlockTiles, x.all_tiles - tile);
-      transform_tiles<Points<kPatch + 1 - taps>>(y, gy, tile, count, rows, tasks.gradient_point(), tasks.stride,
-                                                 scratch, u);
-      transform_tiles<InputPoints>(x, in, tile, count, channels, tasks.input_point(), tasks.width, scratch, v);
-      multiply(tasks, rows, count, u, v, sums, tile > 0);
+    const int64_t first = tasks.tile_blocks * part / tasks.parts * kBlockTiles;
+    const int64_t end_tile = smaller(tasks.tile_blocks * (part + 1) / tasks.parts * kBlockTiles, x.all_tiles);
+    for (int64_t tile = first; tile < end_tile; tile += kBlockTiles) {
+      const int64_t count = smaller(kBlockTiles, end_tile - tile);
+      transform_tiles<Points<Form::rows, Form::height>, Points<Form::columns, Form::width>>(
+          y, gy, tile, count, rows, tasks.gradient_point(), tasks.stride, scratch, u);
+      transform_tiles<InputPoints<Form::rows>, InputPoints<Form::columns>>(
+          x, in, tile, count, channels, tasks.input_point(), tasks.width, scratch, v);
+      multiply(tasks, rows, count, u, v, sums, tile > first);
     }
-    T* out = o.out + group * x.weight_group + k0 * x.weight_row + c0 * x.weight_channel;
-    write_filters<taps>(x, tasks, sums, rows, channels, out);
+    T* out = (tasks.parts > 1 ? o.parts + part * numbers : o.out) + group * x.weight_group + k0 * x.weight_row +
+             c0 * x.weight_channel;
+    write_filters<Form>(x, tasks, sums, rows, channels, out);
   }
 }
 
@@ -121,11 +139,14 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspa
 
 template <class T>
 Conv2dRun<T> winograd_grad_weight() {
-  return {[](const Conv2dGeometry& g) { return Tasks<T>(Layer(g, Pass::forward)).total; },
-          [](const Conv2dGeometry& g) { return Tasks<T>(Layer(g, Pass::forward)).workspace(); },
+  return {[](const Conv2dGeometry& g) { return Tasks<T>(Layer(g, Pass::grad_weight)).total; },
+          [](const Conv2dGeometry& g) { return Tasks<T>(Layer(g, Pass::grad_weight)).workspace(); },
           [](const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspace, int64_t begin, int64_t end) {
-            (g.kernel[0] == 3 ? grad_weight<T, 3> : grad_weight<T, 5>)(g, o, workspace, begin, end);
-          }};
+            const Layer t(g, Pass::grad_weight);
+            with_form(t.taps, t.tile, [&](auto form) { grad_weight<decltype(form)>(g, o, workspace, begin, end); });
+          },
+          [](const Conv2dGeometry& g) { return Tasks<T>(Layer(g, Pass::grad_weight)).parts; },
+          conv2d_channels_last<T>().grad_weight.add_parts};
 }
 
 template Conv2dRun<float> winograd_grad_weight();

@@ -1,20 +1,12 @@
-// The three transforms of Winograd's convolution, F(4x4, 3x3) and F(2x2, 5x5), and how numbers come to them: as vectors
-// of channels.
-//
-// A row of 4 outputs of a 3-tap correlation, or of 2 of a 5-tap one, is a product of two polynomials. It is computed
-// so: evaluate both at 6 points, multiply there, interpolate. Along both axes that takes 6*6 products where the sums
-// take 4*4*3*3 or 2*2*5*5.
-//
-//   y = A' [(G w G') * (B' x B)] A        w 3x3, x 6x6, y 4x4, and * point by point; or w 5x5, x 6x6, y 2x2
-//
-// The points are 0, a, -a, b, -b and infinity with a = 3/4, b = 3/2: every number of B and A is exact in float, and the
-// result errs half as much as with the usual 1 and 2. B does not depend on the kernel's size.
+// How numbers come to the transforms of Winograd's convolution (winograd_points.h), and what its passes share: vectors of
+// channels, tiles, filters, products.
 //
 // Vectors lie along channels in channels_last tensors: tiles are read and written where they stand. In the contiguous
 // layout a run of tiles goes through a scratch array, transposed. That also fills in the border.
 #pragma once
 
 #include "channels_last.h"
+#include "winograd_points.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 
@@ -22,90 +14,26 @@ constexpr int64_t kRunTiles = 8;      // copied at a time
 constexpr int64_t kLine = 16;         // numbers between two points: or they would share their places in the cache
 constexpr int kSums = 3 * kTileRows;  // vectors of sums in a register tile
 constexpr int kMostVectors = kTileRows == 8 ? 4 : 3;  // in a row of it
-/// Its rows. Where registers are left over, numbers of channels and tiles that are multiples of 8 or 16 fit.
+/// Of a single vector even and odd terms are summed apart: so many rows that each had its sum would be more than there
+/// are registers for their addresses.
+constexpr int ways(int64_t vectors) { return vectors < 3 ? 2 : 1; }
+/// The register tile's rows. Where registers are left over, numbers of channels and tiles that are multiples of 8 fit.
 constexpr int tile_rows(int64_t vectors) {
-  return static_cast<int>(kTileRows == 8 && vectors < 3 ? 16 / vectors : kSums / vectors);
+  return static_cast<int>((kTileRows == 8 && vectors < 3 ? 16 / vectors : kSums / vectors) / ways(vectors));
 }
-constexpr int kPatch = 6, kPoints = kPatch * kPatch;
-constexpr double kA = 0.75, kB = 1.5, kA2 = kA * kA, kB2 = kB * kB;
 
-constexpr double power(double x, int n) { return n ? x * power(x, n - 1) : 1; }
-
-/// B' x.
-struct InputPoints {
-  static constexpr int from = kPatch, to = kPatch;
-  template <class T>
-  static void at(const Vec<T>* x, Vec<T>* v) {
-    const auto ends = [&](const Vec<T>* x) {
-      return multiply_add(broadcast(T(kA2 * kB2)), x[0], multiply_add(broadcast(T(-kA2 - kB2)), x[2], x[4]));
-    };
-    const auto pair = [&](double point, double other, Vec<T>* v) {
-      const Vec<T> other2 = broadcast(T(-other * other));
-      const Vec<T> even = multiply_add(other2, x[2], x[4]), odd = multiply_add(other2, x[1], x[3]);
-      v[0] = multiply_add(broadcast(T(point)), odd, even);
-      v[1] = multiply_add(broadcast(T(-point)), odd, even);
-    };
-    v[0] = ends(x);
-    pair(kA, kB, v + 1);
-    pair(kB, kA, v + 3);
-    v[5] = ends(x + 1);
-  }
+/// The numbers of taps, and of outputs of a tile along both axes, that there are transforms for.
+template <int taps_, int height_, int width_>
+struct Form {
+  static constexpr int taps = taps_, height = height_, width = width_;
+  static constexpr int rows = height + taps - 1, columns = width + taps - 1, points = rows * columns;  // of a patch
 };
 
-/// G w, of so many numbers: the taps of a filter, or a tile of gradients.
-template <int count>
-struct Points {
-  static constexpr int from = count, to = kPatch;
-  template <class T>
-  static void at(const Vec<T>* w, Vec<T>* u) {
-    const auto pair = [&](double point, double other, Vec<T>* u) {
-      const double scale = 1 / (2 * point * point * (point * point - other * other));
-      Vec<T> part[] = {broadcast(T(scale)) * w[0], broadcast(T(scale * point)) * w[1]};  // even and odd powers
-#pragma GCC unroll 8
-      for (int i = 2; i < count; ++i)
-        part[i % 2] = multiply_add(broadcast(T(scale * power(point, i))), w[i], part[i % 2]);
-      u[0] = part[0] + part[1];
-      u[1] = part[0] - part[1];
-    };
-    u[0] = broadcast(T(1 / (kA2 * kB2))) * w[0];
-    pair(kA, kB, u + 1);
-    pair(kB, kA, u + 3);
-    u[5] = w[count - 1];
-  }
-};
-
-/// A' m, of so many numbers: a tile of outputs, or the taps of a filter's gradient.
-template <int count>
-struct Numbers {
-  static constexpr int from = kPatch, to = count;
-  template <class T>
-  static void at(const Vec<T>* m, Vec<T>* y) {
-    const Vec<T> a[] = {m[1] + m[2], m[1] - m[2]}, b[] = {m[3] + m[4], m[3] - m[4]};  // for even and odd powers
-    y[0] = m[0] + a[0] + b[0];
-#pragma GCC unroll 8
-    for (int i = 1; i < count; ++i) {
-      const Vec<T> more = broadcast(T(power(kB, i)));
-      y[i] = multiply_add(broadcast(T(power(kA, i))), a[i % 2],
-                          i == count - 1 ? multiply_add(more, b[i % 2], m[5]) : more * b[i % 2]);
-    }
-  }
-};
-
-/// Along both axes: load(i, j) gives a vector, store(i, j, v) takes one.
-template <class Step, class T, class Load, class Store>
-[[gnu::always_inline]] static inline void transform(const Load& load, const Store& store) {
-  Vec<T> half[Step::to][Step::from];
-  for (int j = 0; j < Step::from; ++j) {
-    Vec<T> column[Step::from], points[Step::to];
-    for (int i = 0; i < Step::from; ++i) column[i] = load(i, j);
-    Step::template at<T>(column, points);
-    for (int i = 0; i < Step::to; ++i) half[i][j] = points[i];
-  }
-  for (int i = 0; i < Step::to; ++i) {
-    Vec<T> points[Step::to];
-    Step::template at<T>(half[i], points);
-    for (int j = 0; j < Step::to; ++j) store(i, j, points[j]);
-  }
+/// f(Form) for the form with so many taps and such tiles.
+template <class F>
+static inline auto with_form(int64_t taps, const int64_t* tile, const F& f) {
+  if (taps == 3) return f(Form<3, 4, 4>());
+  return tile[1] == 2 ? f(Form<5, 2, 2>()) : f(Form<5, 2, 4>());
 }
 
 // ---- from tensors to vectors of channels, and back ----
@@ -121,39 +49,73 @@ static inline Strides strides(Layout layout, int64_t channels, const int64_t* si
                                       : Strides{channels * plane, 1, size[1] * channels, channels};
 }
 
+/// How many tiles of a form an axis has.
+struct Tiling {
+  int64_t size[2], count[2], points;
+  bool transposed;
+  int64_t products() const { return count[0] * count[1] * points; }
+};
+
+static inline Tiling tiling(int64_t taps, int64_t height, int64_t width, const int64_t* outputs, bool transposed) {
+  return {{height, width},
+          {ceil_div(outputs[0], height), ceil_div(outputs[1], width)},
+          (height + taps - 1) * (width + taps - 1),
+          transposed};
+}
+
+constexpr int64_t kMostAcross = 24;  // tiles of a row of the transposed form
+
+/// The form with the fewest products. The gradient of the input of a layer without padding has fewer in the transposed
+/// one, whose tiles are those of the forward convolution; it costs a little more to add them up.
+static inline Tiling fewest_products(const Conv2dGeometry& g, Pass pass) {
+  const auto best = [&](const int64_t* outputs, bool transposed) {
+    const int64_t taps = g.kernel[0];
+    if (taps == 3) return tiling(taps, 4, 4, outputs, transposed);
+    const Tiling narrow = tiling(taps, 2, 2, outputs, transposed), wide = tiling(taps, 2, 4, outputs, transposed);
+    return wide.products() < narrow.products() ? wide : narrow;
+  };
+  if (pass != Pass::grad_input) return best(g.out, false);
+  const Tiling plain = best(g.in, false), transposed = best(g.out, true);
+  return transposed.count[1] <= kMostAcross && 10 * transposed.products() < 9 * plain.products() ? transposed : plain;
+}
+
 /// The forward convolution or the gradient of its input, which is one with mirrored taps: output (h, w) sees inputs
-/// (h + offset, w + offset) to (h + offset + taps - 1, w + offset + taps - 1).
+/// (h + offset, w + offset) to (h + offset + taps - 1, w + offset + taps - 1). In the transposed form a tile of inputs
+/// goes to a patch of outputs, that which the forward convolution's tile sees.
 struct Layer {
   Layout layout;
   Border border;
-  bool mirrored;
+  bool mirrored, transposed;
   int64_t channels, rows, groups;  // summed over and produced, of one group
   const int64_t *in_size, *out_size;
-  int64_t taps, tile;          // along each axis
+  int64_t taps, tile[2];       // along each axis
   int64_t offset[2], seen[2];  // inputs from `seen` on are seen by nobody
   int64_t tiles[2];            // of an image
-  int64_t all_tiles;
+  int64_t all_tiles, points;
   Strides in, out;
   int64_t weight_group, weight_row, weight_channel, weight_tap;
 
   Layer(const Conv2dGeometry& g, Pass pass) {
-    const bool forward = pass == Pass::forward, contiguous = g.layout == Layout::contiguous;
+    const bool forward = pass != Pass::grad_input, contiguous = g.layout == Layout::contiguous;
+    const Tiling form = fewest_products(g, pass);
     taps = g.kernel[0];
-    tile = kPatch + 1 - taps;
+    points = form.points;
+    transposed = form.transposed;
     const int64_t c_group = g.c / g.groups, k_group = g.k / g.groups, filter = taps * taps * c_group;
     const int64_t k_step = filter, c_step = contiguous ? taps * taps : 1;
     layout = g.layout;
     border = g.border;
-    mirrored = !forward;
+    mirrored = !forward && !transposed;
     channels = forward ? c_group : k_group;
     rows = forward ? k_group : c_group;
     groups = g.groups;
     in_size = forward ? g.in : g.out;
     out_size = forward ? g.out : g.in;
     for (int dim = 0; dim < 2; ++dim) {
-      offset[dim] = forward ? -g.padding[dim] : g.padding[dim] - (taps - 1);
-      seen[dim] = out_size[dim] + offset[dim] + taps - 1;
-      tiles[dim] = ceil_div(out_size[dim], tile);
+      offset[dim] = transposed ? 0 : forward ? -g.padding[dim] : g.padding[dim] - (taps - 1);
+      seen[dim] = transposed ? in_size[dim] : out_size[dim] + offset[dim] + taps - 1;
+      tile[dim] = form.size[dim];
+      tiles[dim] = form.count[dim];
     }
     all_tiles = g.n * tiles[0] * tiles[1];
     in = strides(layout, channels * groups, in_size);
@@ -185,7 +147,7 @@ static inline void for_runs(const Layer& t, int64_t begin, int64_t count, int64_
     for (int64_t first = 0; first < count;) {
       const int64_t tile = begin + first, w = tile % t.tiles[1], row = tile / t.tiles[1];
       const int64_t length = contiguous ? smaller(smaller(t.tiles[1] - w, count - first), kRunTiles) : 1;
-      const Run run{row / t.tiles[0], row % t.tiles[0] * t.tile, w * t.tile, length, first};
+      const Run run{row / t.tiles[0], row % t.tiles[0] * t.tile[0], w * t.tile[1], length, first};
       for (int64_t c = c0; c < c1; c += kLanes<T>) f(run, c, smaller(kLanes<T>, c1 - c));
       first += length;
     }
@@ -213,7 +175,7 @@ static inline void copy_patch(const Layer& t, const T* image, int64_t h, int64_t
       for (int64_t lane = 0; lane < lanes; ++lane) {
         const T* plane = from + lane * t.in.channel;
         square[lane] = load_inside(plane, width, w + j, count);
-        __builtin_prefetch(plane + t.tile * t.in.row + w + j);  // of the tiles below
+        __builtin_prefetch(plane + t.tile[0] * t.in.row + w + j);  // of the tiles below
       }
       transpose<T>(square);
       for (int64_t lane = 0; lane < count; ++lane) store(to + (j + lane) * L, square[lane]);
@@ -227,12 +189,11 @@ static inline void copy_patch(const Layer& t, const T* image, int64_t h, int64_t
   }
 }
 
-/// The inverse: rows [h, h + tile) x columns [w, w + columns), as far as the image has them.
+/// The inverse: rows [h, h + rows) x columns [w, w + width) of the image, from rows of `columns`.
 template <class T>
-static inline void copy_back(const Layer& t, const T* from, int64_t h, int64_t w, int64_t columns, int64_t lanes,
-                             T* image) {
+static inline void copy_back(const Layer& t, const T* from, int64_t h, int64_t w, int64_t rows, int64_t width,
+                             int64_t columns, int64_t lanes, T* image) {
   constexpr int64_t L = kLanes<T>;
-  const int64_t rows = smaller(t.tile, t.out_size[0] - h), width = smaller(columns, t.out_size[1] - w);
   for (int64_t i = 0; i < rows; ++i, from += columns * L) {
     T* to = image + (h + i) * t.out.row + w;
     for (int64_t j = 0; j < width; j += L) {
@@ -281,38 +242,36 @@ struct Line {
 };
 
 /// to[point][tile][channel]: `point` numbers from point to point, `stride` from tile to tile.
-template <class Step, class T>
+template <class Rows, class Columns, class T>
 static inline void transform_tiles(const Layer& t, const T* in, int64_t tile0, int64_t count, int64_t channels,
                                    int64_t point, int64_t stride, T* scratch, T* to) {
-  constexpr int64_t L = kLanes<T>, patch = Step::from;
+  constexpr int64_t L = kLanes<T>, height = Rows::from, width = Columns::from;
   for_runs<T>(t, tile0, count, channels, [&](const Run& run, int64_t c, int64_t lanes) {
-    const int64_t h = run.h + t.offset[0], w = run.w + t.offset[1], columns = (run.count - 1) * t.tile + patch;
+    const int64_t h = run.h + t.offset[0], w = run.w + t.offset[1], columns = (run.count - 1) * t.tile[1] + width;
     const T* image = in + run.n * t.in.image + c * t.in.channel;
     T* tile = to + run.first * stride + c;
-    const auto put = [&](int i, int j, Vec<T> x) { store(tile + (i * kPatch + j) * point, x); };
+    const auto put = [&](int i, int j, Vec<T> x) { store(tile + (i * Columns::to + j) * point, x); };
     if (t.layout == Layout::contiguous) {
-      copy_patch(t, image, h, w, patch, columns, lanes, scratch);
-      for (const T* from = scratch; from < scratch + run.count * t.tile * L; from += t.tile * L, tile += stride)
-        transform<Step, T>([&](int i, int j) { return load(from + (i * columns + j) * L); }, put);
-    } else if (lanes == L && t.inside(h, patch, 0) && t.inside(w, patch, 1)) {
+      copy_patch(t, image, h, w, height, columns, lanes, scratch);
+      for (const T* from = scratch; from < scratch + run.count * t.tile[1] * L; from += t.tile[1] * L, tile += stride)
+        transform<Rows, Columns, T>([&](int i, int j) { return load(from + (i * columns + j) * L); }, put);
+    } else if (lanes == L && t.inside(h, height, 0) && t.inside(w, width, 1)) {
       const T* from = image + h * t.in.row + w * t.in.pixel;
-      transform<Step, T>(
+      transform<Rows, Columns, T>(
           [&](int i, int j) {
-            __builtin_prefetch(from + i * t.in.row + (j + t.tile) * t.in.pixel);
+            __builtin_prefetch(from + i * t.in.row + (j + t.tile[1]) * t.in.pixel);
             return load(from + i * t.in.row + j * t.in.pixel);
           },
           put);
     } else {
-      Line line[2][patch];
-      for (int i = 0; i < patch; ++i) {
-        const int64_t row = t.pixel(h + i, 0), column = t.pixel(w + i, 1);
-        line[0][i] = row < 0 ? Line{0, 0} : Line{row * t.in.row, lanes};
-        line[1][i] = column < 0 ? Line{0, 0} : Line{column * t.in.pixel, lanes};
-      }
-      transform<Step, T>(
+      Line row_at[height], column_at[width];
+      const auto line = [&](int64_t pixel, int64_t step) { return pixel < 0 ? Line{0, 0} : Line{pixel * step, lanes}; };
+      for (int i = 0; i < height; ++i) row_at[i] = line(t.pixel(h + i, 0), t.in.row);
+      for (int j = 0; j < width; ++j) column_at[j] = line(t.pixel(w + j, 1), t.in.pixel);
+      transform<Rows, Columns, T>(
           [&](int i, int j) {
-            const Line &row = line[0][i], &column = line[1][j];
-            __builtin_prefetch(image + row.at + (w + j + t.tile) * t.in.pixel);
+            const Line &row = row_at[i], &column = column_at[j];
+            __builtin_prefetch(image + row.at + (w + j + t.tile[1]) * t.in.pixel);
             return load_first(image + row.at + column.at, row.lanes & column.lanes);
           },
           put);
@@ -320,35 +279,103 @@ static inline void transform_tiles(const Layer& t, const T* in, int64_t tile0, i
   });
 }
 
-// ---- products ----
+// ---- filters and products ----
+
+/// Produced channels in panels of `vectors` vectors, all about as wide.
+template <class T>
+struct ChannelPanels {
+  int64_t vectors, width, count;
+
+  explicit ChannelPanels(int64_t channels, int64_t most_vectors = kMostVectors) {
+    const int64_t all = ceil_div(channels, kLanes<T>);
+    vectors = ceil_div(all, ceil_div(all, most_vectors));
+    width = vectors * kLanes<T>;
+    count = ceil_div(channels, width);
+  }
+};
+
+/// to[point][c][lane], for a panel of `rows` produced channels: `point` numbers from point to point.
+template <class Form, class T>
+static inline void transform_filters(const Layer& t, const T* weight, int64_t rows, int64_t channels, int64_t width,
+                                     int64_t point, T* scratch, T* to) {
+  constexpr int64_t L = kLanes<T>, taps = Form::taps, all = taps * taps;
+  const int64_t step = t.mirrored ? -L : L;
+  for (int64_t row = 0; row < width; row += L)
+    for (int64_t c0 = 0; c0 < channels; c0 += L) {
+      const int64_t count = smaller(L, channels - c0), lanes = larger(smaller(L, rows - row), 0);
+      copy_filters(t, weight + row * t.weight_row + c0 * t.weight_channel, lanes, count, scratch);
+      for (int64_t c = 0; c < count; ++c) {
+        const T* filter = scratch + (c * all + (t.mirrored ? all - 1 : 0)) * L;
+        T* points = to + (c0 + c) * width + row;
+        transform<Points<Form::rows, taps>, Points<Form::columns, taps>, T>(
+            [&](int i, int j) { return load(filter + (i * taps + j) * step); },
+            [&](int i, int j, Vec<T> x) { store(points + (i * Form::columns + j) * point, x); });
+      }
+    }
+}
 
 /// sums[m][V vectors] (+)= sum over c of a[m*row_step + c*step] * b[c][V vectors].
 template <class T, int V>
 static inline void multiply_tile(int64_t depth, const T* a, int64_t row_step, int64_t step, const T* b, T* sums,
                                  bool add) {
-  constexpr int M = tile_rows(V), L = kLanes<T>;
-  Vec<T> sum[M][V]{};
-  for (int64_t c = 0; c < depth; ++c, a += step, b += V * L) {
-    Vec<T> column[V];
-    for (int v = 0; v < V; ++v) column[v] = load(b + v * L);
-    for (int m = 0; m < M; ++m) {
-      const Vec<T> x = broadcast(a[m * row_step]);
-      for (int v = 0; v < V; ++v) sum[m][v] = multiply_add(x, column[v], sum[m][v]);
+  constexpr int M = tile_rows(V), W = ways(V), L = kLanes<T>;
+  Vec<T> sum[W][M][V]{};
+  const auto add_terms = [&](int terms) {
+    for (int way = 0; way < terms; ++way, a += step, b += V * L) {
+      Vec<T> column[V];
+      for (int v = 0; v < V; ++v) column[v] = load(b + v * L);
+      for (int m = 0; m < M; ++m) {
+        const Vec<T> x = broadcast(a[m * row_step]);
+        for (int v = 0; v < V; ++v) sum[way][m][v] = multiply_add(x, column[v], sum[way][m][v]);
+      }
     }
-  }
+  };
+  int64_t c = 0;
+  for (; c + W <= depth; c += W) add_terms(W);
+  if (c < depth) add_terms(1);
 #pragma GCC unroll 16  // early, or GCC keeps the sums in memory
   for (int m = 0; m < M; ++m)
     for (int v = 0; v < V; ++v) {
       T* to = sums + (m * V + v) * L;
-      store(to, add ? load(to) + sum[m][v] : sum[m][v]);
+      if (W > 1) sum[0][m][v] += sum[W - 1][m][v];
+      store(to, add ? load(to) + sum[0][m][v] : sum[0][m][v]);
     }
+}
+
+/// sums[point][tile][lane] (+)= sum over c of v[point][tile][c] * u[point][c][lane]: `*_point` numbers from point to
+/// point, `stride` from tile to tile of v.
+template <class T>
+struct Factors {
+  const T *v, *u;
+  T* sums;
+  int64_t v_point, u_point, sum_point, stride;
+};
+
+template <class T, int V>
+static inline void multiply_points(const Factors<T>& f, int64_t points, int64_t tiles, int64_t depth, bool add) {
+  for (int64_t point = 0; point < points; ++point) {
+    const T *a = f.v + point * f.v_point, *b = f.u + point * f.u_point;
+    T* to = f.sums + point * f.sum_point;
+    for (int64_t p = 0; p < tiles; p += tile_rows(V))
+      multiply_tile<T, V>(depth, a + p * f.stride, f.stride, 1, b, to + p * V * kLanes<T>, add);
+  }
+}
+
+template <class T>
+static inline auto multiply_points_by(int64_t vectors) {
+  return vectors == 1   ? multiply_points<T, 1>
+         : vectors == 2 ? multiply_points<T, 2>
+         : vectors == 3 ? multiply_points<T, 3>
+                        : multiply_points<T, kMostVectors>;
 }
 
 /// Scratch numbers: enough for a run of a contiguous layer's tiles, or for a square of its filters.
 template <class T>
-constexpr int64_t kScratch = kLanes<T> * (kPatch * (kRunTiles * 4 + 2) + 25 * kLanes<T>);
+constexpr int64_t kScratch = kLanes<T> * (8 * (kRunTiles * 4 + 4) + 25 * kLanes<T>);
 
-/// The gradient of the weight.
+/// The gradient of the input in its transposed form, and the gradient of the weight.
+template <class T>
+Conv2dRun<T> winograd_transposed();
 template <class T>
 Conv2dRun<T> winograd_grad_weight();
 
