@@ -107,6 +107,18 @@ template <int stride, class Load, class F>
     }
 }
 
+/// Starts loading what the tiles two rows down will see first.
+template <class S, int stride>
+static inline void prefetch_below(const Tiles<S>& tiles, int64_t c) {
+  constexpr int rows = (kTileH - 1) * stride + 3, columns = (kTileW - 1) * stride + 3;
+  const int64_t below = tiles.in_shift + c + tiles.below;
+#pragma GCC unroll 16
+  for (int i = rows - kTileH * stride; i < rows; ++i)
+#pragma GCC unroll 16
+    for (int j = columns - kTileW * stride; j < columns; ++j)
+      __builtin_prefetch(tiles.seen[i * columns + j] + below, 0, 2);
+}
+
 // ---- forward and grad_input ----
 
 /// sum[o] = what the tile's outputs see of a vector of inputs at c, of which `lanes` may be read. weights[j][tap].
@@ -118,6 +130,7 @@ void dense_tile(const Tiles<S>& tiles, const Packing<Sum<S>>& pack, const Sum<S>
   const int64_t at = tiles.in_shift + c;
   Vec<T> sum[kTile]{};
   for (int64_t j = 0; j < pack.channels; ++j, weights += 9 * kLanes<T>) {
+    if (j == 0) prefetch_below<S, stride>(tiles, c);
     const Vec<Places<T>> places = pack.places[j];
     Vec<T> weight[9];
 #pragma GCC unroll 16
@@ -244,18 +257,6 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* work
 }
 
 // ---- grad_weight ----
-
-/// Starts loading what the tiles two rows down will see first.
-template <class S, int stride>
-static inline void prefetch_below(const Tiles<S>& tiles, int64_t c) {
-  constexpr int rows = (kTileH - 1) * stride + 3, columns = (kTileW - 1) * stride + 3;
-  const int64_t below = tiles.in_shift + c + tiles.below;
-#pragma GCC unroll 16
-  for (int i = rows - kTileH * stride; i < rows; ++i)
-#pragma GCC unroll 16
-    for (int j = columns - kTileW * stride; j < columns; ++j)
-      __builtin_prefetch(tiles.seen[i * columns + j] + below, 0, 2);
-}
 
 /// sums[j - j0][tap] += sum over a tile of what is picked of the inputs at c * gy, which is at k.
 template <class S, int stride, bool whole>
