@@ -1,6 +1,6 @@
 // The row `depthwise` of the table: one filter per channel or a few, and small groups.
 //
-// Which of four files computes depends on the layout, the number of filters and the size of the image alone.
+// Which of five files computes depends on the layout, the number of filters and the size of the image alone.
 #include "conv2d_depthwise.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
@@ -12,7 +12,9 @@ struct Depthwise {
 
   static const Row& of(const Conv2dGeometry& g, Pass pass) {
     static const Row contiguous = depthwise_contiguous<S>(), small = depthwise_small<S>(),
-                     channels_last = depthwise_channels_last<S>(), groups = depthwise_groups<S>();
+                     turned = depthwise_turned<S>(), channels_last = depthwise_channels_last<S>(),
+                     groups = depthwise_groups<S>();
+    if (g.layout == Layout::contiguous && g.c != g.groups) return turned;
     if (g.layout == Layout::contiguous)
       return contiguous.refuses(g, pass) || small.refuses(g, pass) ? contiguous : small;
     return g.c == g.groups && g.k == g.groups ? channels_last : groups;
@@ -32,7 +34,7 @@ struct Depthwise {
 template <class S>
 Conv2dAlgorithm<Conv2dRun<S>> conv2d_depthwise() {
   return {"depthwise",
-          "one filter per channel, or few; in channels_last also many small groups",
+          "one filter per channel, or few; small groups",
           [](const Conv2dGeometry& g, Pass pass) { return Depthwise<S>::of(g, pass).refuses(g, pass); },
           Depthwise<S>::template run<Pass::forward>(),
           Depthwise<S>::template run<Pass::grad_input>(),

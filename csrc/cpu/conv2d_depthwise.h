@@ -11,6 +11,9 @@ Conv2dAlgorithm<Conv2dRun<S>> depthwise_channels_last();
 /// Small groups, channels_last.
 template <class S>
 Conv2dAlgorithm<Conv2dRun<S>> depthwise_groups();
+/// Small groups of several channels, contiguous.
+template <class S>
+Conv2dAlgorithm<Conv2dRun<S>> depthwise_turned();
 /// One or several filters per channel, contiguous.
 template <class S>
 Conv2dAlgorithm<Conv2dRun<S>> depthwise_contiguous();
