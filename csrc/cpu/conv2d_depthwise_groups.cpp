@@ -57,21 +57,23 @@ int64_t tile_rows(const Conv2dGeometry& g, Pass pass) {
 template <class S, Pass pass>
 void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace, int64_t begin, int64_t end) {
   using T = Sum<S>;
+  constexpr int64_t L = kLanes<T>;
   const Packing<T> pack(g, make_windows(g, pass, 0, 0));
   const Blocks<T> blocks(g, pack);
   const S* zeros = make_zeros<S>(workspace);
   S* bin = reinterpret_cast<S*>(workspace + kZeros<T>);
-  T* const weights = workspace + kZeros<T> + kLanes<T>;
-  const int64_t group_weight = g.k / g.groups * g.kernel[0] * g.kernel[1] * (g.c / g.groups);
+  T* const weights = workspace + kZeros<T> + L;
   for (int64_t block = 0; block < blocks.count; ++block) {
     const int64_t first = (begin + blocks.count - 1 - block) / blocks.count;
     const int64_t last = (end + blocks.count - 1 - block) / blocks.count;
     if (first == last) continue;
     const int64_t v0 = block * blocks.vectors, v1 = smaller(v0 + blocks.vectors, pack.vectors);
-    const int64_t group = v0 * pack.groups, k = v0 * pack.out;
+    const int64_t k = v0 * pack.out;
     for (int64_t cls = 0; cls < classes(g, pass); ++cls) {
       const Windows t = make_windows(g, pass, 0, cls);
-      pack_weights<T, S>(t, pack, o.b + group * group_weight, group_weight, v1 - v0, g.groups - group, weights);
+      for (int64_t v = v0; v < v1; ++v)
+        pack_weights<pass, T, S>(t, pack, o.b + v * pack.groups * group_weight(g), group_weight(g),
+                                 g.groups - v * pack.groups, weights + (v - v0) * t.h.taps * t.w.taps * t.channels * L);
       correlate_rows<S>(t, pack,
                         {v0, v1, o.a + v0 * pack.in, o.bias ? o.bias + k : nullptr, weights, o.out + k, zeros, bin},
                         tile_rows(g, pass), first, last);

@@ -141,21 +141,40 @@ void any_tile(const Tiles<S>& tiles, const Packing<Sum<S>>& pack, const Sum<S>* 
   for (int o = 0; o < kTile; ++o) sums[o] = sum[o];
 }
 
-/// to[vector][j][tap][lane] for `vectors` vectors of groups, of which there are `groups` from the first on; zeros in lanes
-/// without a channel. `group_weight` numbers lie between two groups.
-template <class T, class S>
-void pack_weights(const Windows& t, const Packing<T>& pack, const S* weight, int64_t group_weight, int64_t vectors,
-                  int64_t groups, T* to) {
-  for (int64_t v = 0; v < vectors; ++v, groups -= pack.groups, weight += pack.groups * group_weight)
-    for (int64_t j = 0; j < t.channels; ++j)
-      for (int64_t th = 0; th < t.h.taps; ++th)
-        for (int64_t tw = 0; tw < t.w.taps; ++tw, to += kLanes<T>) {
-          const S* from = weight + t.weight_of(th, tw) + j * t.weight_channel;
-          int64_t lane = 0;
-          for (int64_t group = 0; group < smaller(groups, pack.groups); ++group, from += group_weight)
-            for (int64_t row = 0; row < pack.rows; ++row, ++lane) to[lane] = value(from[row * t.weight_row]);
-          for (; lane < kLanes<T>; ++lane) to[lane] = 0;
-        }
+/// Numbers between the weights of two groups.
+static inline int64_t group_weight(const Conv2dGeometry& g) {
+  return g.k / g.groups * g.kernel[0] * g.kernel[1] * (g.c / g.groups);
+}
+
+/// to[j][tap][lane] for a vector of groups, of which there are `groups`; zeros in lanes without a channel.
+template <Pass pass, class T, class S>
+void pack_weights(const Windows& t, const Packing<T>& pack, const S* weight, int64_t group_weight, int64_t groups,
+                  T* to) {
+  constexpr int64_t L = kLanes<T>;
+  const int64_t taps = t.h.taps * t.w.taps, length = taps * t.channels;
+  const int64_t lanes = smaller(groups, pack.groups) * pack.rows;
+  if constexpr (pass == Pass::forward) {  // a lane's weights follow each other
+    for (int64_t r = 0; r < length; r += L) {
+      const int64_t count = smaller(L, length - r);
+      Vec<T> square[L]{};
+      for (int64_t lane = 0; lane < lanes; ++lane) square[lane] = load_first(weight + lane * length + r, count);
+      transpose<T>(square);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t j = t.tap_weight == 1 ? (r + i) / taps : (r + i) % t.channels;
+        const int64_t tap = t.tap_weight == 1 ? (r + i) % taps : (r + i) / t.channels;
+        store(to + (j * taps + tap) * L, square[i]);
+      }
+    }
+    return;
+  }
+  for (int64_t j = 0; j < t.channels; ++j)
+    for (int64_t th = 0; th < t.h.taps; ++th)
+      for (int64_t tw = 0; tw < t.w.taps; ++tw, to += L) {
+        const S* from = weight + t.weight_of(th, tw) + j * t.weight_channel;
+        store(to, Vec<T>{});
+        for (int64_t lane = 0; lane < lanes; from += group_weight)
+          for (int64_t row = 0; row < pack.rows; ++row, ++lane) to[lane] = value(from[row * t.weight_row]);
+      }
 }
 
 template <class T>
