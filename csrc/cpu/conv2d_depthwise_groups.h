@@ -35,8 +35,9 @@ struct Packing {
         in(groups * t.channels),
         out(groups * t.rows),
         vectors(ceil_div(g.groups, groups)) {
-    for (int64_t j = 0; j < channels; ++j)
-      for (int64_t lane = 0; lane < kLanes<T>; ++lane) places[j][lane] = lane < out ? lane / rows * channels + j : 0;
+    places[0] = Vec<Places<T>>{};
+    for (int64_t lane = 0; lane < out; ++lane) places[0][lane] = lane / rows * channels;
+    for (int64_t j = 1; j < channels; ++j) places[j] = places[0] + Places<T>(j);
   }
 };
 

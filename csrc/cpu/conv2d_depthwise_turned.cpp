@@ -8,8 +8,8 @@
 //
 // A task is a strip of one image for one vector of groups (forward, grad_input), or a vector of groups (grad_weight: its
 // sums are made over tiles, strips and images in order). Zeros of the border are multiplied: an infinite or NaN weight or
-// gradient gives NaN there, where plain loops would skip it. Refuses channels_last, one channel per group and more than
-// half a vector, fewer groups than a vector holds, borders other than zeros, and rows that overflow the buffers.
+// gradient gives NaN there, where plain loops would skip it. Refuses channels_last, groups of more than half a vector,
+// fewer groups than a vector holds, other borders of images that are cut into strips, and rows that overflow the buffers.
 #include "conv2d_depthwise.h"
 #include "turned_strips.h"
 
@@ -105,12 +105,11 @@ int64_t weight_workspace(const Conv2dGeometry& g) {
 template <class T>
 const char* refuses(const Conv2dGeometry& g, Pass pass) {
   const int64_t widest = larger(g.c, g.k) / g.groups;
-  const Strips<T> strips(g, pass, kTileH);
   if (g.layout != Layout::contiguous) return "it reads contiguous planes; in channels_last a plane's pixels lie apart";
-  if (g.c == g.groups && g.k == g.groups) return "its groups have several channels";
-  if (2 * widest > kLanes<T>) return "its vectors hold two groups at least, and these are wider";
+  if (g.groups == 1 || 2 * widest > kLanes<T>) return "its vectors hold two groups at least, and these are wider";
   if (g.groups < kLanes<T> / widest) return "it wants as many groups as its vectors hold";
   if (widest * g.kernel[0] * g.kernel[1] > kMostWeights) return "a filter's weights pass its buffer of 512";
+  const Strips<T> strips(g, pass, kTileH);
   if (g.border != Border::zeros && strips.count > 1) return "the strips of its images have borders of zeros only";
   if (larger(strips.in, strips.out) > kMostNumbers)
     return "the rows under two rows of results pass its buffer of 2^18 numbers";

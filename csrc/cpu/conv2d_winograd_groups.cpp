@@ -9,14 +9,15 @@
 //   y of the tile = transform of its 36 vectors s
 //
 // So a tile's transforms are of one vector of channels, however many groups there are, and what stands between them are
-// few products. Tiles are computed 16 at a time: their points and the filters' stay in the first two levels of cache, and
-// s takes the place of v. Contiguous images are turned round strip by strip (turned_strips.h). The gradient of the input
-// is the same with mirrored taps and exchanged channels.
+// few products. Images are cut into strips of rows, of a few vectors of channels, that stay in the second-level cache:
+// contiguous ones are turned round (turned_strips.h), of channels_last ones it is a copy. There tiles are computed 16 at a
+// time, s in the place of v. The gradient of the input is the same with mirrored taps and exchanged channels.
 //
-// A task is a block of tiles, running on from image to image, for one vector of groups, or a strip of one contiguous
-// image. An output's rounding depends on all 6x6 inputs of its tile, also on those that it does not see. A NaN or infinity
-// among them makes all outputs of the tile NaN. Refuses all but float32, all but 3x3 kernels of stride and dilation 1,
-// groups of a quarter of a vector and less, for which depthwise is as fast, groups of more than a vector, and small strip.
+// A task is a strip of one image for a block of vectors. A thread transforms the filters that it meets, and keeps them.
+// An output's rounding depends on all 6x6 inputs of its tile, also on those that it does not see. A NaN or infinity among
+// them makes all outputs of the tile NaN. Refuses grad_weight, all but float32, all but 3x3 kernels of stride and dilation
+// 1, groups of a quarter of a vector and less, in channels_last of half a vector, for which `depthwise` is as fast, groups
+// of more than a vector, small images, and layers whose filters pass its buffer.
 #include "turned_strips.h"
 #include "winograd.h"
 
