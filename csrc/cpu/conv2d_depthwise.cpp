@@ -25,7 +25,12 @@ struct Depthwise {
     return {[](const Conv2dGeometry& g) { return of(g, pass).run(pass).tasks(g); },
             [](const Conv2dGeometry& g) { return of(g, pass).run(pass).workspace(g); },
             [](const Conv2dGeometry& g, const Conv2dOperands<S>& operands, Sum<S>* workspace, int64_t begin,
-               int64_t end) { of(g, pass).run(pass).run(g, operands, workspace, begin, end); }};
+               int64_t end) { of(g, pass).run(pass).run(g, operands, workspace, begin, end); },
+            [](const Conv2dGeometry& g) {
+              const Conv2dRun<S>& run = of(g, pass).run(pass);
+              return run.parts ? run.parts(g) : 1;
+            },
+            depthwise_channels_last<S>().run(pass).add_parts};
   }
 };
 
