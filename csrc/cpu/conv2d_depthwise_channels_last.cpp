@@ -25,7 +25,6 @@ namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
 
 constexpr int64_t kGoodTasks = 16, kPartPixels = 512, kPartNumbers = 1 << 16;  // grad_weight
-constexpr int64_t kClassRows = 4;    // rows of tiles of one class, before another's turn
 constexpr int64_t kSumPixels = 128;  // grad_weight: about as many are summed before they are added to the total
 
 // ---- forward and grad_input ----

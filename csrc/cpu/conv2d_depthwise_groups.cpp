@@ -60,6 +60,9 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* work
   constexpr int64_t L = kLanes<T>;
   const Packing<T> pack(g, make_windows(g, pass, 0, 0));
   const Blocks<T> blocks(g, pack);
+  const int64_t* size = pass == Pass::forward ? g.out : g.in;
+  const int64_t out_channels = pass == Pass::forward ? g.k : g.c;
+  const bool past = past_cache(o.out, g.n * size[0] * size[1] * out_channels) && out_channels % L == 0 && pack.out == L;
   const S* zeros = make_zeros<S>(workspace);
   S* bin = reinterpret_cast<S*>(workspace + kZeros<T>);
   T* const weights = workspace + kZeros<T> + L;
@@ -69,16 +72,23 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* work
     if (first == last) continue;
     const int64_t v0 = block * blocks.vectors, v1 = smaller(v0 + blocks.vectors, pack.vectors);
     const int64_t k = v0 * pack.out;
-    for (int64_t cls = 0; cls < classes(g, pass); ++cls) {
-      const Windows t = make_windows(g, pass, 0, cls);
-      for (int64_t v = v0; v < v1; ++v)
-        pack_weights<pass, T, S>(t, pack, o.b + v * pack.groups * group_weight(g), group_weight(g),
-                                 g.groups - v * pack.groups, weights + (v - v0) * t.h.taps * t.w.taps * t.channels * L);
-      correlate_rows<S>(t, pack,
-                        {v0, v1, o.a + v0 * pack.in, o.bias ? o.bias + k : nullptr, weights, o.out + k, zeros, bin},
-                        tile_rows(g, pass), first, last);
+    // All classes of some rows before the next: they read the same inputs.
+    for (int64_t row = first; row < last; row += kClassRows) {
+      T* w = weights;
+      for (int64_t cls = 0; cls < classes(g, pass); ++cls) {
+        const Windows t = make_windows(g, pass, 0, cls);
+        const int64_t filter = t.h.taps * t.w.taps * t.channels * L;
+        for (int64_t v = v0; v < v1 && row == first; ++v)
+          pack_weights<pass, T, S>(t, pack, o.b + v * pack.groups * group_weight(g), group_weight(g),
+                                   g.groups - v * pack.groups, w + (v - v0) * filter);
+        correlate_rows<S>(t, pack,
+                          {v0, v1, o.a + v0 * pack.in, o.bias ? o.bias + k : nullptr, w, o.out + k, zeros, bin}, past,
+                          tile_rows(g, pass), row, smaller(row + kClassRows, last));
+        w += (v1 - v0) * filter;
+      }
     }
   }
+  if (past) stores_done();
 }
 
 // ---- grad_weight ----

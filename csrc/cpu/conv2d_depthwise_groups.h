@@ -200,10 +200,10 @@ struct Vectors {
   S* bin;  // for outputs that do not exist
 };
 
-/// Rows [first, last) of tiles; they run on from image to image, each of which has `rows`.
+/// Rows [first, last) of tiles, written past the cache if that is wanted; they run on from image to image, each of which has `rows`.
 template <class S>
-void correlate_rows(const Windows& t, const Packing<Sum<S>>& pack, const Vectors<S>& o, int64_t rows, int64_t first,
-                    int64_t last) {
+void correlate_rows(const Windows& t, const Packing<Sum<S>>& pack, const Vectors<S>& o, bool past, int64_t rows,
+                    int64_t first, int64_t last) {
   using T = Sum<S>;
   constexpr int64_t L = kLanes<T>;
   const int64_t filter = t.h.taps * t.w.taps * t.channels * L;
@@ -223,6 +223,12 @@ void correlate_rows(const Windows& t, const Packing<Sum<S>>& pack, const Vectors
       const Vec<T> bias = o.bias ? load_some(o.bias + k, made) : Vec<T>{};
       for (int i = 0; i < kTile; ++i) {
         S* out = tiles.places[i] < 0 ? o.bin : o.out + (tiles.places[i] + tiles.place_shift) * t.out_channels + k;
+        if constexpr (std::is_same_v<S, T>) {
+          if (past) {
+            store_past_cache(out, sums[i] + bias);
+            continue;
+          }
+        }
         store_some(out, sums[i] + bias, made);
       }
     }

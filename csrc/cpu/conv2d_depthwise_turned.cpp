@@ -47,7 +47,7 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* work
       const Windows t = turned_windows<T>(s.g, pass, cls);
       const int64_t rows = ceil_div(t.h.count, kTileH);
       correlate_rows<S>(t, pack, {0, 1, memory.in, memory.bias, weights, memory.out, memory.zeros, memory.bias + L},
-                        rows, 0, rows);
+                        false, rows, 0, rows);
       weights += t.h.taps * t.w.taps * t.channels * L;
     }
     scatter_strip<pass>(g, s, pack, memory.out, n, v, v + 1, 0, o.out);
@@ -107,6 +107,7 @@ const char* refuses(const Conv2dGeometry& g, Pass pass) {
   const int64_t widest = larger(g.c, g.k) / g.groups;
   if (g.layout != Layout::contiguous) return "it reads contiguous planes; in channels_last a plane's pixels lie apart";
   if (g.groups == 1 || 2 * widest > kLanes<T>) return "its vectors hold two groups at least, and these are wider";
+  if (pass == Pass::grad_weight && kTileRows < 8) return "a tile's gradients and its sums want more registers";
   if (g.groups < kLanes<T> / widest) return "it wants as many groups as its vectors hold";
   if (widest * g.kernel[0] * g.kernel[1] > kMostWeights) return "a filter's weights pass its buffer of 512";
   const Strips<T> strips(g, pass, kTileH);
