@@ -52,10 +52,13 @@ static inline void store_some(S* p, Vec<Sum<S>> v, int64_t lanes) {
   lanes == kLanes<Sum<S>> ? store(p, v) : store_first(p, v, lanes);
 }
 
-/// Whether a filter's tiles are unrolled: 3x3, of stride 1 or 2.
+/// Whether the taps' tiles are unrolled: those of 3x3 filters, of the classes of their grad_input, and of 1x1 filters.
 static inline bool is_unrolled(const Windows& t) {
-  return t.h.taps == 3 && t.w.taps == 3 && t.h.in_step == t.w.in_step && t.h.in_step <= 2 && t.h.offset_step == 1 &&
-         t.w.offset_step == 1;
+  const auto dense = [](const Axis& a) { return a.taps == 1 || a.offset_step == 1; };
+  if (t.h.in_step != t.w.in_step || !dense(t.h) || !dense(t.w)) return false;
+  const bool square = t.h.taps == 3 && t.w.taps == 3;
+  return t.h.in_step == 1 ? square || (t.h.taps * t.w.taps > 0 && t.h.taps <= 2 && t.w.taps <= 2)
+                          : t.h.in_step == 2 && square;
 }
 
 /// The distances between the tables' places that two outputs see, down and across, for tiles that are not unrolled.
@@ -69,9 +72,9 @@ struct TableSteps {
 
 /// f(pixel's number in the table, output of the tile, tap) for all three that meet, the numbers being constants after
 /// unrolling; pixel by pixel.
-template <int stride, class Load, class F>
+template <int stride, int TH, int TW, class Load, class F>
 [[gnu::always_inline]] static inline void each_meeting(const Load& pixel, const F& f) {
-  constexpr int rows = (kTileH - 1) * stride + 3, columns = (kTileW - 1) * stride + 3;
+  constexpr int rows = (kTileH - 1) * stride + TH, columns = (kTileW - 1) * stride + TW;
 #pragma GCC unroll 16
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 16
@@ -79,16 +82,16 @@ template <int stride, class Load, class F>
       const auto x = pixel(i * columns + j);
 #pragma GCC unroll 8
       for (int o = 0; o < kTile; ++o) {
-        const int kh = i - o / kTileW * stride, kw = j - o % kTileW * stride;
-        if (kh >= 0 && kh < 3 && kw >= 0 && kw < 3) f(x, o, kh * 3 + kw);
+        const int th = i - o / kTileW * stride, tw = j - o % kTileW * stride;
+        if (th >= 0 && th < TH && tw >= 0 && tw < TW) f(x, o, th * TW + tw);
       }
     }
 }
 
 /// Starts loading what the tiles two rows down will see first.
-template <class S, int stride>
+template <class S, int stride, int TH, int TW>
 static inline void prefetch_below(const Tiles<S>& tiles, int64_t c) {
-  constexpr int rows = (kTileH - 1) * stride + 3, columns = (kTileW - 1) * stride + 3;
+  constexpr int rows = (kTileH - 1) * stride + TH, columns = (kTileW - 1) * stride + TW;
   const int64_t below = tiles.in_shift + c + tiles.below;
 #pragma GCC unroll 16
   for (int i = rows - kTileH * stride; i < rows; ++i)
@@ -100,20 +103,21 @@ static inline void prefetch_below(const Tiles<S>& tiles, int64_t c) {
 // ---- forward and grad_input ----
 
 /// sum[o] = what the tile's outputs see of a vector of inputs at c, of which `lanes` may be read. weights[j][tap].
-template <class S, int stride, bool whole>
+template <class S, int stride, int TH, int TW, bool whole>
 void dense_tile(const Tiles<S>& tiles, const Packing<Sum<S>>& pack, const Sum<S>* weights, int64_t c, int64_t lanes,
                 Vec<Sum<S>>* sums) {
   using T = Sum<S>;
+  constexpr int taps = TH * TW;
   const S* const* seen = tiles.seen;
   const int64_t at = tiles.in_shift + c;
   Vec<T> sum[kTile]{};
-  for (int64_t j = 0; j < pack.channels; ++j, weights += 9 * kLanes<T>) {
-    if (j == 0) prefetch_below<S, stride>(tiles, c);
+  for (int64_t j = 0; j < pack.channels; ++j, weights += taps * kLanes<T>) {
+    if (j == 0) prefetch_below<S, stride, TH, TW>(tiles, c);
     const Vec<Places<T>> places = pack.places[j];
-    Vec<T> weight[9];
+    Vec<T> weight[taps];
 #pragma GCC unroll 16
-    for (int tap = 0; tap < 9; ++tap) weight[tap] = load(weights + tap * kLanes<T>);
-    each_meeting<stride>(
+    for (int tap = 0; tap < taps; ++tap) weight[tap] = load(weights + tap * kLanes<T>);
+    each_meeting<stride, TH, TW>(
         [&](int i) { return pick<T>(whole ? load(seen[i] + at) : load_first(seen[i] + at, lanes), places); },
         [&](Vec<T> x, int o, int tap) { sum[o] = multiply_add(x, weight[tap], sum[o]); });
   }
@@ -121,7 +125,7 @@ void dense_tile(const Tiles<S>& tiles, const Packing<Sum<S>>& pack, const Sum<S>
   for (int o = 0; o < kTile; ++o) sums[o] = sum[o];
 }
 
-template <class S>
+template <class S, bool whole>
 void any_tile(const Tiles<S>& tiles, const Packing<Sum<S>>& pack, const Sum<S>* weights, int64_t c, int64_t lanes,
               Vec<Sum<S>>* sums) {
   using T = Sum<S>;
@@ -135,11 +139,22 @@ void any_tile(const Tiles<S>& tiles, const Packing<Sum<S>>& pack, const Sum<S>* 
 #pragma GCC unroll 8
         for (int o = 0; o < kTile; ++o) {
           const S* x = seen[o / kTileW * steps.h + o % kTileW * steps.w] + tiles.in_shift + c;
-          sum[o] = multiply_add(pick<T>(load_first(x, lanes), pack.places[j]), weight, sum[o]);
+          sum[o] = multiply_add(pick<T>(whole ? load(x) : load_first(x, lanes), pack.places[j]), weight, sum[o]);
         }
       }
 #pragma GCC unroll 8
   for (int o = 0; o < kTile; ++o) sums[o] = sum[o];
+}
+
+template <class S, bool whole>
+auto tile_of(const Tiles<S>& tiles) {
+  const int64_t h = tiles.t.h.taps, w = tiles.t.w.taps;
+  return !tiles.dense             ? any_tile<S, whole>
+         : tiles.t.h.in_step == 2 ? dense_tile<S, 2, 3, 3, whole>
+         : h == 3                 ? dense_tile<S, 1, 3, 3, whole>
+         : h == 2                 ? (w == 2 ? dense_tile<S, 1, 2, 2, whole> : dense_tile<S, 1, 2, 1, whole>)
+         : w == 2                 ? dense_tile<S, 1, 1, 2, whole>
+                                  : dense_tile<S, 1, 1, 1, whole>;
 }
 
 /// Numbers between the weights of two groups.
@@ -216,9 +231,7 @@ void correlate_rows(const Windows& t, const Packing<Sum<S>>& pack, const Vectors
       const int64_t lanes = smaller(L, t.in_channels - (o.v0 + v) * pack.in);
       const int64_t made = smaller(pack.out, t.out_channels - (o.v0 + v) * pack.out);
       Vec<T> sums[kTile];
-      const auto tile = !tiles.dense       ? any_tile<S>
-                        : t.h.in_step == 1 ? (lanes == L ? dense_tile<S, 1, true> : dense_tile<S, 1, false>)
-                                           : (lanes == L ? dense_tile<S, 2, true> : dense_tile<S, 2, false>);
+      const auto tile = lanes == L ? tile_of<S, true>(tiles) : tile_of<S, false>(tiles);
       tile(tiles, pack, o.weights + v * filter, c, lanes, sums);
       const Vec<T> bias = o.bias ? load_some(o.bias + k, made) : Vec<T>{};
       for (int i = 0; i < kTile; ++i) {
@@ -240,7 +253,7 @@ void correlate_rows(const Windows& t, const Packing<Sum<S>>& pack, const Vectors
 // ---- grad_weight ----
 
 /// sums[j - j0][tap] += sum over a tile of what is picked of the inputs at c * gy, which is at k.
-template <class S, int stride, bool whole>
+template <class S, int stride, int K, bool whole>
 void dense_sums(const Tiles<S>& tiles, const Packing<Sum<S>>& pack, const S* const* gy, int64_t c, int64_t lanes,
                 int64_t k, int64_t out_lanes, int64_t j0, int64_t j1, Sum<S>* sums) {
   using T = Sum<S>;
@@ -252,35 +265,56 @@ void dense_sums(const Tiles<S>& tiles, const Packing<Sum<S>>& pack, const S* con
     grad[o] = whole ? load(gy[o] + k) : load_first(gy[o] + k, out_lanes);
     __builtin_prefetch(gy[o] + gy_below + k, 0, 2);
   }
-  prefetch_below<S, stride>(tiles, c);
-  for (int64_t j = j0; j < j1; ++j, sums += 9 * kLanes<T>) {
+  prefetch_below<S, stride, K, K>(tiles, c);
+  for (int64_t j = j0; j < j1; ++j, sums += K * K * kLanes<T>) {
     const Vec<Places<T>> places = pack.places[j];
-    Vec<T> sum[9]{};
-    each_meeting<stride>(
+    Vec<T> sum[K * K]{};
+    each_meeting<stride, K, K>(
         [&](int i) { return pick<T>(whole ? load(seen[i] + at) : load_first(seen[i] + at, lanes), places); },
         [&](Vec<T> x, int o, int tap) { sum[tap] = multiply_add(x, grad[o], sum[tap]); });
 #pragma GCC unroll 16
-    for (int tap = 0; tap < 9; ++tap) store(sums + tap * kLanes<T>, load(sums + tap * kLanes<T>) + sum[tap]);
+    for (int tap = 0; tap < K * K; ++tap) store(sums + tap * kLanes<T>, load(sums + tap * kLanes<T>) + sum[tap]);
   }
 }
 
-template <class S>
+template <class S, bool whole>
 void any_sums(const Tiles<S>& tiles, const Packing<Sum<S>>& pack, const S* const* gy, int64_t c, int64_t lanes,
               int64_t k, int64_t out_lanes, int64_t j0, int64_t j1, Sum<S>* sums) {
   using T = Sum<S>;
   const TableSteps<S> steps(tiles);
+  Vec<T> grad[kTile];
+  int64_t there[kTile], count = 0;  // places in the table, of the outputs that exist
+  for (int o = 0; o < kTile; ++o)
+    if (gy[o]) {
+      grad[count] = whole ? load(gy[o] + k) : load_first(gy[o] + k, out_lanes);
+      there[count++] = o / kTileW * steps.h + o % kTileW * steps.w;
+    }
   for (int64_t j = j0; j < j1; ++j)
     for (int64_t th = 0; th < tiles.t.h.taps; ++th)
       for (int64_t tw = 0; tw < tiles.t.w.taps; ++tw, sums += kLanes<T>) {
         const S* const* seen = tiles.seen + th * tiles.w.count + tw;
         Vec<T> sum{};
-        for (int o = 0; o < kTile; ++o)
-          if (gy[o]) {
-            const S* x = seen[o / kTileW * steps.h + o % kTileW * steps.w] + tiles.in_shift + c;
-            sum = multiply_add(pick<T>(load_first(x, lanes), pack.places[j]), load_first(gy[o] + k, out_lanes), sum);
-          }
+        const auto add = [&](int o) {
+          const S* x = seen[there[o]] + tiles.in_shift + c;
+          sum = multiply_add(pick<T>(whole ? load(x) : load_first(x, lanes), pack.places[j]), grad[o], sum);
+        };
+        if (count == kTile) {
+#pragma GCC unroll 8
+          for (int o = 0; o < kTile; ++o) add(o);
+        } else {
+          for (int64_t o = 0; o < count; ++o) add(o);
+        }
         store(sums, load(sums) + sum);
       }
+}
+
+template <class S, bool whole>
+auto sums_of(const Tiles<S>& tiles) {
+  const bool one = tiles.t.h.taps * tiles.t.w.taps == 1;
+  return !tiles.dense || !tiles.whole || !(one || tiles.t.h.taps == 3) ? any_sums<S, whole>
+         : one                                                         ? dense_sums<S, 1, 1, whole>
+         : tiles.t.h.in_step == 1                                      ? dense_sums<S, 1, 3, whole>
+                                                                       : dense_sums<S, 2, 3, whole>;
 }
 
 /// sums[task - begin][tap] += sums over a tile, for tasks numbered (vector, j); gradients from vector 0 on, inputs from v0.
@@ -297,9 +331,7 @@ void add_tile(const Tiles<S>& tiles, const Packing<Sum<S>>& pack, const S* gradi
     next = smaller(end, (v + 1) * t.channels);
     const int64_t lanes = smaller(L, t.in_channels - c), out_lanes = smaller(L, t.out_channels - k);
     const bool whole = lanes == L && out_lanes == L;
-    const auto add = !tiles.dense || !tiles.whole ? any_sums<S>
-                     : t.h.in_step == 1           ? (whole ? dense_sums<S, 1, true> : dense_sums<S, 1, false>)
-                                                  : (whole ? dense_sums<S, 2, true> : dense_sums<S, 2, false>);
+    const auto add = whole ? sums_of<S, true>(tiles) : sums_of<S, false>(tiles);
     add(tiles, pack, gy, c - v0 * pack.in, lanes, k, out_lanes, task - v * t.channels, next - v * t.channels, sums);
     sums += (next - task) * t.h.taps * t.w.taps * L;
   }
