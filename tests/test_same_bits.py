@@ -46,6 +46,9 @@ CONV2D_NAMES = [
     "channels-prime",
     "depthwise-multiplier",
     "depthwise-many",
+    "depthwise-large",
+    "groups-of-4",
+    "groups-of-16",
 ]
 POOL2D_NAMES = ["resnet-stem", "asymmetric-ceil", "overlapping-padded", "row-over-vector-3x3", "window-of-289"]
 

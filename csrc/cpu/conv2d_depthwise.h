@@ -8,6 +8,12 @@ namespace cnnops::cpu::CNNOPS_ISA {
 /// One filter per channel, channels_last.
 template <class S>
 Conv2dAlgorithm<Conv2dRun<S>> depthwise_channels_last();
+/// Small groups, channels_last.
+template <class S>
+Conv2dAlgorithm<Conv2dRun<S>> depthwise_groups();
+/// Small groups of several channels, contiguous.
+template <class S>
+Conv2dAlgorithm<Conv2dRun<S>> depthwise_turned();
 /// One or several filters per channel, contiguous.
 template <class S>
 Conv2dAlgorithm<Conv2dRun<S>> depthwise_contiguous();

@@ -17,12 +17,14 @@
 //
 // Zeros of the border are multiplied: an infinite or NaN weight or gradient gives NaN there, where plain loops would
 // skip it. Refuses the contiguous layout, filters per group other than one, and filters of more than 512 weights.
+#include "channels_last_tile.h"
 #include "conv2d_depthwise.h"
 #include "conv2d_depthwise_tiles.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
 
+constexpr int64_t kGoodTasks = 16, kPartPixels = 512, kPartNumbers = 1 << 16;  // grad_weight
 constexpr int64_t kSumPixels = 128;  // grad_weight: about as many are summed before they are added to the total
 
 // ---- forward and grad_input ----
@@ -34,7 +36,18 @@ struct Filters {
   int64_t block, channels;
   const S* bias;  // or nullptr
   S* out[kTile];
+  bool past;  // whether outputs are written past the cache
 };
+
+/// Starts loading what the tiles two rows down will see first, of one vector of channels.
+template <class S, int rows, int columns, int stride>
+static inline void prefetch_below(const Tiles<S>& tiles, const S* const* seen, int64_t c) {
+  const int64_t below = tiles.in_shift + c + tiles.below;
+#pragma GCC unroll 16
+  for (int i = larger(rows - kTileH * stride, 0); i < rows; ++i)
+#pragma GCC unroll 16
+    for (int j = columns - kTileW * stride; j < columns; ++j) __builtin_prefetch(seen[i * columns + j] + below, 0, 2);
+}
 
 /// Masks cost whole vectors dearly: a masked store may wait for its line.
 template <class S>
@@ -48,6 +61,12 @@ static inline void put(const Filters<S>& f, const Vec<Sum<S>>* sum, int64_t c, i
 #pragma GCC unroll 8
   for (int o = 0; o < kTile; ++o) {
     if (lanes == kLanes<Sum<S>>) {
+      if constexpr (std::is_same_v<S, Sum<S>>) {
+        if (f.past) {
+          store_past_cache(f.out[o] + c, sum[o] + bias);
+          continue;
+        }
+      }
       store(f.out[o] + c, sum[o] + bias);
     } else {
       store_first(f.out[o] + c, sum[o] + bias, lanes);
@@ -66,6 +85,7 @@ int64_t dense_tile(const Tiles<S>& tiles, const Filters<S>& f) {
   for (; c + kLanes<T> <= f.channels; c += kLanes<T>) {
     const T* w = f.weights + c;
     Vec<T> sum[kTile]{};
+    prefetch_below<S, rows, columns, stride>(tiles, seen, c);
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 16
@@ -158,41 +178,38 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* work
   using T = Sum<S>;
   const Blocks<T> blocks(g.c);
   const int64_t rows = tile_rows(g, pass), filter = g.kernel[0] * g.kernel[1];
+  const int64_t* size = pass == Pass::forward ? g.out : g.in;
+  const bool past = past_cache(o.out, g.n * size[0] * size[1] * g.c) && g.c % kLanes<T> == 0;
   S* zeros = reinterpret_cast<S*>(workspace);
   for (int64_t c = 0; c < kBlock<T>; ++c) zeros[c] = S{};
   S* bin = reinterpret_cast<S*>(workspace + kBlock<T>);
+  T* const weights = workspace + 2 * kBlock<T>;
   for (int64_t block = 0; block < blocks.count; ++block) {
     const int64_t first = (begin + blocks.count - 1 - block) / blocks.count;
     const int64_t last = (end + blocks.count - 1 - block) / blocks.count;
     if (first == last) continue;
     const int64_t c0 = block * blocks.size, channels = smaller(blocks.size, g.c - c0);
-    T* weights = workspace + 2 * kBlock<T>;
-    for (int64_t cls = 0; cls < classes(g, pass); ++cls) {
-      const Windows t = make_windows(g, pass, 0, cls);
-      Tiles<S> tiles(t, unrolled(t) > 0);
-      tiles.in = o.a + c0;
-      tiles.zeros = zeros;
-      pack_weights(t, o.b + c0 * filter, filter, channels, blocks.size, weights);
-      Filters<S> f{weights, blocks.size, channels, o.bias ? o.bias + c0 : nullptr, {}};
-      for (int64_t i = first; i < last; ++i)
-        if (i % rows * kTileH < t.h.count)
-          tiles.each(i / rows, i % rows * kTileH, [&] { run_tile(tiles, f, o.out + c0, g.c, bin); });
-      weights += t.h.taps * t.w.taps * blocks.size;
+    // All classes of some rows before the next: they read the same inputs.
+    for (int64_t row = first; row < last; row += kClassRows) {
+      T* w = weights;
+      for (int64_t cls = 0; cls < classes(g, pass); ++cls) {
+        const Windows t = make_windows(g, pass, 0, cls);
+        Tiles<S> tiles(t, unrolled(t) > 0);
+        tiles.in = o.a + c0;
+        tiles.zeros = zeros;
+        if (row == first) pack_weights(t, o.b + c0 * filter, filter, channels, blocks.size, w);
+        Filters<S> f{w, blocks.size, channels, o.bias ? o.bias + c0 : nullptr, {}, past};
+        for (int64_t i = row; i < smaller(row + kClassRows, last); ++i)
+          if (i % rows * kTileH < t.h.count)
+            tiles.each(i / rows, i % rows * kTileH, [&] { run_tile(tiles, f, o.out + c0, g.c, bin); });
+        w += t.h.taps * t.w.taps * blocks.size;
+      }
     }
   }
+  if (past) stores_done();
 }
 
 // ---- grad_weight ----
-
-/// Starts loading what the tiles two rows down will see first, of one vector of channels.
-template <class S, int rows, int columns, int stride>
-static inline void prefetch_below(const Tiles<S>& tiles, const S* const* seen, int64_t c) {
-  const int64_t below = tiles.in_shift + c + tiles.below;
-#pragma GCC unroll 16
-  for (int i = larger(rows - kTileH * stride, 0); i < rows; ++i)
-#pragma GCC unroll 16
-    for (int j = columns - kTileW * stride; j < columns; ++j) __builtin_prefetch(seen[i * columns + j] + below, 0, 2);
-}
 
 /// sums[th - th0][tw][block] += sum over a tile of what TH rows of taps see * gy, for the whole vectors of [c, end).
 template <class S, int TH, int K, int stride>
@@ -274,6 +291,20 @@ int64_t all_dense_sums(const Tiles<S>& tiles, const S* const* gy, int64_t th0, i
   return done;
 }
 
+/// Few channels' long sums are made in parts of the images' rows of tiles, so that threads need not part the channels.
+struct Parts {
+  int64_t tasks, rows, count;  // of one part; of all; parts
+  template <class T>
+  static Parts of(const Conv2dGeometry& g) {
+    const int64_t numbers = g.c * g.kernel[0] * g.kernel[1], pixels = g.n * g.out[0] * g.out[1];
+    Parts p{ceil_div(g.c, kLanes<T>) * g.kernel[0], g.n * tile_rows(g, Pass::forward), 1};
+    while (p.tasks * p.count < kGoodTasks && pixels >= 2 * p.count * kPartPixels &&
+           2 * p.count * numbers <= kPartNumbers)
+      p.count *= 2;
+    return p;
+  }
+};
+
 /// Zeros, and two sums for every weight of a block: of some rows, and of all.
 template <class T>
 int64_t weight_workspace(const Conv2dGeometry& g) {
@@ -308,14 +339,15 @@ void sum_tile(const Tiles<S>& tiles, const S* const* gy, const Segment& s, int64
   for (int64_t th = s.th0; th < s.th1; ++th) any_sums(tiles, gy, th, c, end, block, sums + (th - s.th0) * row);
 }
 
-/// Sums of [tap of a segment][channel of a block], segment after segment.
-template <class S>
-void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace, int64_t begin, int64_t end) {
+/// Sums over rows [row0, row1) of tiles, of [tap of a segment][channel of a block], segment after segment; to `out` as T or S.
+template <class S, class Out>
+void sum_rows(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace, int64_t begin, int64_t end,
+              int64_t row0, int64_t row1, Out* out) {
   using T = Sum<S>;
   constexpr int64_t L = kLanes<T>;
   const Windows t = make_windows(g, Pass::grad_weight, 0, 0);
   const WeightTasks tasks{t.h.taps};
-  const int64_t vectors = ceil_div(g.c, L);
+  const int64_t vectors = ceil_div(g.c, L), rows = tile_rows(g, Pass::forward);
   const int64_t filter = t.h.taps * t.w.taps;
   Tiles<S> tiles(t, unrolled(t) > 0);
   S* zeros = reinterpret_cast<S*>(workspace);
@@ -342,31 +374,42 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* wo
       pixels = 0;
     };
     tiles.in = o.b + v0 * L;
-    for (int64_t n = 0; n < g.n; ++n)
-      for (int64_t i0 = 0; i0 < t.h.count; i0 += kTileH) {
-        tiles.each(n, i0, [&] {
-          T* to = sums;
-          for (int64_t i = 0; i < count; ++i) {
-            const Segment& s = segments[i];
-            const int64_t c0 = s.v0 * L, block = (s.v1 - s.v0) * L;
-            const S* gy[kTile];
-            for (int m = 0; m < kTile; ++m)
-              gy[m] = tiles.places[m] < 0 ? nullptr : o.a + (tiles.places[m] + tiles.place_shift) * g.k + c0;
-            tiles.in_shift += c0 - v0 * L;
-            sum_tile(tiles, gy, s, smaller(block, g.c - c0), block, to);
-            tiles.in_shift -= c0 - v0 * L;
-            to += block * (s.th1 - s.th0) * t.w.taps;
-          }
-        });
-        pixels += kTileH * t.w.count;
-        if (pixels >= kSumPixels) add_up();
-      }
+    for (int64_t row = row0; row < row1; ++row) {
+      tiles.each(row / rows, row % rows * kTileH, [&] {
+        T* to = sums;
+        for (int64_t i = 0; i < count; ++i) {
+          const Segment& s = segments[i];
+          const int64_t c0 = s.v0 * L, block = (s.v1 - s.v0) * L;
+          const S* gy[kTile];
+          for (int m = 0; m < kTile; ++m)
+            gy[m] = tiles.places[m] < 0 ? nullptr : o.a + (tiles.places[m] + tiles.place_shift) * g.k + c0;
+          tiles.in_shift += c0 - v0 * L;
+          sum_tile(tiles, gy, s, smaller(block, g.c - c0), block, to);
+          tiles.in_shift -= c0 - v0 * L;
+          to += block * (s.th1 - s.th0) * t.w.taps;
+        }
+      });
+      pixels += kTileH * t.w.count;
+      if (pixels >= kSumPixels) add_up();
+    }
     add_up();
     const T* from = totals;
     for (int64_t i = 0; i < count; ++i)
       for (int64_t tap = segments[i].th0 * t.w.taps; tap < segments[i].th1 * t.w.taps; ++tap)
         for (int64_t c = segments[i].v0 * L; c < segments[i].v1 * L; ++c, ++from)
-          if (c < g.c) o.out[c * filter + tap] = rounded<S>(*from);
+          if (c < g.c) out[c * filter + tap] = rounded<Out>(*from);
+  }
+}
+
+/// Tasks are numbered (part, task of it).
+template <class S>
+void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace, int64_t begin, int64_t end) {
+  const Parts all = Parts::of<Sum<S>>(g);
+  if (all.count == 1) return sum_rows(g, o, workspace, begin, end, 0, all.rows, o.out);
+  for (int64_t part = begin / all.tasks; part * all.tasks < end; ++part) {
+    const int64_t first = part * all.tasks;
+    sum_rows(g, o, workspace, larger(begin - first, 0), smaller(end - first, all.tasks), all.rows * part / all.count,
+             all.rows * (part + 1) / all.count, o.parts + part * g.c * g.kernel[0] * g.kernel[1]);
   }
 }
 
@@ -395,8 +438,12 @@ Conv2dAlgorithm<Conv2dRun<S>> depthwise_channels_last() {
           refuses,
           correlation_run<S, Pass::forward>(),
           correlation_run<S, Pass::grad_input>(),
-          {[](const Conv2dGeometry& g) { return ceil_div(g.c, kLanes<Sum<S>>) * g.kernel[0]; },
-           weight_workspace<Sum<S>>, grad_weight<S>}};
+          {[](const Conv2dGeometry& g) {
+             const Parts all = Parts::of<Sum<S>>(g);
+             return all.tasks * all.count;
+           },
+           weight_workspace<Sum<S>>, grad_weight<S>, [](const Conv2dGeometry& g) { return Parts::of<Sum<S>>(g).count; },
+           channels_last_grad_weight<S>().add_parts}};
 }
 
 template Conv2dAlgorithm<Conv2dRun<float>> depthwise_channels_last();

@@ -10,6 +10,7 @@
 // would be rounded for each image.
 #include "channels_last.h"
 #include "conv2d_depthwise.h"
+#include "turn.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
@@ -37,40 +38,6 @@ struct Block {
   int64_t room(int64_t pixels) const { return round_up(pixels * size, 64); }  // in numbers S
   int64_t buffers() const { return ceil_div((room(in) + room(out)) * sizeof(S), sizeof(Sum<S>)); }
 };
-
-/// Rows of `from`, as long as they are apart, become columns of `to`, which are `rows` apart; rows beyond `some` are zeros.
-template <class S>
-void turn(const S* from, int64_t length, int64_t some, int64_t rows, S* to) {
-  constexpr int64_t L = kLanes<Sum<S>>;
-  for (int64_t r = 0; r < rows; r += L)
-    for (int64_t p = 0; p < length; p += L) {
-      const int64_t first = length >= L ? smaller(p, length - L) : p, count = smaller(L, length - first);
-      Vec<Sum<S>> square[L];
-      for (int64_t i = 0; i < L; ++i) {
-        const S* row = from + (r + i) * length + first;
-        square[i] = r + i >= some ? Vec<Sum<S>>{} : count == L ? load(row) : load_first(row, count);
-      }
-      transpose<Sum<S>>(square);
-      for (int64_t j = 0; j < count; ++j) store(to + (first + j) * rows + r, square[j]);
-    }
-}
-
-/// The way back: columns of `from` become rows of `to`, of which there are `some`.
-template <class S>
-void turn_back(const S* from, int64_t rows, int64_t length, int64_t some, S* to) {
-  constexpr int64_t L = kLanes<Sum<S>>;
-  for (int64_t r = 0; r < some; r += L)
-    for (int64_t p = 0; p < length; p += L) {
-      const int64_t first = length >= L ? smaller(p, length - L) : p, count = smaller(L, length - first);
-      Vec<Sum<S>> square[L];
-      for (int64_t j = 0; j < L; ++j) square[j] = j < count ? load(from + (first + j) * rows + r) : Vec<Sum<S>>{};
-      transpose<Sum<S>>(square);
-      for (int64_t i = 0; i < smaller(L, some - r); ++i) {
-        S* row = to + (r + i) * length + first;
-        count == L ? store(row, square[i]) : store_first(row, square[i], count);
-      }
-    }
-}
 
 template <class S>
 const Conv2dAlgorithm<Conv2dRun<S>>& channels_last() {
@@ -115,14 +82,14 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* work
   S *const seen = forward ? memory.in : memory.out, *const made = forward ? memory.out : memory.in;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t n = task / block.count, c0 = task % block.count * block.size, some = smaller(block.size, g.c - c0);
-    turn(o.a + (n * g.c + c0) * from, from, some, block.size, seen);
+    turn(o.a + (n * g.c + c0) * from, from, from, some, block.size, seen);
     Conv2dOperands<S> operands = o;
     operands.a = seen;
     operands.b = padded(o.b + c0 * filter, some * filter, block.size * filter, memory.filters);
     operands.bias = padded(o.bias ? o.bias + c0 : nullptr, some, block.size, memory.bias);
     operands.out = made;
     run.run(image, operands, memory.workspace, 0, tasks);
-    turn_back(made, block.size, to, some, o.out + (n * g.c + c0) * to);
+    turn_back(made, block.size, to, some, o.out + (n * g.c + c0) * to, to);
   }
 }
 
@@ -138,8 +105,8 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* wo
     S* sums = o.out + c0 * filter;
     for (int64_t i = 0; i < numbers; ++i) sums[i] = S{};
     for (int64_t n = 0; n < g.n; ++n) {
-      turn(o.a + (n * g.c + c0) * block.out, block.out, some, block.size, memory.out);
-      turn(o.b + (n * g.c + c0) * block.in, block.in, some, block.size, memory.in);
+      turn(o.a + (n * g.c + c0) * block.out, block.out, block.out, some, block.size, memory.out);
+      turn(o.b + (n * g.c + c0) * block.in, block.in, block.in, some, block.size, memory.in);
       Conv2dOperands<S> operands = o;
       operands.a = memory.out;
       operands.b = memory.in;

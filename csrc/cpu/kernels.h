@@ -99,6 +99,8 @@ Table<InstructionSet> instruction_sets();
 namespace cnnops::cpu::CNNOPS_ISA {
 
 template <class S>
+Conv2dAlgorithm<Conv2dRun<S>> conv2d_winograd_groups();
+template <class S>
 Conv2dAlgorithm<Conv2dRun<S>> conv2d_winograd();
 template <class S>
 Conv2dAlgorithm<Conv2dRun<S>> conv2d_dot_products();

@@ -65,13 +65,56 @@ struct Direct {
   }
 };
 
+/// `winograd` is two files, one for groups of a vector's channels or less, and one row.
+template <class S>
+struct Winograd {
+  using Row = Conv2dAlgorithm<Conv2dRun<S>>;
+
+  static const Row& of(const Conv2dGeometry& g, Pass pass) {
+    static const Row groups = conv2d_winograd_groups<S>(), all = conv2d_winograd<S>();
+    return groups.refuses(g, pass) ? all : groups;
+  }
+
+  template <Pass pass>
+  static Conv2dRun<S> run() {
+    return {[](const Conv2dGeometry& g) { return of(g, pass).run(pass).tasks(g); },
+            [](const Conv2dGeometry& g) { return of(g, pass).run(pass).workspace(g); },
+            [](const Conv2dGeometry& g, const Conv2dOperands<S>& operands, Sum<S>* workspace, int64_t begin,
+               int64_t end) { of(g, pass).run(pass).run(g, operands, workspace, begin, end); },
+            [](const Conv2dGeometry& g) {
+              const Conv2dRun<S>& run = of(g, pass).run(pass);
+              return run.parts ? run.parts(g) : 1;
+            },
+            conv2d_winograd<S>().run(pass).add_parts};
+  }
+
+  static Row row() {
+    return {"winograd",
+            conv2d_winograd<S>().summary,
+            [](const Conv2dGeometry& g, Pass pass) { return of(g, pass).refuses(g, pass); },
+            run<Pass::forward>(),
+            run<Pass::grad_input>(),
+            run<Pass::grad_weight>(),
+            false,
+            [](const Conv2dGeometry& g, Pass pass) { return of(g, pass).yields && of(g, pass).yields(g, pass); }};
+  }
+};
+
+/// Small groups are computed faster still by transforms.
+template <class S>
+Conv2dAlgorithm<Conv2dRun<S>> depthwise() {
+  Conv2dAlgorithm<Conv2dRun<S>> row = conv2d_depthwise<S>();
+  row.yields = [](const Conv2dGeometry& g, Pass pass) { return !conv2d_winograd_groups<S>().refuses(g, pass); };
+  return row;
+}
+
 template <class S>
 Kernels<S> make_kernels() {
   Kernels<S> kernels{};
   if constexpr (kReal<S>) {
     static const Conv2dAlgorithm<Conv2dRun<S>> conv2d[] = {
-        conv2d_depthwise<S>(),    conv2d_winograd<S>(), conv2d_dot_products<S>(), conv2d_fold<S>(),
-        conv2d_few_channels<S>(), Direct<S>::row(),     conv2d_im2col<S>(),       conv2d_reference<S>(),
+        depthwise<S>(),           Winograd<S>::row(), conv2d_dot_products<S>(), conv2d_fold<S>(),
+        conv2d_few_channels<S>(), Direct<S>::row(),   conv2d_im2col<S>(),       conv2d_reference<S>(),
     };
     kernels.conv2d = {conv2d, sizeof conv2d / sizeof *conv2d};
     set_border(kernels);

@@ -1,0 +1,43 @@
+// From contiguous planes to pixels with their channels side by side, and back.
+#pragma once
+
+#include "simd.h"
+
+namespace cnnops::cpu::CNNOPS_ISA {
+
+/// The first `length` numbers of planes that lie `plane` apart become columns of `to`, which are `rows` apart, a multiple of
+/// a vector; what is beyond the first `some` planes is zeros.
+template <class S>
+void turn(const S* from, int64_t plane, int64_t length, int64_t some, int64_t rows, S* to) {
+  constexpr int64_t L = kLanes<Sum<S>>;
+  for (int64_t r = 0; r < rows; r += L)
+    for (int64_t p = 0; p < length; p += L) {
+      const int64_t first = length >= L ? smaller(p, length - L) : p, count = smaller(L, length - first);
+      Vec<Sum<S>> square[L];
+      for (int64_t i = 0; i < L; ++i) {
+        const S* row = from + (r + i) * plane + first;
+        square[i] = r + i >= some ? Vec<Sum<S>>{} : count == L ? load(row) : load_first(row, count);
+      }
+      transpose<Sum<S>>(square);
+      for (int64_t j = 0; j < count; ++j) store(to + (first + j) * rows + r, square[j]);
+    }
+}
+
+/// The way back: columns of `from` become the first `length` numbers of `some` planes.
+template <class S>
+void turn_back(const S* from, int64_t rows, int64_t length, int64_t some, S* to, int64_t plane) {
+  constexpr int64_t L = kLanes<Sum<S>>;
+  for (int64_t r = 0; r < some; r += L)
+    for (int64_t p = 0; p < length; p += L) {
+      const int64_t first = length >= L ? smaller(p, length - L) : p, count = smaller(L, length - first);
+      Vec<Sum<S>> square[L];
+      for (int64_t j = 0; j < L; ++j) square[j] = j < count ? load(from + (first + j) * rows + r) : Vec<Sum<S>>{};
+      transpose<Sum<S>>(square);
+      for (int64_t i = 0; i < smaller(L, some - r); ++i) {
+        S* row = to + (r + i) * plane + first;
+        count == L ? store(row, square[i]) : store_first(row, square[i], count);
+      }
+    }
+}
+
+}  // namespace cnnops::cpu::CNNOPS_ISA

@@ -1,0 +1,138 @@
+// Strips of images, of one vector of groups, as small images of their own: contiguous ones are turned round for that, of
+// channels_last ones it is a copy. How images are cut, and where the strips lie.
+#pragma once
+
+#include "conv2d_depthwise_groups.h"
+#include "turn.h"
+
+namespace cnnops::cpu::CNNOPS_ISA {
+
+constexpr int64_t kGoodNumbers = 1 << 14, kMostNumbers = 1 << 18;  // of a strip's inputs
+
+/// How an image is cut into strips: of rows of its outputs y, or in grad_input of gx.
+template <class T>
+struct Strips {
+  int64_t height, rows, count;
+  int64_t in, out;  // numbers of a strip's inputs (y's or x's rows that are read), and of its outputs
+
+  /// `together` rows of outputs of one class are never parted.
+  Strips(const Conv2dGeometry& g, Pass pass, int64_t together, int64_t good = kGoodNumbers) {
+    constexpr int64_t L = kLanes<T>;
+    const bool forward = pass != Pass::grad_input;
+    const int64_t reach = (g.kernel[0] - 1) * g.dilation[0], stride = g.stride[0];
+    const int64_t row = (forward ? g.in : g.out)[1] * L;
+    if (!forward) together *= stride;
+    height = (forward ? g.out : g.in)[0];
+    const auto seen = [&](int64_t rows) {
+      return forward ? (rows - 1) * stride + reach + 1 : (rows - 1 + reach) / stride + 1;
+    };
+    rows = together;
+    while (rows < height && seen(rows + together) * row <= good) rows += together;
+    rows = round_up(ceil_div(height, larger(ceil_div(height, rows), 1)), together);
+    count = ceil_div(height, larger(rows, 1));
+    in = seen(rows) * row;
+    out = rows * (forward ? g.out : g.in)[1] * L;
+  }
+};
+
+/// A strip as an image of its own: rows [in, in + size of `a`) of what is read, rows [out, ...) of the result.
+struct Strip {
+  Conv2dGeometry g;
+  int64_t in, out;
+};
+
+template <class T>
+static inline Strip make_strip(const Conv2dGeometry& g, Pass pass, const Strips<T>& strips, int64_t number) {
+  Strip s{g, 0, number * strips.rows};
+  const int64_t reach = (g.kernel[0] - 1) * g.dilation[0], stride = g.stride[0], padding = g.padding[0];
+  const int64_t rows = smaller(strips.rows, strips.height - s.out);
+  s.g.n = 1;
+  if (pass == Pass::grad_input) {
+    s.in = smaller(larger(ceil_div(s.out + padding - reach, stride), 0), g.out[0]);
+    s.g.out[0] = larger(smaller((s.out + rows - 1 + padding) / stride + 1, g.out[0]) - s.in, 0);
+    s.g.in[0] = rows;
+    s.g.padding[0] = padding + s.out - s.in * stride;
+  } else {
+    const int64_t first = s.out * stride - padding;
+    s.in = smaller(larger(first, 0), g.in[0]);
+    s.g.in[0] = larger(smaller(first + (rows - 1) * stride + reach + 1, g.in[0]) - s.in, 0);
+    s.g.out[0] = rows;
+    s.g.padding[0] = s.in - first;
+  }
+  return s;
+}
+
+/// Windows of images whose pixels have a vector of channels, and whose weights lie as g says.
+template <class T>
+static inline Windows turned_windows(const Conv2dGeometry& g, Pass pass, int64_t cls) {
+  Windows t = make_windows(g, pass, 0, cls);
+  const int64_t taps = g.kernel[0] * g.kernel[1];
+  t.in_channels = t.out_channels = kLanes<T>;
+  if (g.layout == Layout::channels_last) return t;
+  t.tap_weight = 1;
+  (pass == Pass::grad_input ? t.weight_row : t.weight_channel) = taps;
+  return t;
+}
+
+/// Where a task's scratch memory lies. Strips are kept as stored numbers.
+template <class S>
+struct Memory {
+  const S* zeros;
+  S *in, *out, *bias;
+  Sum<S>* rest;
+
+  Memory(const Strips<Sum<S>>& strips, Sum<S>* memory, int64_t vectors = 1) : zeros(make_zeros<S>(memory)) {
+    in = reinterpret_cast<S*>(memory + kZeros<Sum<S>>);
+    out = in + vectors * strips.in;
+    bias = out + vectors * strips.out;  // and after it a place for outputs that do not exist
+    rest = memory + size(strips, vectors);
+  }
+  static int64_t size(const Strips<Sum<S>>& strips, int64_t vectors = 1) {
+    return kZeros<Sum<S>> + vectors * (strips.in + strips.out) + 2 * kLanes<Sum<S>>;
+  }
+};
+
+/// to[vector][pixel][lane] = the inputs of a strip of image n, of the vectors [v0, v1) of groups; `next` numbers lie between
+/// two vectors.
+template <Pass pass, class S>
+void gather_strip(const Conv2dGeometry& g, const Strip& s, const Packing<Sum<S>>& pack, const S* from, int64_t n,
+                  int64_t v0, int64_t v1, int64_t next, S* to) {
+  constexpr int64_t L = kLanes<Sum<S>>;
+  const int64_t* size = pass == Pass::grad_input ? g.out : g.in;
+  const int64_t pixels = (pass == Pass::grad_input ? s.g.out : s.g.in)[0] * size[1], first = s.in * size[1];
+  const int64_t plane = size[0] * size[1], channels = g.groups * pack.channels;
+  if (g.layout == Layout::contiguous) {
+    for (int64_t v = v0, c; v < v1; ++v, to += next) {
+      c = v * pack.in;
+      turn(from + (n * channels + c) * plane + first, plane, pixels, smaller(pack.in, channels - c), L, to);
+    }
+    return;
+  }
+  const S* x = from + (n * plane + first) * channels;
+  for (int64_t p = 0; p < pixels; ++p, x += channels, to += L)
+    for (int64_t v = v0; v < v1; ++v)
+      store(to + (v - v0) * next, load_some(x + v * pack.in, smaller(L, channels - v * pack.in)));
+}
+
+/// The way back for its outputs.
+template <Pass pass, class S>
+void scatter_strip(const Conv2dGeometry& g, const Strip& s, const Packing<Sum<S>>& pack, const S* from, int64_t n,
+                   int64_t v0, int64_t v1, int64_t next, S* to) {
+  constexpr int64_t L = kLanes<Sum<S>>;
+  const int64_t* size = pass == Pass::grad_input ? g.in : g.out;
+  const int64_t pixels = (pass == Pass::grad_input ? s.g.in : s.g.out)[0] * size[1], first = s.out * size[1];
+  const int64_t plane = size[0] * size[1], channels = g.groups * pack.rows;
+  if (g.layout == Layout::contiguous) {
+    for (int64_t v = v0, k; v < v1; ++v, from += next) {
+      k = v * pack.out;
+      turn_back(from, L, pixels, smaller(pack.out, channels - k), to + (n * channels + k) * plane + first, plane);
+    }
+    return;
+  }
+  S* y = to + (n * plane + first) * channels;
+  for (int64_t p = 0; p < pixels; ++p, from += L, y += channels)
+    for (int64_t v = v0; v < v1; ++v)
+      store_some(y + v * pack.out, load(from + (v - v0) * next), smaller(pack.out, channels - v * pack.out));
+}
+
+}  // namespace cnnops::cpu::CNNOPS_ISA
