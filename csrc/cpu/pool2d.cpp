@@ -136,13 +136,8 @@ void max_pool2d_gather(const Pool2dGeometry& g, const S* x, const Position* posi
 template <bool whole, class S, class Position>
 Vec<Sum<S>> terms_of(const S* gy, const Position* positions, int64_t out, int64_t place, int64_t begin, int64_t end) {
   using T = Sum<S>;
-  const auto won =
-      whole ? load_positions<T>(positions + out, 0, kLanes<T>) : load_positions<T>(positions + out, begin, end);
-  Vec<T> terms = whole ? load(gy + out) : load_between(gy + out, begin, end, T(0));
-#if defined(__AVX512F__)
-  asm("" : "+v"(terms));  // or GCC masks the load by `won`: slow, as such a load waits for its mask
-#endif
-  return won == Word<T>(place) ? terms : Vec<T>{};
+  const Vec<T> terms = whole ? load(gy + out) : load_between(gy + out, begin, end, T(0));
+  return terms_won<whole, T>(terms, positions + out, Place<T, Position>{} + Position(place), begin, end);
 }
 
 /// In contiguous layout, for strides 1 and 2: each vector holds pixels `stride` apart, whose outputs are neighbours. The
@@ -285,16 +280,15 @@ void max_backward_of_pixels(const Pool2dGeometry& g, const S* gy, const Position
     for_stretches<T>(g.c, past, [&](auto channels) {
       constexpr int size = channels.size;
       const int seeing = known.value ? known.value : count;
-      Vec<Word<T>> places[most];
-      for (int s = 0; s < seeing; ++s) places[s] = Vec<Word<T>>{} + Word<T>(see[s].place);
+      Place<T, Position> places[most];
+      for (int s = 0; s < seeing; ++s) places[s] = Place<T, Position>{} + Position(see[s].place);
       for (int64_t q = 0; q < pixels; ++q) {
         Vec<T> sums[size] = {};
         for (int s = 0; s < seeing; ++s) {
           const int64_t out = from + q * g.c + see[s].offset;
-          for (int i = 0; i < size; ++i) {
-            const auto won = load_positions<T>(positions + out + channels.c + i * L, 0, channels.lanes);
-            sums[i] += won == places[s] ? channels.load(gy + out, i) : Vec<T>{};
-          }
+          for (int i = 0; i < size; ++i)
+            sums[i] += terms_won<channels.is_whole, T>(channels.load(gy + out, i), positions + out + channels.c + i * L,
+                                                       places[s], 0, channels.lanes);
         }
         for (int i = 0; i < size; ++i) channels.store(gx + to + q * g.stride[1] * g.c, i, sums[i]);
       }

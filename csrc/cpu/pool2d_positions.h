@@ -37,6 +37,34 @@ static Vec<Word<T>> load_positions(const Position* p, int64_t begin, int64_t end
   }
 }
 
+/// A position in all lanes, to compare with: words, or bytes where their comparison gives a mask at once.
+#if defined(__AVX512F__)
+template <class T, class Position>
+constexpr bool kComparesBytes = sizeof(T) == 4 && sizeof(Position) == 1;
+#else
+template <class T, class Position>
+constexpr bool kComparesBytes = false;
+#endif
+template <class T, class Position>
+using Place = std::conditional_t<kComparesBytes<T, Position>, PackedWords<T, Position>, Vec<Word<T>>>;
+
+/// `terms` in those of the lanes [begin, end), or of all if the vector is `whole`, whose positions at p are `place`; zero
+/// elsewhere, where the terms beyond [begin, end) are zero.
+template <bool whole, class T, class Position>
+static inline Vec<T> terms_won(Vec<T> terms, const Position* p, Place<T, Position> place, int64_t begin, int64_t end) {
+#if defined(__AVX512F__)
+  if constexpr (kComparesBytes<T, Position>) {
+    const __mmask16 lanes((1u << end) - (1u << begin));
+    const __m128i won = whole ? _mm_loadu_si128((const __m128i*)p) : _mm_maskz_loadu_epi8(lanes, p);
+    return (Vec<T>)_mm512_maskz_mov_ps(_mm_cmpeq_epi8_mask(won, (__m128i)place), (__m512)whole_load<T>(terms));
+  } else
+#endif
+  {
+    const auto won = whole ? load_positions<T>(p, 0, kLanes<T>) : load_positions<T>(p, begin, end);
+    return won == place ? whole_load<T>(terms) : Vec<T>{};
+  }
+}
+
 /// Whether a number seen later wins.
 template <class V>
 static auto wins(V seen, V best) {
