@@ -6,6 +6,7 @@
 // vector: it is taken in the lanes of one. (A window as wide as the image counts as one long row: so global pooling
 // reads a plane in one go.) Backward, a pixel gets gy / divisor of each output that sees it.
 #include "pool2d.h"
+#include "pool2d_overlaps.h"
 #include "pool2d_pixels.h"
 #include "pool2d_rows.h"
 #include "pool2d_squares.h"
@@ -94,10 +95,10 @@ struct Divisions {
   Range rows = full_windows(g, d, 0), columns = full_windows(g, d, 1);
   Division<T> full{d.divisor_override && !g.adaptive ? T(d.divisor_override) : T(g.kernel[0] * g.kernel[1])};
 
-  Division<T> at(int64_t oh, int64_t ow) const {
-    const bool is_full = oh >= rows.begin && oh < rows.end && ow >= columns.begin && ow < columns.end;
-    return is_full ? full : unusual(oh, ow);
+  bool are_full(int64_t oh, int64_t ow) const {
+    return oh >= rows.begin && oh < rows.end && ow >= columns.begin && ow < columns.end;
   }
+  Division<T> at(int64_t oh, int64_t ow) const { return are_full(oh, ow) ? full : unusual(oh, ow); }
   [[gnu::noinline, gnu::cold]] Division<T> unusual(int64_t oh, int64_t ow) const {
     return Division<T>(divisor_at<T>(g, d, oh, ow));
   }
@@ -390,10 +391,42 @@ void average_backward_of_squares(const Pool2dGeometry& g, const Divisor& d, cons
   backward_squares(g, give, gx, begin, end);
 }
 
+/// The same for windows of 3x3 that are two apart.
+template <class S>
+struct AverageOverlaps {
+  using T = Sum<S>;
+  using Given = Vec<T>;
+  const Pool2dGeometry& g;
+  const Divisor& d;
+  const S* gy;
+  Divisions<T> divisions{g, d};
+  const S* plane = gy;
+
+  void begin(int64_t number) { plane = gy + number * g.out[0] * g.out[1]; }
+  Vec<T> at(int64_t oh, int64_t ow, Lanes lanes) const {
+    const Vec<T> grad = load_outputs(plane + oh * g.out[1] + ow, lanes);
+    if (divisions.are_full(oh, ow + lanes.begin) && divisions.are_full(oh, ow + lanes.end - 1))
+      return divisions.full(grad);
+    return divided<T>(g, d, divisions.columns, oh, ow, grad);
+  }
+  template <int padding>
+  void give(const Vec<T> (&given)[2][2], Vec<T> (&sums)[2][2]) const {
+    for (int row = 0; row < 2; ++row)
+      for (int later = 1; later >= 0; --later) {
+        Vec<T> column{};
+        for (int lower = 1; lower >= 0; --lower)
+          if (is_tap(tap_of(padding, row, lower))) column += given[lower][later];
+        for (int odd = 0; odd < 2; ++odd)
+          if (is_tap(tap_of(padding, odd, later))) sums[row][odd] += column;
+      }
+  }
+};
+
 template <class S>
 void average_backward_of_rows(const Pool2dGeometry& g, Divisor d, const S* gy, S* gx, int64_t begin, int64_t end) {
   const Range full = full_windows(g, d, 1);
   if (goes_by_squares(g)) return average_backward_of_squares(g, d, gy, gx, begin, end);
+  if (goes_by_overlaps(g)) return backward_overlaps(g, AverageOverlaps<S>{g, d, gy}, gx, begin, end);
   if (goes_by_rows(g)) return average_backward_by_vectors(g, d, full, gy, gx, begin, end);
   Range rows{0, 0};
   for (int64_t task = begin; task < end; ++task) {

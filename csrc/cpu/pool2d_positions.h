@@ -48,20 +48,31 @@ constexpr bool kComparesBytes = false;
 template <class T, class Position>
 using Place = std::conditional_t<kComparesBytes<T, Position>, PackedWords<T, Position>, Vec<Word<T>>>;
 
-/// `terms` in those of the lanes [begin, end), or of all if the vector is `whole`, whose positions at p are `place`; zero
-/// elsewhere, where the terms beyond [begin, end) are zero.
-template <bool whole, class T, class Position>
-static inline Vec<T> terms_won(Vec<T> terms, const Position* p, Place<T, Position> place, int64_t begin, int64_t end) {
+/// The positions of lanes [begin, end) of the vector at p, to be compared, zeros elsewhere; nothing outside them is read.
+template <class T, class Position>
+static inline Place<T, Position> load_places(const Position* p, int64_t begin, int64_t end) {
 #if defined(__AVX512F__)
   if constexpr (kComparesBytes<T, Position>) {
     const __mmask16 lanes((1u << end) - (1u << begin));
-    const __m128i won = whole ? _mm_loadu_si128((const __m128i*)p) : _mm_maskz_loadu_epi8(lanes, p);
-    return (Vec<T>)_mm512_maskz_mov_ps(_mm_cmpeq_epi8_mask(won, (__m128i)place), (__m512)whole_load<T>(terms));
+    return (Place<T, Position>)(end - begin == kLanes<T> ? _mm_loadu_si128((const __m128i*)p)
+                                                         : _mm_maskz_loadu_epi8(lanes, p));
   } else
 #endif
   {
-    const auto won = whole ? load_positions<T>(p, 0, kLanes<T>) : load_positions<T>(p, begin, end);
-    return won == place ? whole_load<T>(terms) : Vec<T>{};
+    return load_positions<T>(p, begin, end);
+  }
+}
+
+/// v in the lanes where `won` is `place`, zero elsewhere.
+template <class T, class Words>
+static inline Vec<T> where_won(Words won, Words place, Vec<T> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof won == 16) {
+    return (Vec<T>)_mm512_maskz_mov_ps(_mm_cmpeq_epi8_mask((__m128i)won, (__m128i)place), (__m512)whole_load<T>(v));
+  } else
+#endif
+  {
+    return won == place ? whole_load<T>(v) : Vec<T>{};
   }
 }
 
