@@ -66,7 +66,7 @@ void relu(const S* x, S* y, int64_t begin, int64_t end) {
 template <class S>
 void relu_backward(const S* gy, const S* y, S* gx, int64_t begin, int64_t end) {
   using V = Vec<Sum<S>>;
-  map(end - begin, gx + begin, [](V gy, V y) { return y <= 0 ? V{} : gy; }, gy + begin, y + begin);
+  map(end - begin, gx + begin, [](V gy, V y) { return y <= 0 ? V{} : whole_load<Sum<S>>(gy); }, gy + begin, y + begin);
 }
 
 /// A bound as y has it, whose numbers may be coarser.
@@ -90,7 +90,7 @@ template <class S>
 void hardtanh_backward(const S* gy, const S* y, Sum<S> low, Sum<S> high, S* gx, int64_t begin, int64_t end) {
   using V = Vec<Sum<S>>;
   const V least = bound<S>(low), most = bound<S>(high);
-  const auto pass = [=](V gy, V y) { return (y <= least) | (y >= most) ? V{} : gy; };
+  const auto pass = [=](V gy, V y) { return (y <= least) | (y >= most) ? V{} : whole_load<Sum<S>>(gy); };
   map(end - begin, gx + begin, pass, gy + begin, y + begin);
 }
 

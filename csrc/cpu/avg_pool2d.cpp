@@ -6,6 +6,7 @@
 // vector: it is taken in the lanes of one. (A window as wide as the image counts as one long row: so global pooling
 // reads a plane in one go.) Backward, a pixel gets gy / divisor of each output that sees it.
 #include "pool2d.h"
+#include "pool2d_overlaps.h"
 #include "pool2d_pixels.h"
 #include "pool2d_rows.h"
 #include "pool2d_squares.h"
@@ -49,6 +50,7 @@ Sum<S> sum_of_rows(const S* x, int64_t rows, int64_t step, int64_t count) {
 template <class T>
 struct Division {
   T divisor, exact;
+  Division() : divisor(1), exact(0) {}
   explicit Division(T by) : divisor(by), exact(0) {
     if constexpr (kReal<T>) {
       const int64_t whole = by;
@@ -76,13 +78,31 @@ Vec<T> divided(const Pool2dGeometry& g, const Divisor& d, Range full, int64_t oh
   return v / divisors_of<T>(g, d, full, oh, ow);
 }
 
-Range full_windows(const Pool2dGeometry& g, const Divisor& d) {
+/// The outputs along an axis whose windows count as many places as windows have.
+Range full_windows(const Pool2dGeometry& g, const Divisor& d, int dim) {
   if (g.adaptive) return {0, 0};
-  if (d.divisor_override) return {0, g.out[1]};
-  if (!d.count_include_pad) return whole_windows(g);
-  const int64_t room = g.in[1] + 2 * g.padding[1] - g.kernel[1];
-  return {0, room >= 0 ? smaller(g.out[1], room / g.stride[1] + 1) : 0};
+  if (d.divisor_override) return {0, g.out[dim]};
+  if (!d.count_include_pad) return whole_windows(g, dim);
+  const int64_t room = g.in[dim] + 2 * g.padding[dim] - g.kernel[dim];
+  return {0, room >= 0 ? smaller(g.out[dim], room / g.stride[dim] + 1) : 0};
 }
+
+/// The divisions of all outputs, with that of full windows at hand.
+template <class T>
+struct Divisions {
+  const Pool2dGeometry& g;
+  const Divisor& d;
+  Range rows = full_windows(g, d, 0), columns = full_windows(g, d, 1);
+  Division<T> full{d.divisor_override && !g.adaptive ? T(d.divisor_override) : T(g.kernel[0] * g.kernel[1])};
+
+  bool are_full(int64_t oh, int64_t ow) const {
+    return oh >= rows.begin && oh < rows.end && ow >= columns.begin && ow < columns.end;
+  }
+  Division<T> at(int64_t oh, int64_t ow) const { return are_full(oh, ow) ? full : unusual(oh, ow); }
+  [[gnu::noinline, gnu::cold]] Division<T> unusual(int64_t oh, int64_t ow) const {
+    return Division<T>(divisor_at<T>(g, d, oh, ow));
+  }
+};
 
 /// Adaptive windows that are all of one size are ordinary ones.
 Pool2dGeometry simplest(Pool2dGeometry g) {
@@ -128,8 +148,9 @@ template <class S>
 void average_pixels(const Pool2dGeometry& g, Divisor d, const S* x, S* y, int64_t begin, int64_t end) {
   using T = Sum<S>;
   const bool past = pixels_past_cache(g, g.out, y);
+  const Divisions<T> divisions{g, d};
   for_pixels(g, begin, end, [&](const Pixel& at) {
-    const Division<T> divide(divisor_at<T>(g, d, at.oh, at.ow));
+    const Division<T> divide = divisions.at(at.oh, at.ow);
     for_stretches<T>(g.c, past, [&](auto channels) {
       constexpr int count = channels.size;
       if (past) prefetch_taps(at, x, channels);
@@ -153,7 +174,7 @@ void avg_pool2d(const Pool2dGeometry& given, Divisor d, const S* x, S* y, int64_
   if (depth_of(g) > 1) return average_pixels(g, d, x, y, begin, end);
   if (goes_by_squares(g))
     return forward_squares(g, AlikeRule<S>{Division<T>(divisor_at<T>(g, d, 0, 0)), y}, x, begin, end);
-  if (goes_by_rows(g)) return forward_rows(g, AverageRule<S>{g, d, y, full_windows(g, d)}, x, begin, end);
+  if (goes_by_rows(g)) return forward_rows(g, AverageRule<S>{g, d, y, full_windows(g, d, 1)}, x, begin, end);
   for_groups<T>(g, begin, end, [&](auto sum, const Group& at) {
     using V = decltype(sum);
     const int64_t width = at.columns.end - at.columns.begin, rows = at.rows.end - at.rows.begin;
@@ -174,6 +195,43 @@ void avg_pool2d(const Pool2dGeometry& given, Divisor d, const S* x, S* y, int64_
 // ---- backward: what the outputs of a column give to row ih is divided and added up first, then that of the columns, each in
 // the order of the taps ----
 
+constexpr int64_t kMostRows = 8;
+/// A row of pixels in channels_last that is seen by output rows `rows` of the plane gy, for windows at equal distances, at most
+/// `most` of which show a pixel.
+template <int most, class S, class Channels>
+void spread_columns(const Pool2dGeometry& g, const Divisions<Sum<S>>& divisions, Range rows, const S* gy,
+                    const Channels& channels, S* row) {
+  using T = Sum<S>;
+  constexpr int size = Channels::size;
+  const int64_t stride = g.stride[1], depth = g.c, outputs = g.out[1], width = g.in[1], taps = g.kernel[1];
+  const Range full = divisions.columns;
+  const int64_t count = rows.end - rows.begin;
+  Division<T> by_row[kMostRows] = {};
+  for (int64_t i = 0; i < count; ++i) by_row[i] = divisions.at(rows.end - 1 - i, full.begin);
+  Vec<T> columns[most][size] = {};  // columns[back] is that of output ow - back, zero if there is none
+  for (int64_t ow = 0, first = -g.padding[1]; first < width; ++ow, first += stride) {
+    for (int back = most - 1; back > 0; --back)
+      for (int i = 0; i < size; ++i) columns[back][i] = columns[back - 1][i];
+    for (int i = 0; i < size; ++i) columns[0][i] = Vec<T>{};
+    if (ow < outputs) {
+      const bool is_full = ow >= full.begin && ow < full.end;
+      const S* from = gy + ((rows.end - 1) * outputs + ow) * depth;
+      for (int64_t i = 0; i < count; ++i, from -= outputs * depth) {
+        const Division<T> divide = is_full ? by_row[i] : divisions.at(rows.end - 1 - i, ow);
+        for (int j = 0; j < size; ++j) columns[0][j] += divide(channels.load(from, j));
+      }
+    }
+    const int64_t begin = larger(0, -first), end = smaller(stride, width - first);
+    for (int64_t kw = begin; kw < end; ++kw) {
+      Vec<T> sums[size] = {};
+      for (int back = 0; back < most; ++back)
+        for (int i = 0; i < size; ++i)
+          if (kw + back * stride < taps) sums[i] += columns[back][i];
+      for (int i = 0; i < size; ++i) channels.store(row + (first + kw) * depth, i, sums[i]);
+    }
+  }
+}
+
 /// In channels_last. What a column gives is kept in `ring` for all pixels that it reaches.
 constexpr int64_t kRing = 8;
 
@@ -181,7 +239,9 @@ template <class S>
 void average_backward_of_pixels(const Pool2dGeometry& g, Divisor d, const S* gy, S* gx, int64_t begin, int64_t end) {
   using T = Sum<S>;
   const bool past = pixels_past_cache(g, g.in, gx);
-  const bool in_ring = (g.adaptive ? g.out[1] / g.in[1] + 2 : ceil_div(g.kernel[1], g.stride[1])) <= kRing;
+  const Divisions<T> divisions{g, d};
+  const int64_t most = g.adaptive ? g.out[1] / g.in[1] + 2 : ceil_div(g.kernel[1], g.stride[1]);
+  const bool in_ring = most <= kRing, alike = !g.adaptive && ceil_div(g.kernel[0], g.stride[0]) <= kMostRows;
   Range rows{0, 0};
   for (int64_t task = begin; task < end; ++task) {
     const int64_t ih = task % g.in[0], image = task / g.in[0] * g.out[0];
@@ -198,11 +258,15 @@ void average_backward_of_pixels(const Pool2dGeometry& g, Divisor d, const S* gy,
       const auto find_column = [&](int64_t ow, Vec<T>* column) {
         for (int i = 0; i < size; ++i) column[i] = Vec<T>{};
         for (int64_t oh = rows.end - 1; oh >= rows.begin; --oh) {
-          const Division<T> divide(divisor_at<T>(g, d, oh, ow));
+          const Division<T> divide = divisions.at(oh, ow);
           const S* from = gy + ((image + oh) * g.out[1] + ow) * g.c;
           for (int i = 0; i < size; ++i) column[i] += divide(channels.load(from, i));
         }
       };
+      const S* plane = gy + image * g.out[1] * g.c;
+      if (alike && most == 1) return spread_columns<1>(g, divisions, rows, plane, channels, row);
+      if (alike && most == 2) return spread_columns<2>(g, divisions, rows, plane, channels, row);
+      if (alike && most == 3) return spread_columns<3>(g, divisions, rows, plane, channels, row);
       int64_t first = 0, last = 0;  // the outputs that see the pixel
       Window next = window_at(g, 1, 0);
       int64_t starts = next.start, ends = next.start + next.end;  // of `last` and `first`
@@ -327,10 +391,42 @@ void average_backward_of_squares(const Pool2dGeometry& g, const Divisor& d, cons
   backward_squares(g, give, gx, begin, end);
 }
 
+/// The same for windows of 3x3 that are two apart.
+template <class S>
+struct AverageOverlaps {
+  using T = Sum<S>;
+  using Given = Vec<T>;
+  const Pool2dGeometry& g;
+  const Divisor& d;
+  const S* gy;
+  Divisions<T> divisions{g, d};
+  const S* plane = gy;
+
+  void begin(int64_t number) { plane = gy + number * g.out[0] * g.out[1]; }
+  Vec<T> at(int64_t oh, int64_t ow, Lanes lanes) const {
+    const Vec<T> grad = load_outputs(plane + oh * g.out[1] + ow, lanes);
+    if (divisions.are_full(oh, ow + lanes.begin) && divisions.are_full(oh, ow + lanes.end - 1))
+      return divisions.full(grad);
+    return divided<T>(g, d, divisions.columns, oh, ow, grad);
+  }
+  template <int padding>
+  void give(const Vec<T> (&given)[2][2], Vec<T> (&sums)[2][2]) const {
+    for (int row = 0; row < 2; ++row)
+      for (int later = 1; later >= 0; --later) {
+        Vec<T> column{};
+        for (int lower = 1; lower >= 0; --lower)
+          if (is_tap(tap_of(padding, row, lower))) column += given[lower][later];
+        for (int odd = 0; odd < 2; ++odd)
+          if (is_tap(tap_of(padding, odd, later))) sums[row][odd] += column;
+      }
+  }
+};
+
 template <class S>
 void average_backward_of_rows(const Pool2dGeometry& g, Divisor d, const S* gy, S* gx, int64_t begin, int64_t end) {
-  const Range full = full_windows(g, d);
+  const Range full = full_windows(g, d, 1);
   if (goes_by_squares(g)) return average_backward_of_squares(g, d, gy, gx, begin, end);
+  if (goes_by_overlaps(g)) return backward_overlaps(g, AverageOverlaps<S>{g, d, gy}, gx, begin, end);
   if (goes_by_rows(g)) return average_backward_by_vectors(g, d, full, gy, gx, begin, end);
   Range rows{0, 0};
   for (int64_t task = begin; task < end; ++task) {

@@ -8,6 +8,7 @@
 
 #include <limits>
 
+#include "pool2d_overlaps.h"
 #include "pool2d_pixels.h"
 #include "pool2d_positions.h"
 #include "pool2d_rows.h"
@@ -136,13 +137,9 @@ void max_pool2d_gather(const Pool2dGeometry& g, const S* x, const Position* posi
 template <bool whole, class S, class Position>
 Vec<Sum<S>> terms_of(const S* gy, const Position* positions, int64_t out, int64_t place, int64_t begin, int64_t end) {
   using T = Sum<S>;
-  const auto won =
-      whole ? load_positions<T>(positions + out, 0, kLanes<T>) : load_positions<T>(positions + out, begin, end);
-  Vec<T> terms = whole ? load(gy + out) : load_between(gy + out, begin, end, T(0));
-#if defined(__AVX512F__)
-  asm("" : "+v"(terms));  // or GCC masks the load by `won`: slow, as such a load waits for its mask
-#endif
-  return won == Word<T>(place) ? terms : Vec<T>{};
+  const Vec<T> terms = whole ? load(gy + out) : load_between(gy + out, begin, end, T(0));
+  const auto won = load_places<T>(positions + out, whole ? 0 : begin, whole ? kLanes<T> : end);
+  return where_won<T>(won, Place<T, Position>{} + Position(place), terms);
 }
 
 /// In contiguous layout, for strides 1 and 2: each vector holds pixels `stride` apart, whose outputs are neighbours. The
@@ -210,6 +207,42 @@ void max_backward_of_squares(const Pool2dGeometry& g, const S* gy, const Positio
   };
   backward_squares(g, give, gx, begin, end);
 }
+
+/// The same for windows of 3x3 that are two apart.
+template <class S, class Position>
+struct MaxOverlaps {
+  using T = Sum<S>;
+  const Pool2dGeometry& g;
+  const S* gy;
+  const Position* positions;
+  int64_t first_output;
+  struct Given {
+    Vec<T> grad;
+    Place<T, Position> won;
+    Given& operator=(const Given& from) {  // not the padding too: a load wider than the store before it waits
+      grad = from.grad, won = from.won;
+      return *this;
+    }
+  };
+
+  void begin(int64_t plane) { first_output = plane * g.out[0] * g.out[1]; }
+  Given at(int64_t oh, int64_t ow, Lanes lanes) const {
+    const int64_t out = first_output + oh * g.out[1] + ow;
+    return {load_outputs(gy + out, lanes), load_places<T>(positions + out, lanes.begin, lanes.end)};
+  }
+  template <int padding>
+  void give(const Given (&given)[2][2], Vec<T> (&sums)[2][2]) const {
+    for (int lower = 1; lower >= 0; --lower)
+      for (int later = 1; later >= 0; --later)
+        for (int row = 0; row < 2; ++row)
+          for (int column = 0; column < 2; ++column) {
+            const int kh = tap_of(padding, row, lower), kw = tap_of(padding, column, later);
+            if (!is_tap(kh) || !is_tap(kw)) continue;
+            const Given& from = given[lower][later];
+            sums[row][column] += where_won<T>(from.won, Place<T, Position>{} + Position(kh * 3 + kw), from.grad);
+          }
+  }
+};
 
 constexpr int64_t kPiece = 256;
 
@@ -285,16 +318,16 @@ void max_backward_of_pixels(const Pool2dGeometry& g, const S* gy, const Position
     for_stretches<T>(g.c, past, [&](auto channels) {
       constexpr int size = channels.size;
       const int seeing = known.value ? known.value : count;
-      Vec<Word<T>> places[most];
-      for (int s = 0; s < seeing; ++s) places[s] = Vec<Word<T>>{} + Word<T>(see[s].place);
+      const int64_t lanes = channels.is_whole ? L : channels.lanes;
+      Place<T, Position> places[most];
+      for (int s = 0; s < seeing; ++s) places[s] = Place<T, Position>{} + Position(see[s].place);
       for (int64_t q = 0; q < pixels; ++q) {
         Vec<T> sums[size] = {};
         for (int s = 0; s < seeing; ++s) {
           const int64_t out = from + q * g.c + see[s].offset;
-          for (int i = 0; i < size; ++i) {
-            const auto won = load_positions<T>(positions + out + channels.c + i * L, 0, channels.lanes);
-            sums[i] += won == places[s] ? channels.load(gy + out, i) : Vec<T>{};
-          }
+          for (int i = 0; i < size; ++i)
+            sums[i] += where_won<T>(load_places<T>(positions + out + channels.c + i * L, 0, lanes), places[s],
+                                    channels.load(gy + out, i));
         }
         for (int i = 0; i < size; ++i) channels.store(gx + to + q * g.stride[1] * g.c, i, sums[i]);
       }
@@ -341,6 +374,7 @@ void max_pool2d_backward(const Pool2dGeometry& g, const S* gy, const Position* p
   const int64_t most = plain ? ceil_div(g.kernel[0], g.stride[0]) * ceil_div(g.kernel[1], g.stride[1]) : kMostSeers + 1;
   if (depth > 1 && most <= kMostSeers) return max_backward_of_pixels(g, gy, positions, gx, begin, end);
   if (goes_by_squares(g)) return max_backward_of_squares(g, gy, positions, gx, begin, end);
+  if (goes_by_overlaps(g)) return backward_overlaps(g, MaxOverlaps<S, Position>{g, gy, positions, 0}, gx, begin, end);
   if (depth == 1 && !g.adaptive && g.stride[1] <= 2 && g.kernel[1] <= kMostTaps)
     return max_backward_of_rows(g, gy, positions, gx, begin, end);
   const auto run = depth > 1 ? max_backward_by_pixels<S, Position> : max_backward_by_outputs<S, Position>;

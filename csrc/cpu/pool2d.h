@@ -62,11 +62,12 @@ static void for_outputs_over(const Pool2dGeometry& g, int dim, int64_t i, Range 
   }
 }
 
-/// The outputs of a row for which all taps lie inside the image along the width.
-static inline Range whole_windows(const Pool2dGeometry& g) {
-  const int64_t room = g.in[1] + g.padding[1] - (g.kernel[1] - 1) * g.dilation[1];  // for where a window starts
-  const int64_t begin = smaller(g.out[1], ceil_div(g.padding[1], g.stride[1]));
-  return {begin, larger(begin, room > 0 ? smaller(g.out[1], ceil_div(room, g.stride[1])) : 0)};
+/// The outputs along an axis for which all taps lie inside the image.
+static inline Range whole_windows(const Pool2dGeometry& g, int dim) {
+  const int64_t out = g.out[dim], stride = g.stride[dim], padding = g.padding[dim];
+  const int64_t room = g.in[dim] + padding - (g.kernel[dim] - 1) * g.dilation[dim];  // for where a window starts
+  const int64_t begin = smaller(out, ceil_div(padding, stride));
+  return {begin, larger(begin, room > 0 ? smaller(out, ceil_div(room, stride)) : 0)};
 }
 
 static inline int64_t depth_of(const Pool2dGeometry& g) { return g.layout == Layout::channels_last ? g.c : 1; }
@@ -86,7 +87,7 @@ struct Group {
 template <class T, class Visit>
 static void for_groups(const Pool2dGeometry& g, int64_t begin, int64_t end, const Visit& visit) {
   const bool in_vectors = !g.adaptive && g.stride[1] <= 2;
-  Range whole = in_vectors ? whole_windows(g) : Range{0, 0};
+  Range whole = in_vectors ? whole_windows(g, 1) : Range{0, 0};
   if (whole.end - whole.begin == 1) whole = {0, 0};
   Group at;
   at.row = g.dilation[0] * g.in[1];

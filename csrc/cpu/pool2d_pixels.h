@@ -10,6 +10,7 @@ namespace cnnops::cpu::CNNOPS_ISA {
 template <int count, bool whole>
 struct Stretch {
   static constexpr int size = count;
+  static constexpr bool is_whole = whole;
   int64_t c, lanes;
   bool past_cache;
 

@@ -37,6 +37,45 @@ static Vec<Word<T>> load_positions(const Position* p, int64_t begin, int64_t end
   }
 }
 
+/// A position in all lanes, to compare with: words, or bytes where their comparison gives a mask at once.
+#if defined(__AVX512F__)
+template <class T, class Position>
+constexpr bool kComparesBytes = sizeof(T) == 4 && sizeof(Position) == 1;
+#else
+template <class T, class Position>
+constexpr bool kComparesBytes = false;
+#endif
+template <class T, class Position>
+using Place = std::conditional_t<kComparesBytes<T, Position>, PackedWords<T, Position>, Vec<Word<T>>>;
+
+/// The positions of lanes [begin, end) of the vector at p, to be compared, zeros elsewhere; nothing outside them is read.
+template <class T, class Position>
+static inline Place<T, Position> load_places(const Position* p, int64_t begin, int64_t end) {
+#if defined(__AVX512F__)
+  if constexpr (kComparesBytes<T, Position>) {
+    const __mmask16 lanes((1u << end) - (1u << begin));
+    return (Place<T, Position>)(end - begin == kLanes<T> ? _mm_loadu_si128((const __m128i*)p)
+                                                         : _mm_maskz_loadu_epi8(lanes, p));
+  } else
+#endif
+  {
+    return load_positions<T>(p, begin, end);
+  }
+}
+
+/// v in the lanes where `won` is `place`, zero elsewhere.
+template <class T, class Words>
+static inline Vec<T> where_won(Words won, Words place, Vec<T> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof won == 16) {
+    return (Vec<T>)_mm512_maskz_mov_ps(_mm_cmpeq_epi8_mask((__m128i)won, (__m128i)place), (__m512)whole_load<T>(v));
+  } else
+#endif
+  {
+    return won == place ? whole_load<T>(v) : Vec<T>{};
+  }
+}
+
 /// Whether a number seen later wins.
 template <class V>
 static auto wins(V seen, V best) {

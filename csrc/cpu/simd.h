@@ -295,6 +295,16 @@ static inline T all_ones() {
   return x;
 }
 
+/// v, loaded as a whole where only some of its lanes will be taken: GCC would rather load by the mask that says which, and
+/// such a load waits for its mask.
+template <class T>
+static inline Vec<T> whole_load(Vec<T> v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
+
 /// The lanes of v where mask's bits are ones, zero where they are zeros.
 template <class T>
 static inline Vec<T> keep(Vec<T> v, Vec<T> mask) {
