@@ -8,7 +8,6 @@ from cases import CONV2D
 from cuda_helpers import HALVES, LAYOUTS, assert_rounds_well, draw, needs_compiler, real_dtypes, same_bits
 from test_cuda_conv2d import (
     BORDERS,
-    MATH,
     Bordered,
     bordered_cases,
     conv2d,
@@ -16,11 +15,10 @@ from test_cuda_conv2d import (
     conv2d_expected,
     conv2d_integers,
     conv2d_operands,
-    every_math,
     refused,
     small_groups,
-    tiled_cases,
 )
+from test_cuda_implicit_gemm import MATH, every_math, tiled_cases
 from torch.nn import functional as TF
 
 pytestmark = needs_compiler

@@ -4,6 +4,7 @@ import pytest
 import test_cuda_activation as activation
 import test_cuda_conv2d as conv2d
 import test_cuda_conv_block as conv_block
+import test_cuda_implicit_gemm as implicit_gemm
 import test_cuda_pool2d as pool2d
 import test_emulation as emulation
 import torch
@@ -60,7 +61,7 @@ def test_depthwise(sanitized, which):
 def test_implicit_gemm(sanitized, which, math):
     layout = LAYOUTS[sanitized.sanitizer == "thread"]
     case = conv2d.Bordered("sanitized", 1, 16, 5, 7, 16, (2, 3), padding=(1, 1), stride=(2, 1))
-    conv2d.test_implicit_gemm(sanitized, case, which, layout, math)
+    implicit_gemm.test_implicit_gemm(sanitized, case, which, layout, math)
 
 
 @pytest.mark.parametrize("algorithm", conv_block.FUSED)

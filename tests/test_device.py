@@ -14,7 +14,8 @@ from circumstances import Subject, changes
 from cuda_helpers import HALVES, LAYOUTS, PASSES, assert_rounds_well, assert_same, draw, dtypes, real_dtypes
 from helpers import DEVICES, Conv2dOperands, accepts, numbers, or_refusal, run_pass
 from test_cuda_activation import activation_input
-from test_cuda_conv2d import conv2d_expected, conv2d_operands, small_groups, tiled_cases
+from test_cuda_conv2d import conv2d_expected, conv2d_operands, small_groups
+from test_cuda_implicit_gemm import tiled_cases
 from test_cuda_pool2d import indices_seen, max_backward, max_pool2d_input
 from test_same_bits import (
     BATCH,

@@ -10,6 +10,14 @@ namespace cnnops::cuda {
 template <class S>
 using Conv2dRow = Conv2dAlgorithm<Conv2dRun<S>>;
 
+inline int64_t no_workspace(const Conv2dGeometry&) { return 0; }
+
+/// What can do with an epilogue, without one.
+template <class S, decltype(Conv2dRun<S>::fused) kFused>
+void no_epilogue(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace, Stream stream) {
+  kFused(g, o, Epilogue<S>{}, workspace, stream);
+}
+
 /// Forward and the gradient of the input are the same sum over channels and taps, with x and gy, c and k exchanged. In
 /// each group, `produce` channels come out and `reduce` channels are summed over; neighbours of the weights along
 /// either, and along the kernel, are `weight_...` apart.
@@ -81,6 +89,8 @@ struct SmallAxis {
         offset_step(static_cast<int>(a.offset_step)) {}
 };
 
+inline int64_t weight_count(const Conv2dGeometry& g) { return g.k * (g.c / g.groups) * g.kernel[0] * g.kernel[1]; }
+
 /// Whether positions along an axis, and offsets within one image or the weights, fit 32 bits. The batch may be any.
 inline bool small(const Conv2dGeometry& g) {
   int64_t reach[2];  // from a window's first tap to its last
@@ -90,53 +100,71 @@ inline bool small(const Conv2dGeometry& g) {
     if (longest >= 1 << 24) return false;
     reach[dim] = (g.kernel[dim] - 1) * g.dilation[dim];
   }
-  const int64_t weights = g.k * (g.c / g.groups) * g.kernel[0] * g.kernel[1];
   const int64_t x = ((g.in[0] + reach[0]) * g.in[1] + reach[1] + 1) * g.c;
   const int64_t y = ((g.out[0] + reach[0]) * g.out[1] + reach[1] + 1) * g.k;
-  return larger(weights, larger(x, y)) < int64_t{1} << 31;
+  return larger(weight_count(g), larger(x, y)) < int64_t{1} << 31;
 }
 
 /// The weight gradient sums over the whole batch, and has few elements to share among the GPU's processors: so its sum
 /// is split into parts, each a block's, added up in order afterwards. The number of parts follows from the number of
 /// blocks that the weights make alone, never from the batch, which bounds the workspace as well.
-inline int64_t parts_for(int64_t blocks) { return blocks > 0 ? larger<int64_t>(1, 512 / blocks) : 1; }
+struct Parts {
+  int64_t count, weights;
 
-template <class S>
-__global__ void add_parts(const Sum<S>* parts, int64_t count, int64_t size, S* sums) {
-  for (int64_t i : Items(size)) {
-    Sum<S> sum = 0;
-    for (int64_t part = 0; part < count; ++part) sum += parts[part * size + i];
-    sums[i] = rounded<S>(sum);
+  Parts(int64_t blocks, int64_t weights) : count(blocks > 0 ? larger<int64_t>(1, 512 / blocks) : 1), weights(weights) {}
+
+  int64_t workspace() const { return count > 1 ? count * weights : 0; }
+
+  /// The sum of one part for a weight goes to the workspace, for add_up(); if there is but one part it is the result.
+  template <class S>
+  __device__ void put(int64_t part, int64_t weight, Sum<S> sum, Sum<S>* workspace, S* gw) const {
+    if (count > 1) {
+      workspace[part * weights + weight] = sum;
+    } else {
+      gw[weight] = rounded<S>(sum);
+    }
   }
+};
+
+constexpr int kSumThreads = 512;
+
+/// How many threads share the parts of a weight: many parts are few weights, whose threads alone would wait for long.
+inline int sum_rows(int64_t parts) {
+  int rows = 16;
+  while (rows > 1 && parts < 4 * rows) rows /= 2;
+  return rows;
 }
 
-/// The same where there are more parts than weights would be worth the wait: 16 threads for each weight.
-constexpr int kSumThreads = 512, kSumWidth = kSumThreads / 16;
-
+/// Of `rows` threads each adds up every so many parts, in order; and the first of them those sums, in order.
 template <class S>
 __global__ void __launch_bounds__(kSumThreads)
-    sum_parts_kernel(const Sum<S>* parts, int64_t count, int64_t size, int64_t blocks, S* sums) {
+    sum_parts_kernel(Parts parts, const Sum<S>* sums, int rows, int64_t blocks, S* gw) {
   Sum<S>* shared = shared_memory<Sum<S>>();
-  const int column = static_cast<int>(threadIdx.x) % kSumWidth, row = static_cast<int>(threadIdx.x) / kSumWidth;
+  const int width = kSumThreads / rows, column = static_cast<int>(threadIdx.x) % width;
+  const int row = static_cast<int>(threadIdx.x) / width;
   for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
-    const int64_t i = block * kSumWidth + column;
+    const int64_t weight = block * width + column;
+    const bool exists = weight < parts.weights;
     Sum<S> sum = 0;
-    for (int64_t part = row; part < count && i < size; part += kSumThreads / kSumWidth) sum += parts[part * size + i];
+    for (int64_t part = row; part < parts.count && exists; part += rows) sum += sums[part * parts.weights + weight];
     shared[threadIdx.x] = sum;
     sync_block();
-    if (row == 0 && i < size) {
-      for (int other = 1; other < kSumThreads / kSumWidth; ++other) sum += shared[other * kSumWidth + column];
-      sums[i] = rounded<S>(sum);
+    if (row == 0 && exists) {
+      for (int other = 1; other < rows; ++other) sum += shared[other * width + column];
+      gw[weight] = rounded<S>(sum);
     }
     sync_block();
   }
 }
 
+/// Adds up what put() left in the workspace, if anything.
 template <class S>
-void sum_parts(const char* name, const Sum<S>* parts, int64_t count, int64_t size, S* sums, Stream stream) {
-  const int64_t blocks = ceil_div(size, kSumWidth);
-  launch(name, sum_parts_kernel<S>, blocks, kSumThreads, kSumThreads * sizeof(Sum<S>), stream, parts, count, size,
-         blocks, sums);
+void add_up(const char* name, const Parts& parts, const Sum<S>* workspace, S* gw, Stream stream) {
+  if (parts.count == 1) return;
+  const int rows = sum_rows(parts.count);
+  const int64_t blocks = ceil_div(parts.weights, kSumThreads / rows);
+  launch(name, sum_parts_kernel<S>, blocks, kSumThreads, kSumThreads * sizeof(Sum<S>), stream, parts, workspace, rows,
+         blocks, gw);
 }
 
 }  // namespace cnnops::cuda

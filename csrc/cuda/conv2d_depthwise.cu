@@ -335,8 +335,6 @@ const char* refuses(const Conv2dGeometry& g, Pass) {
   return nullptr;
 }
 
-int64_t no_workspace(const Conv2dGeometry&) { return 0; }
-
 }  // namespace
 
 template <class S>

@@ -6,7 +6,7 @@
 // Walking down the strip's window in x, row by row, it meets each number of x with the numbers of gy that see it, the last
 // few, which are in registers too: so both tensors are read once, neighbouring threads reading neighbours (depthwise.h).
 //
-// Strips go round the threads of a block and the parts of the sum (parts_for) like cards; threads, then parts, are added
+// Strips go round the threads of a block and the parts of the sum (Parts) like cards; threads, then parts, are added
 // up in a fixed order.
 //
 // As in conv2d_depthwise.cu, strips are for usual kernels. Vectors that are not aligned are read number by number. All
@@ -26,7 +26,9 @@ struct WeightPlan {
   int in_h, in_w, out_h, out_w, padding_h, padding_w;
   int strip, channels, taps;  // rows of a strip, of gy
   int tap_blocks, channel_blocks;
-  int64_t positions, parts, blocks, weights;
+  int64_t positions;
+  Parts parts;
+  int64_t blocks;
   Divider by_columns, by_strips, by_filters;
 };
 
@@ -34,7 +36,8 @@ WeightPlan make_plan(const Conv2dGeometry& g, int lanes, int most_rows, int taps
   const Spread spread(g, g.k, lanes);
   const int64_t all_taps = g.kernel[0] * g.kernel[1], tap_blocks = ceil_div(all_taps, taps);
   const int64_t channel_blocks = g.layout == Layout::contiguous ? g.k : spread.chunks;
-  const int64_t strips = ceil_div(g.out[0], most_rows), parts = parts_for(tap_blocks * channel_blocks);
+  const int64_t strips = ceil_div(g.out[0], most_rows);
+  const Parts parts(tap_blocks * channel_blocks, weight_count(g));
   return {spread,
           Tensors(g, Pass::grad_weight),
           static_cast<int>(g.in[0]),
@@ -50,8 +53,7 @@ WeightPlan make_plan(const Conv2dGeometry& g, int lanes, int most_rows, int taps
           static_cast<int>(channel_blocks),
           g.n * strips * g.out[1],
           parts,
-          parts * tap_blocks * channel_blocks,
-          g.k * all_taps,
+          parts.count * tap_blocks * channel_blocks,
           Divider(g.out[1]),
           Divider(strips),
           Divider(g.k / g.c)};
@@ -71,14 +73,15 @@ struct Work {
     part = digits.rest();
     channel = plan.tensors.x.c == 1 ? (channel_block * plan.spread.vectors + vector) * lanes : channel_block;
     first = part * plan.spread.places + place;
-    step = plan.parts * plan.spread.places;
+    step = plan.parts.count * plan.spread.places;
     if (place >= plan.spread.places || channel >= plan.channels) first = plan.positions;
   }
 };
 
 /// Adds up what the threads of a block have for each tap and channel: some taps at a time, sixteen places, then those sums.
 template <class S, int kTaps, int kCount>
-__device__ inline void put(Sum<S> (&sum)[kTaps][kCount], const WeightPlan& plan, int64_t block, S* out, Sum<S>* parts) {
+__device__ inline void put(Sum<S> (&sum)[kTaps][kCount], const WeightPlan& plan, int64_t block, S* out,
+                           Sum<S>* workspace) {
   using T = Sum<S>;
   const Work work(plan, block, kCount);
   constexpr int kSlice = kSums / kCount, kTogether = 16;
@@ -116,12 +119,7 @@ __device__ inline void put(Sum<S> (&sum)[kTaps][kCount], const WeightPlan& plan,
       for (int group = 1; group < groups; ++group) total += shared[group * kTogether * items + i];
       const int tap = work.tap0 + tap0 + i / width, channel = work.channel - vector * kCount + i % width;
       if (tap >= plan.taps || channel >= plan.channels) continue;
-      const int64_t weight = static_cast<int64_t>(channel) * plan.taps + tap;
-      if (plan.parts > 1) {
-        parts[work.part * plan.weights + weight] = total;
-      } else {
-        out[weight] = rounded<S>(total);
-      }
+      plan.parts.put(work.part, static_cast<int64_t>(channel) * plan.taps + tap, total, workspace, out);
     }
   }
   sync_block();
@@ -138,10 +136,9 @@ __device__ inline void bring(S (&to)[kCount], const S* from) {
   }
 }
 
-/// `parts`, if there are several, get their sums instead of o.out.
 template <class S, int kKernel, int kMove, int kCount, bool kLast, bool kWhole>
 __global__ void __launch_bounds__(kDepthwiseThreads, kDepthwiseBlocks<S, kKernel>)
-    strip_kernel(WeightPlan plan, Conv2dOperands<S> o, Sum<S>* parts) {
+    strip_kernel(WeightPlan plan, Conv2dOperands<S> o, Sum<S>* workspace) {
   using T = Sum<S>;
   constexpr int kOpen = (kKernel + kMove - 1) / kMove, kRound = kOpen * kMove;
   const Strides<int>&x = plan.tensors.x, &y = plan.tensors.y;
@@ -200,14 +197,14 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kDepthwiseBlocks<S, kKernel
         }
       }
     }
-    put<S>(sum, plan, block, o.out, parts);
+    put<S>(sum, plan, block, o.out, workspace);
   }
 }
 
 /// Any geometry: strips of one pixel.
 template <class S>
 __global__ void __launch_bounds__(kDepthwiseThreads, 2)
-    loop_kernel(Conv2dGeometry g, WeightPlan plan, Conv2dOperands<S> o, Sum<S>* parts) {
+    loop_kernel(Conv2dGeometry g, WeightPlan plan, Conv2dOperands<S> o, Sum<S>* workspace) {
   using T = Sum<S>;
   const Strides<int>&x = plan.tensors.x, &y = plan.tensors.y;
   const int kernel_w = static_cast<int>(g.kernel[1]);
@@ -238,7 +235,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2)
         sum[i][0] += inside ? gy * value(from[h * x.h + w * x.w]) : T(0);
       }
     }
-    put<S>(sum, plan, block, o.out, parts);
+    put<S>(sum, plan, block, o.out, workspace);
   }
 }
 
@@ -266,11 +263,11 @@ constexpr const char* kName = "conv2d_depthwise grad_weight";
 
 /// Whether this is the kernel's size and stride.
 template <class S, int kKernel, int kMove>
-bool start_strips(const Conv2dGeometry& g, const WeightPlan& plan, const Conv2dOperands<S>& o, Sum<S>* parts,
+bool start_strips(const Conv2dGeometry& g, const WeightPlan& plan, const Conv2dOperands<S>& o, Sum<S>* workspace,
                   Stream stream) {
   if (!square(g, kKernel, kMove)) return false;
   const auto start = [&](auto kernel) {
-    launch(kName, kernel, plan.blocks, kDepthwiseThreads, kShared<S>, stream, plan, o, parts);
+    launch(kName, kernel, plan.blocks, kDepthwiseThreads, kShared<S>, stream, plan, o, workspace);
     return true;
   };
   constexpr int kCount = kLanes<S, kKernel>;
@@ -283,22 +280,21 @@ bool start_strips(const Conv2dGeometry& g, const WeightPlan& plan, const Conv2dO
 
 template <class S>
 int64_t depthwise_weight_workspace(const Conv2dGeometry& g) {
-  const WeightPlan plan = plan_grad_weight<S>(g);
-  return plan.parts > 1 ? plan.parts * plan.weights : 0;
+  return plan_grad_weight<S>(g).parts.workspace();
 }
 
 template <class S>
-void depthwise_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* parts, Stream stream) {
+void depthwise_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace, Stream stream) {
   const WeightPlan plan = plan_grad_weight<S>(g);
   const bool started =
       strip_lanes<S>(g) > 0 &&
-      (start_strips<S, 3, 1>(g, plan, o, parts, stream) || start_strips<S, 5, 1>(g, plan, o, parts, stream) ||
-       start_strips<S, 7, 1>(g, plan, o, parts, stream) || start_strips<S, 3, 2>(g, plan, o, parts, stream) ||
-       start_strips<S, 5, 2>(g, plan, o, parts, stream));
+      (start_strips<S, 3, 1>(g, plan, o, workspace, stream) || start_strips<S, 5, 1>(g, plan, o, workspace, stream) ||
+       start_strips<S, 7, 1>(g, plan, o, workspace, stream) || start_strips<S, 3, 2>(g, plan, o, workspace, stream) ||
+       start_strips<S, 5, 2>(g, plan, o, workspace, stream));
   if (!started) {
-    launch(kName, loop_kernel<S>, plan.blocks, kDepthwiseThreads, kShared<S>, stream, g, plan, o, parts);
+    launch(kName, loop_kernel<S>, plan.blocks, kDepthwiseThreads, kShared<S>, stream, g, plan, o, workspace);
   }
-  if (plan.parts > 1) sum_parts("conv2d_depthwise sum_parts", parts, plan.parts, plan.weights, o.out, stream);
+  add_up("conv2d_depthwise add_up", plan.parts, workspace, o.out, stream);
 }
 
 template int64_t depthwise_weight_workspace<float>(const Conv2dGeometry&);

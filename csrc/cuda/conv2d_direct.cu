@@ -9,8 +9,7 @@
 // Forward and the gradient of the input are one kernel: an Axis (correlation.h) says where a tile's inputs lie and
 // which taps count. Strided gradients fall apart into classes of outputs that share their taps; a tile is of one class.
 //
-// The gradient of the weights takes a lane per weight (c, kh, kw) and 8 output channels in each lane's registers. The
-// warps of a block share out the rows of a tile, and a block sums over the tiles of its part of the batch (parts_for).
+// The gradient of the weights is another kernel: conv2d_direct_weight.cu.
 //
 // Tensors are read and written by their strides, so both layouts are taken; what is staged comes in the order of memory.
 // 16-bit numbers are widened as they are staged. Every border is staged as what it shows.
@@ -19,48 +18,19 @@
 // shared memory. An infinite weight at a tap that falls on padding gives NaN, as inf * 0 does.
 #include <numeric>
 
-#include "conv2d.h"
+#include "direct.h"
 #include "epilogue.h"
 #include "launchers.h"
 
 namespace cnnops::cuda {
 namespace {
 
-constexpr int kPixels = 4;     // outputs per thread and channel
-constexpr int kThreads = 128;  // at most; small images take fewer
+constexpr int kPixels = 4;  // outputs per thread and channel
 constexpr int kFew = 32;
-constexpr int kLanes = 32;
 constexpr int64_t kStaged = 16 * 1024;  // bytes that a block likes to stage at once, so that several fit a processor
-
-/// Blocks that should fit a processor together, by their registers: as many as spill none.
-template <class T, int kProduce>
-constexpr int kBlocks = sizeof(T) * kProduce == 64 ? 3 : 4;
 
 /// How many output channels a thread holds.
 int produced_at_once(int produce) { return produce == 1 ? 1 : produce <= 4 ? 4 : 8; }
-
-/// `count` in the fewest pieces of at most `most`, all of nearly one size: that size.
-int64_t even_tile(int64_t count, int64_t most) { return count > 0 ? ceil_div(count, ceil_div(count, most)) : 1; }
-
-/// Copies a tile's inputs to shared memory, as [channel][row][column]: `depth` channels of an image of in_h x in_w, the
-/// first of which is at `from`. Neighbouring threads read neighbours in memory.
-template <class S>
-__device__ inline void stage(const S* from, const Tensors& tensors, int in_h, int in_w, int depth, int h0, int w0,
-                             const int (&extent)[2], Sum<S>* inputs) {
-  const Strides<int>& x = tensors.x;
-  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes;
-  const int together = x.c == 1 ? depth : 1;  // channels that lie side by side
-  for (int row = warp; row < depth / together * extent[0]; row += warps) {
-    const int c0 = row / extent[0], row_of_channel = row % extent[0];
-    const int h = tensors.h.pixel(h0 + row_of_channel, in_h);
-    for (int i = lane; i < extent[1] * together; i += kLanes) {
-      const int column = together == 1 ? i : i / together, c = c0 + i - column * together;
-      const int w = tensors.w.pixel(w0 + column, in_w);
-      inputs[(c * extent[0] + row_of_channel) * extent[1] + column] =
-          h >= 0 && w >= 0 ? value(from[c * x.c + h * x.h + w * x.w]) : Sum<S>(0);
-    }
-  }
-}
 
 struct Plan {
   int side;                                      // of a window of outputs: 2 if they are pooled, else 1
@@ -81,7 +51,7 @@ Plan plan_correlation(const Conv2dGeometry& g, Pass pass, int side = 1) {
   for (int dim = 0; dim < 2; ++dim) count[dim] = make_axis(g, pass, dim, 0).count / side * side;
   // Pooling's tiles are not larger than others, or refuses() would have to know of it.
   const int64_t tile_w = even_tile(count[1], 64) / side * side;
-  const int64_t tile[2] = {even_tile(count[0], kThreads * kPixels / tile_w) / side * side, tile_w};
+  const int64_t tile[2] = {even_tile(count[0], kDirectThreads * kPixels / tile_w) / side * side, tile_w};
   for (int dim = 0; dim < 2; ++dim) {
     const int64_t apart = pass == Pass::forward ? 1 : std::gcd(g.stride[dim], g.dilation[dim]);
     const int64_t taps_here = pass == Pass::forward ? g.kernel[dim] : ceil_div(g.kernel[dim], g.stride[dim] / apart);
@@ -100,14 +70,14 @@ Plan plan_correlation(const Conv2dGeometry& g, Pass pass, int side = 1) {
   plan.chunk = static_cast<int>(chunk);
   plan.weights_at = static_cast<int>(weights_at);
   plan.produce_blocks = static_cast<int>(ceil_div(channels.produce, produce));
-  plan.threads = static_cast<int>(ceil_div(ceil_div(tile[0] * tile[1], kPixels), kLanes) * kLanes);
+  plan.threads = static_cast<int>(ceil_div(ceil_div(tile[0] * tile[1], kPixels), kWarp) * kWarp);
   plan.blocks = g.n * channels.groups * tiles * plan.produce_blocks;
   plan.shared_bytes = (weights_at + chunk * taps * produce) * static_cast<int64_t>(sizeof(T));
   return plan;
 }
 
 template <class S, int kProduce>
-__global__ void __launch_bounds__(kThreads, kBlocks<Sum<S>, kProduce>)
+__global__ void __launch_bounds__(kDirectThreads, kDirectBlocks<Sum<S>, kProduce>)
     correlate_kernel(Conv2dGeometry g, Pass pass, Plan plan, Tensors tensors, Conv2dOperands<S> o,
                      Epilogue<S> epilogue) {
   using T = Sum<S>;
@@ -232,149 +202,6 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, const Epilog
   }
 }
 
-template <class S, Pass kPass>
-void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace, Stream stream) {
-  correlate<S, kPass>(g, o, Epilogue<S>{}, workspace, stream);
-}
-
-struct WeightPlan {
-  int tile[2], tiles[2], extent[2];  // outputs per tile, tiles per image, inputs per tile
-  int channels;                      // that the weights of one warp's lanes touch
-  int produce_blocks, column_blocks;
-  int64_t parts, blocks, shared_bytes;
-};
-
-template <class T>
-WeightPlan plan_grad_weight(const Conv2dGeometry& g) {
-  const Channels channels(g, Pass::forward);
-  const int produce = channels.produce == 1 ? 1 : 8, taps = static_cast<int>(g.kernel[0] * g.kernel[1]);
-  WeightPlan plan{};
-  plan.channels = smaller(channels.reduce, (kLanes - 2 + taps) / taps + 1);
-  plan.produce_blocks = static_cast<int>(ceil_div(channels.produce, produce));
-  plan.column_blocks = static_cast<int>(ceil_div(static_cast<int64_t>(channels.reduce) * taps, kLanes));
-  plan.parts = parts_for(static_cast<int64_t>(channels.groups) * plan.produce_blocks * plan.column_blocks);
-  plan.blocks = plan.parts * channels.groups * plan.produce_blocks * plan.column_blocks;
-  for (int widest = 32; widest >= 4; widest /= 2) {
-    const int64_t tile[2] = {even_tile(g.out[0], 8), even_tile(g.out[1], widest)};
-    int64_t inputs = plan.channels;
-    for (int dim = 0; dim < 2; ++dim) {
-      const int64_t extent = (tile[dim] - 1) * g.stride[dim] + (g.kernel[dim] - 1) * g.dilation[dim] + 1;
-      plan.tile[dim] = static_cast<int>(tile[dim]);
-      plan.tiles[dim] = static_cast<int>(ceil_div(g.out[dim], tile[dim]));
-      plan.extent[dim] = static_cast<int>(extent);
-      inputs *= extent;
-    }
-    const int64_t staged = tile[0] * tile[1] * produce + inputs, sums = kThreads * produce;
-    plan.shared_bytes = larger(staged, sums) * static_cast<int64_t>(sizeof(T));
-    if (plan.shared_bytes <= kSharedMemory) break;
-  }
-  return plan;
-}
-
-/// `parts`, if there are several, get the sum of each part instead of o.out. Weights are numbered (k, c, kh, kw) here,
-/// wherever they lie in memory, so that a warp sees few channels.
-template <class S, int kProduce>
-__global__ void __launch_bounds__(kThreads, kBlocks<Sum<S>, kProduce>)
-    grad_weight_kernel(Conv2dGeometry g, WeightPlan plan, Tensors tensors, Conv2dOperands<S> o, Sum<S>* parts) {
-  using T = Sum<S>;
-  const Channels channels(g, Pass::forward);
-  const int out_h = static_cast<int>(g.out[0]), out_w = static_cast<int>(g.out[1]);
-  const int in_h = static_cast<int>(g.in[0]), in_w = static_cast<int>(g.in[1]);
-  const int taps = static_cast<int>(g.kernel[0] * g.kernel[1]), columns = channels.reduce * taps;
-  T* gy = shared_memory<T>();
-  T* x = gy + plan.tile[0] * plan.tile[1] * kProduce;
-  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes;
-  for (int64_t block = blockIdx.x; block < plan.blocks; block += gridDim.x) {
-    Digits digits(block);
-    const int produce0 = static_cast<int>(digits.next(plan.produce_blocks)) * kProduce;
-    const int column0 = static_cast<int>(digits.next(plan.column_blocks)) * kLanes;
-    const int group = static_cast<int>(digits.next(channels.groups));
-    const int64_t part = digits.rest();
-    const int c0 = column0 / taps, staged = smaller(plan.channels, channels.reduce - c0);
-    const int column = column0 + lane, tap = column % taps;
-    const int kh = tap / static_cast<int>(g.kernel[1]), kw = tap % static_cast<int>(g.kernel[1]);
-    const int stride_w = static_cast<int>(g.stride[1]);
-    const int x_at = column < columns ? ((column / taps - c0) * plan.extent[0] + kh * static_cast<int>(g.dilation[0])) *
-                                                plan.extent[1] +
-                                            kw * static_cast<int>(g.dilation[1])
-                                      : 0;
-    T total[kProduce] = {};
-    const int64_t units = g.n * plan.tiles[0] * plan.tiles[1];
-    for (int64_t unit = part; unit < units; unit += plan.parts) {
-      Digits place(unit);
-      const int ow0 = static_cast<int>(place.next(plan.tiles[1])) * plan.tile[1];
-      const int oh0 = static_cast<int>(place.next(plan.tiles[0])) * plan.tile[0];
-      const int64_t n = place.rest();
-      const int rows = smaller(plan.tile[0], out_h - oh0), width = smaller(plan.tile[1], out_w - ow0);
-      const S* from_gy = o.a + n * tensors.y.n + (group * channels.produce + produce0) * tensors.y.c;
-      sync_block();
-      for (int row = warp; row < rows; row += warps) {
-        const int k = lane % kProduce;
-        for (int i = lane / kProduce; i < width; i += kLanes / kProduce) {
-          const bool exists = produce0 + k < channels.produce;
-          const int from = k * tensors.y.c + (oh0 + row) * tensors.y.h + (ow0 + i) * tensors.y.w;
-          gy[(row * plan.tile[1] + i) * kProduce + k] = exists ? value(from_gy[from]) : T(0);
-        }
-      }
-      const int h0 = oh0 * static_cast<int>(g.stride[0]) - static_cast<int>(g.padding[0]);
-      const int w0 = ow0 * stride_w - static_cast<int>(g.padding[1]);
-      stage(o.b + n * tensors.x.n + (group * channels.reduce + c0) * tensors.x.c, tensors, in_h, in_w, staged, h0, w0,
-            plan.extent, x);
-      sync_block();
-      T sum[kProduce] = {};  // a sum per tile keeps rounding errors from growing with the batch
-      for (int row = warp; row < rows; row += warps) {
-        const T* gy_row = gy + row * plan.tile[1] * kProduce;
-        const T* x_row = x + x_at + row * static_cast<int>(g.stride[0]) * plan.extent[1];
-        for (int i = 0; i < width; ++i) {
-          const T value = x_row[i * stride_w];
-          T held[kProduce];
-          load<kProduce>(held, gy_row + i * kProduce);
-          for (int k = 0; k < kProduce; ++k) sum[k] += held[k] * value;
-        }
-      }
-      for (int k = 0; k < kProduce; ++k) total[k] += sum[k];
-    }
-
-    T* totals = shared_memory<T>();
-    sync_block();
-    for (int k = 0; k < kProduce; ++k) totals[(warp * kProduce + k) * kLanes + lane] = total[k];
-    sync_block();
-    for (int k = warp; k < kProduce && produce0 + k < channels.produce && column < columns; k += warps) {
-      T sum = 0;
-      for (int other = 0; other < warps; ++other) sum += totals[(other * kProduce + k) * kLanes + lane];
-      const int64_t weight = group * channels.weight_group +
-                             static_cast<int64_t>(produce0 + k) * channels.weight_produce +
-                             column / taps * channels.weight_reduce + kh * channels.weight_h + kw * channels.weight_w;
-      if (plan.parts > 1) {
-        parts[part * channels.groups * channels.weight_group + weight] = sum;
-      } else {
-        o.out[weight] = rounded<S>(sum);
-      }
-    }
-    sync_block();
-  }
-}
-
-int64_t weight_count(const Conv2dGeometry& g) { return g.k * (g.c / g.groups) * g.kernel[0] * g.kernel[1]; }
-
-template <class S>
-int64_t grad_weight_workspace(const Conv2dGeometry& g) {
-  const int64_t parts = plan_grad_weight<Sum<S>>(g).parts;
-  return parts > 1 ? parts * weight_count(g) : 0;
-}
-
-template <class S>
-void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace, Stream stream) {
-  const WeightPlan plan = plan_grad_weight<Sum<S>>(g);
-  const auto kernel = Channels(g, Pass::forward).produce == 1 ? grad_weight_kernel<S, 1> : grad_weight_kernel<S, 8>;
-  launch("conv2d_direct grad_weight", kernel, plan.blocks, kThreads, plan.shared_bytes, stream, g, plan,
-         Tensors(g, Pass::grad_weight), o, workspace);
-  if (plan.parts > 1) {
-    launch_items("conv2d_direct add_parts", add_parts<S>, weight_count(g), stream, workspace, plan.parts,
-                 weight_count(g), o.out);
-  }
-}
-
 template <class T>
 const char* refuses(const Conv2dGeometry& g, Pass pass) {
   if (!small(g)) return "the direct algorithm counts within an image in 32 bits, and this image or kernel is larger";
@@ -385,15 +212,13 @@ const char* refuses(const Conv2dGeometry& g, Pass pass) {
            "32 products per output";
   }
   const int64_t shared_bytes =
-      pass == Pass::grad_weight ? plan_grad_weight<T>(g).shared_bytes : plan_correlation<T>(g, pass).shared_bytes;
+      pass == Pass::grad_weight ? direct_weight_shared_bytes(g, sizeof(T)) : plan_correlation<T>(g, pass).shared_bytes;
   if (shared_bytes > kSharedMemory) {
     return "the direct algorithm stages a tile of the input in 48 KiB of shared memory, and with this kernel size, "
            "stride and dilation the smallest does not fit";
   }
   return nullptr;
 }
-
-int64_t no_workspace(const Conv2dGeometry&) { return 0; }
 
 }  // namespace
 
@@ -402,9 +227,9 @@ Conv2dRow<S> conv2d_direct() {
   return {"direct",
           "input tiles in shared memory, register tiles of 4 outputs x 8 channels; few channels",
           refuses<Sum<S>>,
-          {no_workspace, correlate<S, Pass::forward>, correlate<S, Pass::forward>},
-          {no_workspace, correlate<S, Pass::grad_input>},
-          {grad_weight_workspace<S>, grad_weight<S>}};
+          {no_workspace, no_epilogue<S, correlate<S, Pass::forward>>, correlate<S, Pass::forward>},
+          {no_workspace, no_epilogue<S, correlate<S, Pass::grad_input>>},
+          {direct_weight_workspace<S>, direct_weight<S>}};
 }
 
 template Conv2dRow<float> conv2d_direct();

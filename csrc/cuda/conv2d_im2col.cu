@@ -22,7 +22,7 @@
 // registers (float32), so that 16 numbers read from shared memory make 64 products; direct needs 12 for 32, and makes
 // its tiles within one image, while pixels here run across the batch. While a slice is multiplied the next is on its
 // way from memory to registers. Each sum runs over its taps in order, whatever the tile it falls in; those of
-// grad_weight run over pixels in parts (parts_for), chunk by chunk, so that rounding errors do not grow with the batch.
+// grad_weight run over pixels in parts (Parts), chunk by chunk, so that rounding errors do not grow with the batch.
 //
 // Refused: only what does not fit 32-bit counts within an image. An infinite weight at a tap that falls on padding
 // gives NaN, as inf * 0 does.
@@ -231,11 +231,6 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, const Epilog
   });
 }
 
-template <class S, Pass kPass>
-void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace, Stream stream) {
-  correlate<S, kPass>(g, o, Epilogue<S>{}, workspace, stream);
-}
-
 /// A thread has whole windows if its vectors are of four numbers.
 template <class S>
 constexpr auto fused() -> decltype(Conv2dRun<S>::fused) {
@@ -255,10 +250,10 @@ struct WeightShared {
 };
 
 /// The gradient of the weights: rows are output channels, columns taps, and the steps of the sum pixels. Chunks of
-/// kTable pixels go round the parts like cards. `parts`, if there are several, get their sums instead of o.out.
+/// kTable pixels go round the parts like cards.
 template <class S, Layout kLayout>
 __global__ void __launch_bounds__(kThreads, kBlocks<S>)
-    grad_weight_kernel(Conv2dGeometry g, Tensors tensors, WeightPlan plan, Conv2dOperands<S> o, Sum<S>* parts) {
+    grad_weight_kernel(Conv2dGeometry g, Tensors tensors, WeightPlan plan, Conv2dOperands<S> o, Sum<S>* workspace) {
   using Product = WeightTile<S>;
   WeightShared<S>& shared = *shared_memory<WeightShared<S>>();
   const Axes axes(g, Pass::forward, tensors, 0, 0);
@@ -279,7 +274,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>)
     for (int i = 0; i < Product::kStagedB; ++i) taps[i] = shared.taps[place_b.column(i)];
     Product total;
     total.clear();
-    for (int64_t pixel0 = part * kTable; pixel0 < pixels; pixel0 += plan.parts * kTable) {
+    for (int64_t pixel0 = part * kTable; pixel0 < pixels; pixel0 += plan.parts.count * kTable) {
       for (int i = threadIdx.x; i < kTable; i += kThreads) {
         axes.find(pixel0 + i, pixels, group, shared.pixels[i], shared.outs[i]);
       }
@@ -310,7 +305,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>)
       CNNOPS_UNROLL
       for (int j = 0; j < Product::kWidth; ++j) {
         const int column = column0 + Product::column(j);
-        if (column < columns) plan.put(part, weight + column, total.sum[i][j], parts, o.out);
+        if (column < columns) plan.parts.put(part, weight + column, total.sum[i][j], workspace, o.out);
       }
     }
     sync_block();
@@ -324,7 +319,7 @@ WeightPlan plan_grad_weight(const Conv2dGeometry& g) {
 
 template <class S>
 int64_t grad_weight_workspace(const Conv2dGeometry& g) {
-  return plan_grad_weight<S>(g).workspace();
+  return plan_grad_weight<S>(g).parts.workspace();
 }
 
 template <class S>
@@ -334,15 +329,13 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* wo
     launch("conv2d_im2col grad_weight", grad_weight_kernel<S, layout()>, plan.tiles, kThreads, sizeof(WeightShared<S>),
            stream, g, Tensors(g, Pass::grad_weight), plan, o, workspace);
   });
-  add_up("conv2d_im2col add_parts", plan, workspace, o.out, stream);
+  add_up("conv2d_im2col add_up", plan.parts, workspace, o.out, stream);
 }
 
 const char* refuses(const Conv2dGeometry& g, Pass) {
   return small(g) ? nullptr
                   : "the im2col algorithm counts within an image in 32 bits, and this image or kernel is larger";
 }
-
-int64_t no_workspace(const Conv2dGeometry&) { return 0; }
 
 }  // namespace
 
@@ -351,8 +344,8 @@ Conv2dRow<S> conv2d_im2col() {
   return {"im2col",
           "a matrix product whose tiles are packed straight from the tensors; register tiles of 8 x 8",
           refuses,
-          {no_workspace, correlate<S, Pass::forward>, fused<S>()},
-          {no_workspace, correlate<S, Pass::grad_input>},
+          {no_workspace, no_epilogue<S, correlate<S, Pass::forward>>, fused<S>()},
+          {no_workspace, no_epilogue<S, correlate<S, Pass::grad_input>>},
           {grad_weight_workspace<S>, grad_weight<S>}};
 }
 

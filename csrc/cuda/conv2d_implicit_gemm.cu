@@ -9,7 +9,7 @@
 //
 // A block computes a tile of the product (gemm_tile.h). Its operands come to shared memory slice by slice, kStages ahead
 // (carrier.h). In which way they come, how large the tile is, and whether addresses are aligned change nothing in the
-// bits: each sum runs over its slices in order. Those of grad_weight run over pixels in parts (parts_for): slices go round
+// bits: each sum runs over its slices in order. Those of grad_weight run over pixels in parts (Parts): slices go round
 // the parts like cards.
 //
 // How numbers are multiplied:
@@ -143,12 +143,11 @@ struct WeightWays {
   Way gradient, input;
 };
 
-/// The gradient of the weights: rows are output channels, columns taps, and the steps of the sum pixels. `parts`, if there
-/// are several, get their sums instead of o.out.
+/// The gradient of the weights: rows are output channels, columns taps, and the steps of the sum pixels.
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, kWeightBlocks<Tile>)
     grad_weight_kernel(Conv2dGeometry g, Tensors tensors, WeightPlan plan, WeightWays ways,
-                       Conv2dOperands<typename Tile::S> o, float* parts) {
+                       Conv2dOperands<typename Tile::S> o, float* workspace) {
   if constexpr (!Tile::kMade) return stop();
   using S = typename Tile::S;
   WeightShared<Tile>& shared = *shared_memory<WeightShared<Tile>>();
@@ -168,7 +167,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kWeightBlocks<Tile>)
     const auto prepare = [&](int64_t number) {
       const int step = threadIdx.x;
       if (step >= kSlice<S>) return;
-      axes.find((part + number * plan.parts) * kSlice<S> + step, pixels, group, shared.pixels[number % 2][step],
+      axes.find((part + number * plan.parts.count) * kSlice<S> + step, pixels, group, shared.pixels[number % 2][step],
                 shared.outs[number % 2][step]);
     };
     const auto start = [&](typename Tile::Slice& slice, int64_t number) {
@@ -186,13 +185,14 @@ __global__ void __launch_bounds__(Tile::kThreads, kWeightBlocks<Tile>)
       b.finish(slice.b);
     };
     Tile product;
-    product.multiply(shared.stages, part < slices ? ceil_div(slices - part, plan.parts) : 0, start, finish, prepare);
+    product.multiply(shared.stages, part < slices ? ceil_div(slices - part, plan.parts.count) : 0, start, finish,
+                     prepare);
 
     const int columns = axes.taps();
     product.each([&](int row, int column, float first, float second) {
       const int64_t weight = (static_cast<int64_t>(group) * channels.produce + row0 + row) * columns;
       const auto put = [&](int at, float sum) {
-        if (row0 + row < channels.produce && at < columns) plan.put(part, weight + at, sum, parts, o.out);
+        if (row0 + row < channels.produce && at < columns) plan.parts.put(part, weight + at, sum, workspace, o.out);
       };
       put(column0 + column, first);
       put(column0 + column + 1, second);
@@ -248,11 +248,6 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, const Epilog
   });
 }
 
-template <class S, Pass kPass>
-void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace, Stream stream) {
-  correlate<S, kPass>(g, o, Epilogue<S>{}, workspace, stream);
-}
-
 template <class S>
 WeightPlan plan_grad_weight(const Conv2dGeometry& g) {
   using Tile = WeightTile<S, Math::tensor>;  // all Math has this size
@@ -261,7 +256,7 @@ WeightPlan plan_grad_weight(const Conv2dGeometry& g) {
 
 template <class S>
 int64_t grad_weight_workspace(const Conv2dGeometry& g) {
-  return plan_grad_weight<S>(g).workspace();
+  return plan_grad_weight<S>(g).parts.workspace();
 }
 
 template <class S>
@@ -277,7 +272,7 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* wo
     launch("conv2d_implicit_gemm grad_weight", grad_weight_kernel<Tile>, plan.tiles, Tile::kThreads,
            sizeof(WeightShared<Tile>), stream, g, Tensors(g, Pass::grad_weight), plan, ways, o, workspace);
   });
-  add_up("conv2d_implicit_gemm add_parts", plan, workspace, o.out, stream);
+  add_up("conv2d_implicit_gemm add_up", plan.parts, workspace, o.out, stream);
 }
 
 /// Few channels to sum over do, where their taps fill slices, as in the 7x7 of three colours that many networks begin with.
@@ -298,8 +293,6 @@ const char* refuses(const Conv2dGeometry& g, Pass) {
   return nullptr;
 }
 
-int64_t no_workspace(const Conv2dGeometry&) { return 0; }
-
 }  // namespace
 
 template <class S>
@@ -315,8 +308,8 @@ Conv2dRow<S> conv2d_implicit_gemm() {
     return {name,
             summary,
             refuses,
-            {no_workspace, correlate<S, Pass::forward>, correlate<S, Pass::forward>},
-            {no_workspace, correlate<S, Pass::grad_input>},
+            {no_workspace, no_epilogue<S, correlate<S, Pass::forward>>, correlate<S, Pass::forward>},
+            {no_workspace, no_epilogue<S, correlate<S, Pass::grad_input>>},
             {grad_weight_workspace<S>, grad_weight<S>},
             true,
             yields};

@@ -120,13 +120,10 @@ void grad_input(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>*, St
 
 template <class S>
 void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>*, Stream stream) {
-  const int64_t weights = g.k * (g.c / g.groups) * g.kernel[0] * g.kernel[1];
-  launch_items("conv2d_reference grad_weight", grad_weight_kernel<S>, weights, stream, g, o);
+  launch_items("conv2d_reference grad_weight", grad_weight_kernel<S>, weight_count(g), stream, g, o);
 }
 
 const char* refuses(const Conv2dGeometry&, Pass) { return nullptr; }
-
-int64_t no_workspace(const Conv2dGeometry&) { return 0; }
 
 }  // namespace
 

@@ -131,33 +131,15 @@ struct CorrelatePlan {
 /// The gradient of the weights as a product: a row per output channel and a column per tap, in tiles, and the sum over
 /// pixels in parts.
 struct WeightPlan {
-  int64_t row_tiles, column_tiles, parts, tiles, weights;
+  int64_t row_tiles, column_tiles;
+  Parts parts;
+  int64_t tiles;
 
-  WeightPlan(const Conv2dGeometry& g, int rows, int columns) {
-    const int64_t taps = g.c / g.groups * g.kernel[0] * g.kernel[1];
-    row_tiles = ceil_div(g.k / g.groups, rows);
-    column_tiles = ceil_div(taps, columns);
-    parts = parts_for(g.groups * row_tiles * column_tiles);
-    tiles = parts * g.groups * row_tiles * column_tiles;
-    weights = g.k * taps;
-  }
-
-  int64_t workspace() const { return parts > 1 ? parts * weights : 0; }
-
-  /// The sum of one part for a weight goes to the workspace, for add_up(); if there is but one part it is the result.
-  template <class S>
-  __device__ void put(int64_t part, int64_t weight, Sum<S> sum, Sum<S>* workspace, S* gw) const {
-    if (parts > 1) {
-      workspace[part * weights + weight] = sum;
-    } else {
-      gw[weight] = rounded<S>(sum);
-    }
-  }
+  WeightPlan(const Conv2dGeometry& g, int rows, int columns)
+      : row_tiles(ceil_div(g.k / g.groups, rows)),
+        column_tiles(ceil_div(g.c / g.groups * g.kernel[0] * g.kernel[1], columns)),
+        parts(g.groups * row_tiles * column_tiles, weight_count(g)),
+        tiles(parts.count * g.groups * row_tiles * column_tiles) {}
 };
-
-template <class S>
-void add_up(const char* name, const WeightPlan& plan, const Sum<S>* workspace, S* gw, Stream stream) {
-  if (plan.parts > 1) launch_items(name, add_parts<S>, plan.weights, stream, workspace, plan.parts, plan.weights, gw);
-}
 
 }  // namespace cnnops::cuda
