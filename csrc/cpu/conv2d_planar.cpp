@@ -1,4 +1,20 @@
-// Convolution with a 1x1 kernel at stride 1, contiguous: a product with a matrix that lies there ready.
+// Convolution with a 1x1 kernel at stride 1, contiguous: a product with matrices that lie there ready.
+//
+//   forward      y[n, k, p]  = bias[k] + sum over c of w[k, c] * x[n, c, p]
+//   grad_input   gx[n, c, p] = sum over k of w[k, c] * gy[n, k, p]                                    p = (h, w)
+//
+// A register tile holds a few output channels x three vectors of pixels, and a step is a number of each channel's
+// weights times three vectors of one plane. The planes lie far apart, so a task copies its pixels of all of them first, panel
+// by panel of three vectors, and from there computes all output channels. Columns run on from one image to the next,
+// so small images fill vectors too. Forward, the weights of a channel are read where they stand; grad_input reads them across,
+// so they are put side by side, once for all tasks of a thread.
+//
+// Why it beats im2col's blocks: a pixel is copied once for all output channels instead of once for 128; sums stay with
+// their tile, however many channels are summed, and go from there to where they belong; and while a task computes, the next
+// one's pixels, short pieces of many planes which the processor does not foresee, are fetched into the cache.
+//
+// A task is a block of columns, or if these are few, some output channels of it. Sums are made in chunks of 128 steps,
+// each from a fresh zero, that are added in order. The gradient of the weight is in conv2d_planar_weight.cpp.
 #include "conv2d_planar.h"
 
 #include "gemm.h"
@@ -53,14 +69,14 @@ struct Tasks {
     columns = smaller(most, round_up(good, panel));
     column_blocks = ceil_div(pixels, larger(1, columns));
     if (column_blocks > 1) {  // all of about the same size, and an even number
-      column_blocks = round_up(column_blocks, 2);
-      columns = round_up(ceil_div(pixels, column_blocks), kLanes<T>);
+      columns = round_up(ceil_div(pixels, round_up(column_blocks, 2)), kLanes<T>);
+      while (ceil_div(pixels, columns) % 2 == 1 && columns > kLanes<T>) columns -= kLanes<T>;
       column_blocks = ceil_div(pixels, columns);
     }
     const int64_t wanted = column_blocks == 0 ? 1 : ceil_div(kGoodTasks / 2, column_blocks);
     const int64_t fit = larger(1, kWeights / larger(1, t.depth) / kSide<T>) * kSide<T>;
     row_blocks = larger(wanted, in_place ? 1 : ceil_div(t.rows, fit));
-    rows = round_up(ceil_div(t.rows, row_blocks), in_place ? kTileRows : kSide<T>);
+    rows = larger(kTileRows, round_up(ceil_div(t.rows, row_blocks), in_place ? kTileRows : kSide<T>));
     row_blocks = ceil_div(t.rows, rows);
     total = g.groups * row_blocks * column_blocks;
   }
@@ -74,7 +90,9 @@ void with_vectors(int64_t vectors, const F& f) {
   if (vectors == 3) f(std::integral_constant<int, 3>());
 }
 
-/// What the next task reads, to be brought into the cache meanwhile: V vectors of every `every`-th plane.
+/// What the next task reads, to be brought into the cache meanwhile: by each tile of a panel V vectors of every
+/// `every`-th plane.
+constexpr int64_t kMostEvery = 8;
 template <class T>
 struct Ahead {
   const T* from;
@@ -132,120 +150,138 @@ struct Piece {
   int64_t n, p, lane, count;
 };
 struct Panel {
-  int64_t first, pieces, vectors, before;  // its pieces' numbers; vectors of it and of all before it
+  const Piece* pieces;
+  int64_t count, vectors, before;  // vectors of it, and of all before it
 };
-constexpr int64_t kMostPanels = kMostColumns, kMostPieces = 2 * kMostColumns;
+
+/// Consecutive columns as panels.
+template <class T>
+struct Panels {
+  Panel panels[kMostColumns];
+  Piece pieces[2 * kMostColumns];
+  int64_t count = 0;
+
+  Panels(int64_t first, int64_t columns, int64_t plane) {
+    Piece* piece = pieces;
+    int64_t before = 0;
+    for (int64_t column = 0; column < columns; ++count) {
+      const int64_t width = smaller(columns - column, kTileColumns<T>), vectors = ceil_div(width, kLanes<T>);
+      panels[count] = {piece, 0, vectors, before};
+      before += vectors;
+      for (int64_t lane = 0; lane < width; ++panels[count].count, ++piece) {
+        const int64_t n = (first + column) / plane, p = (first + column) % plane;
+        *piece = {n, p, lane, smaller(width - lane, plane - p)};
+        lane += piece->count;
+        column += piece->count;
+      }
+    }
+  }
+};
+
+/// The weights of `rows` rows: each one's depth, or side by side.
+template <class S, Pass pass>
+void pack_weights(const Product& t, const S* from, int64_t rows, Sum<S>* to) {
+  constexpr int64_t side = kSide<Sum<S>>;
+  if (pass == Pass::forward) return copy_numbers(from, rows * t.depth, to);
+  for (int64_t r = 0; r < t.depth; ++r, from += t.weight_depth)
+    for (int64_t m = 0; m < rows; m += side) {
+      __builtin_prefetch(from + m + 16 * t.weight_depth);
+      copy_numbers(from + m, smaller(side, rows - m), to + m * t.depth + r * side);
+    }
+}
+
+/// to[panel][r][V vectors], of what is summed over.
+template <class S>
+void pack_pixels(const Product& t, const S* in, const Panels<Sum<S>>& columns, Sum<S>* to) {
+  constexpr int64_t L = kLanes<Sum<S>>;
+  for (int64_t r = 0; r < t.depth; ++r, in += t.plane)
+    for (int64_t i = 0; i < columns.count; ++i) {
+      const Panel& panel = columns.panels[i];
+      Sum<S>* line = to + (panel.before * t.depth + r * panel.vectors) * L;
+      for (const Piece* piece = panel.pieces; piece < panel.pieces + panel.count; ++piece)
+        copy_numbers(in + piece->n * t.in_image + piece->p, piece->count, line + piece->lane);
+    }
+}
+
+/// M rows x V vectors of results, as far as there are so many rows, and where they belong.
+template <class S, Pass pass, int V, int M>
+void correlate_tile(const Product& t, const Conv2dOperands<S>& o, const Sum<S>* const* a, int64_t channel, int64_t rows,
+                    const Panel& panel, const Sum<S>* pixels, bool past, Ahead<S> ahead) {
+  using T = Sum<S>;
+  constexpr int64_t L = kLanes<T>;
+  const Piece& first = *panel.pieces;
+  const bool whole = std::is_same_v<S, T> && first.count == V * L;
+  alignas(64) T beside[M * V * L];
+  T bias[M], *to[M];
+  for (int64_t m = 0; m < M; ++m) {
+    bias[m] = o.bias && m < rows ? value(o.bias[channel + m]) : T(0);
+    to[m] = beside + m * V * L;
+    if constexpr (std::is_same_v<S, T>) {
+      if (whole && m < rows) to[m] = o.out + first.n * t.out_image + (channel + m) * t.plane + first.p;
+    }
+  }
+  multiply_rows<S, T, V, M>(t.depth, a, pass == Pass::forward ? 1 : kSide<T>, pixels + panel.before * L * t.depth, bias,
+                            to, past && whole && rows == M, ahead, pass == Pass::forward ? M * t.depth : 0);
+  if (whole) return;
+  for (int64_t m = 0; m < rows; ++m)
+    for (const Piece* piece = panel.pieces; piece < panel.pieces + panel.count; ++piece) {
+      S* const out = o.out + piece->n * t.out_image + (channel + m) * t.plane + piece->p;
+      for (int64_t j = 0; j < piece->count; j += L) {
+        const int64_t lanes = smaller(L, piece->count - j);
+        store_first(out + j, load_first(beside + m * V * L + piece->lane + j, lanes), lanes);
+      }
+    }
+}
 
 template <class S, Pass pass>
 void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace, int64_t begin, int64_t end) {
   using T = Sum<S>;
-  constexpr int64_t L = kLanes<T>;
-  const Product t(g, pass);
   constexpr bool in_place = kInPlace<S, pass>;
+  const Product t(g, pass);
   const Tasks<T> tasks(g, t, in_place);
   T *const weights = workspace, *const pixels = weights + kWeights;
-  const bool large = past_cache(o.out, g.n * t.out_image) && t.plane % L == 0;
   const int64_t all = g.n * t.plane;
+  const bool past = past_cache(o.out, g.n * t.out_image) && t.plane % kLanes<T> == 0;
   int64_t packed = -1;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t block = task / tasks.column_blocks, group = block / tasks.row_blocks;
     const int64_t row0 = block % tasks.row_blocks * tasks.rows, rows = smaller(tasks.rows, t.rows - row0);
-    const int64_t column0 = task % tasks.column_blocks * tasks.columns, columns = smaller(tasks.columns, all - column0);
+    const int64_t column0 = task % tasks.column_blocks * tasks.columns;
     const S* const filters = o.b + group * t.rows * t.depth + row0 * t.weight_row;
-    if (!in_place && packed != block) {
-      packed = block;
-      if (pass == Pass::forward) {
-        for (int64_t m = 0; m < rows; ++m) copy_numbers(filters + m * t.depth, t.depth, weights + m * t.depth);
-      } else {
-        for (int64_t r = 0; r < t.depth; ++r)
-          for (int64_t m = 0; m < rows; m += kSide<T>) {
-            const S* from = filters + r * t.weight_depth + m;
-            __builtin_prefetch(from + 16 * t.weight_depth);
-            copy_numbers(from, smaller(kSide<T>, rows - m), weights + m * t.depth + r * kSide<T>);
-          }
-      }
-    }
-
-    Panel panels[kMostPanels];
-    Piece pieces[kMostPieces];
-    int64_t count = 0, found = 0;
-    for (int64_t column = 0, before = 0; column < columns; ++count) {
-      const int64_t width = smaller(columns - column, kTileVectors * L);
-      panels[count] = {found, 0, ceil_div(width, L), before};
-      before += panels[count].vectors;
-      for (int64_t lane = 0; lane < width;) {
-        const int64_t n = (column0 + column) / t.plane, p = (column0 + column) % t.plane;
-        const int64_t run = smaller(width - lane, t.plane - p);
-        pieces[found++] = {n, p, lane, run};
-        lane += run;
-        column += run;
-      }
-      panels[count].pieces = found - panels[count].first;
-    }
-
+    if (!in_place && packed != block) pack_weights<S, pass>(t, filters, rows, weights);
+    packed = block;
+    const Panels<T> columns(column0, smaller(tasks.columns, all - column0), t.plane);
     const S* const in = o.a + group * t.depth * t.plane;
-    for (int64_t r = 0; r < t.depth; ++r)
-      for (int64_t i = 0; i < count; ++i) {
-        T* to = pixels + (panels[i].before * t.depth + r * panels[i].vectors) * L;
-        for (int64_t j = panels[i].first; j < panels[i].first + panels[i].pieces; ++j)
-          copy_numbers(in + pieces[j].n * t.in_image + r * t.plane + pieces[j].p, pieces[j].count, to + pieces[j].lane);
-      }
+    pack_pixels(t, in, columns, pixels);
 
-    for (int64_t i = 0; i < count; ++i) {
-      const Panel& panel = panels[i];
-      const Piece& only = pieces[panel.first];
-      const T* const b = pixels + panel.before * L * t.depth;
-      const int64_t channel0 = group * t.rows + row0;
-      const int64_t next = column0 + tasks.columns + panel.before * L;
-      const S* const ahead = task + 1 < end && next < all ? in + next / t.plane * t.in_image + next % t.plane : nullptr;
-      with_vectors(panel.vectors, [&](auto v) {
-        constexpr int M = kTileRows;
-        const bool whole = std::is_same_v<S, T> && panel.pieces == 1 && only.count == v * L;
-        alignas(64) T beside[M * v * L];
-        const int64_t every = smaller(ceil_div(rows, M), 8);
-        const auto tile = [&](int64_t m0, auto height) {
-          const int64_t inside = smaller(height, rows - m0);
-          const T* a[height];
-          T bias[height], *to[height];
-          for (int64_t m = 0; m < height; ++m) {
-            const int64_t row = m0 + smaller(m, inside - 1);
-            if constexpr (in_place) {
-              a[m] = filters + row * t.depth;
-            } else {
-              a[m] = weights +
-                     (pass == Pass::forward ? row * t.depth : row / kSide<T> * kSide<T> * t.depth + row % kSide<T>);
-            }
-            bias[m] = o.bias ? value(o.bias[channel0 + row]) : T(0);
-            to[m] = beside + m * v * L;
-            if constexpr (std::is_same_v<S, T>) {
-              if (whole && m < inside) to[m] = o.out + only.n * t.out_image + (channel0 + row) * t.plane + only.p;
-            }
-          }
-          const int64_t turn = m0 / M;
-          multiply_rows<S, T, v, height>(
-              t.depth, a, pass == Pass::forward ? 1 : kSide<T>, b, bias, to, large && whole && inside == height,
-              {ahead && turn < every ? ahead + turn * t.plane : nullptr, every * t.plane, every},
-              pass == Pass::forward ? height * t.depth : 0);
-          if (whole) return;
-          for (int64_t m = 0; m < inside; ++m)
-            for (int64_t j = panel.first; j < panel.first + panel.pieces; ++j) {
-              const Piece& piece = pieces[j];
-              S* const out = o.out + piece.n * t.out_image + (channel0 + m0 + m) * t.plane + piece.p;
-              for (int64_t lane = 0; lane < piece.count; lane += L) {
-                const int64_t lanes = smaller(L, piece.count - lane);
-                store_first(out + lane, load_first(beside + m * v * L + piece.lane + lane, lanes), lanes);
-              }
-            }
-        };
-        for (int64_t m = 0; m < rows; m += M) {
-          if (rows - m > M / 2) {
-            tile(m, std::integral_constant<int, M>());
-          } else {
-            tile(m, std::integral_constant<int, M / 2>());
-          }
+    const int64_t every = smaller(ceil_div(rows, kTileRows), kMostEvery);
+    const auto tile = [&](const Panel& panel, int64_t m0, auto vectors, auto height) {
+      const T* a[height];
+      for (int64_t m = 0; m < height; ++m) {
+        const int64_t row = smaller(m0 + m, rows - 1);
+        if constexpr (in_place) {
+          a[m] = filters + row * t.depth;
+        } else if (pass == Pass::forward) {
+          a[m] = weights + row * t.depth;
+        } else {
+          a[m] = weights + row / kSide<T> * kSide<T> * t.depth + row % kSide<T>;
         }
-      });
-    }
+      }
+      const int64_t next = column0 + tasks.columns + panel.before * kLanes<T>, turn = m0 / kTileRows;
+      const bool fetch = task + 1 < end && next < all && turn < every;
+      const S* const from = in + next / t.plane * t.in_image + (next % t.plane + turn * t.plane);
+      correlate_tile<S, pass, vectors, height>(t, o, a, group * t.rows + row0 + m0, smaller(height, rows - m0), panel,
+                                               pixels, past, {fetch ? from : nullptr, every * t.plane, every});
+    };
+    for (int64_t m = 0; m < rows; m += kTileRows)
+      for (int64_t i = 0; i < columns.count; ++i)
+        with_vectors(columns.panels[i].vectors, [&](auto vectors) {
+          if (rows - m > kTileRows / 2) {
+            tile(columns.panels[i], m, vectors, std::integral_constant<int, kTileRows>());
+          } else {
+            tile(columns.panels[i], m, vectors, std::integral_constant<int, kTileRows / 2>());
+          }
+        });
   }
   stores_done();
 }
@@ -285,10 +321,8 @@ Conv2dAlgorithm<Conv2dRun<S>> conv2d_planar() {
 }
 
 template Conv2dAlgorithm<Conv2dRun<float>> conv2d_planar();
-#ifndef FLOAT_ONLY
 template Conv2dAlgorithm<Conv2dRun<double>> conv2d_planar();
 template Conv2dAlgorithm<Conv2dRun<BFloat16>> conv2d_planar();
 template Conv2dAlgorithm<Conv2dRun<Float16>> conv2d_planar();
-#endif
 
 }  // namespace cnnops::cpu::CNNOPS_ISA
