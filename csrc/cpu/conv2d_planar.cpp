@@ -1,4 +1,4 @@
-// Convolution with a 1x1 kernel at stride 1, contiguous: a product with matrices that lie there ready.
+// Convolution with a 1x1 kernel, contiguous: a product with matrices that lie there ready.
 //
 //   forward      y[n, k, p]  = bias[k] + sum over c of w[k, c] * x[n, c, p]
 //   grad_input   gx[n, c, p] = sum over k of w[k, c] * gy[n, k, p]                                    p = (h, w)
@@ -39,17 +39,28 @@ constexpr int64_t kWorkspace = kWeights + kPixels<T>;
 
 /// The product of one group: out[n][m][p] = sum over r of weight[m*row + r*channel] * in[n][r][p].
 struct Product {
-  int64_t rows, depth, plane, in_image, out_image, weight_row, weight_depth;
+  int64_t rows, depth, plane, in_plane, in_image, out_image, weight_row, weight_depth;
+  int64_t width, row_step, step;  // of a row of results; from what it sees to the next row's, and along it
+  /// What column `column` sees, as far from the first plane's first number.
+  int64_t seen(int64_t column) const {
+    const int64_t p = column % plane;
+    return column / plane * in_image + p / width * row_step + p % width * step;
+  }
   Product(const Conv2dGeometry& g, Pass pass) {
     const bool forward = pass == Pass::forward;
     const int64_t c = g.c / g.groups, k = g.k / g.groups;
     rows = forward ? k : c;
     depth = forward ? c : k;
     plane = g.out[0] * g.out[1];
-    in_image = (forward ? g.c : g.k) * plane;
+    in_plane = forward ? g.in[0] * g.in[1] : plane;
+    in_image = (forward ? g.c : g.k) * in_plane;
     out_image = (forward ? g.k : g.c) * plane;
     weight_row = forward ? c : 1;
     weight_depth = forward ? 1 : c;
+    const bool strided = g.stride[0] * g.stride[1] != 1;
+    width = strided ? g.out[1] : plane;  // or an image is one row
+    row_step = strided ? g.stride[0] * g.in[1] : plane;
+    step = g.stride[1];
   }
 };
 
@@ -149,28 +160,39 @@ void multiply_rows(int64_t depth, const T* const* a, int64_t step, const T* b, c
 struct Piece {
   int64_t n, p, lane, count;
 };
+/// What columns of one row see.
+struct Stretch {
+  int64_t from, lane, count;
+};
 struct Panel {
   const Piece* pieces;
-  int64_t count, vectors, before;  // vectors of it, and of all before it
+  const Stretch* stretches;
+  int64_t count, stretch_count, vectors, before;  // vectors of it, and of all before it
 };
 
 /// Consecutive columns as panels.
 template <class T>
 struct Panels {
   Panel panels[kMostColumns];
-  Piece pieces[2 * kMostColumns];
+  Piece pieces[kMostColumns];
+  Stretch stretches[kMostColumns];
   int64_t count = 0;
 
-  Panels(int64_t first, int64_t columns, int64_t plane) {
+  Panels(const Product& t, int64_t first, int64_t columns) {
     Piece* piece = pieces;
+    Stretch* stretch = stretches;
     int64_t before = 0;
     for (int64_t column = 0; column < columns; ++count) {
       const int64_t width = smaller(columns - column, kTileColumns<T>), vectors = ceil_div(width, kLanes<T>);
-      panels[count] = {piece, 0, vectors, before};
+      panels[count] = {piece, stretch, 0, 0, vectors, before};
       before += vectors;
       for (int64_t lane = 0; lane < width; ++panels[count].count, ++piece) {
-        const int64_t n = (first + column) / plane, p = (first + column) % plane;
-        *piece = {n, p, lane, smaller(width - lane, plane - p)};
+        const int64_t n = (first + column) / t.plane, p = (first + column) % t.plane;
+        *piece = {n, p, lane, smaller(width - lane, t.plane - p)};
+        for (int64_t j = 0; j < piece->count; ++panels[count].stretch_count, ++stretch) {
+          *stretch = {t.seen(first + column + j), lane + j, smaller(piece->count - j, t.width - (p + j) % t.width)};
+          j += stretch->count;
+        }
         lane += piece->count;
         column += piece->count;
       }
@@ -194,12 +216,20 @@ void pack_weights(const Product& t, const S* from, int64_t rows, Sum<S>* to) {
 template <class S>
 void pack_pixels(const Product& t, const S* in, const Panels<Sum<S>>& columns, Sum<S>* to) {
   constexpr int64_t L = kLanes<Sum<S>>;
-  for (int64_t r = 0; r < t.depth; ++r, in += t.plane)
+  for (int64_t r = 0; r < t.depth; ++r, in += t.in_plane)
     for (int64_t i = 0; i < columns.count; ++i) {
       const Panel& panel = columns.panels[i];
       Sum<S>* line = to + (panel.before * t.depth + r * panel.vectors) * L;
-      for (const Piece* piece = panel.pieces; piece < panel.pieces + panel.count; ++piece)
-        copy_numbers(in + piece->n * t.in_image + piece->p, piece->count, line + piece->lane);
+      for (const Stretch* s = panel.stretches; s < panel.stretches + panel.stretch_count; ++s) {
+        if (t.step == 1) {
+          copy_numbers(in + s->from, s->count, line + s->lane);
+          continue;
+        }
+        for (int64_t j = 0; j < s->count; j += L) {
+          const int64_t lanes = smaller(L, s->count - j);
+          store_first(line + s->lane + j, load_strided(in + s->from + j * t.step, t.step, lanes), lanes);
+        }
+      }
     }
 }
 
@@ -250,8 +280,8 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* work
     const S* const filters = o.b + group * t.rows * t.depth + row0 * t.weight_row;
     if (!in_place && packed != block) pack_weights<S, pass>(t, filters, rows, weights);
     packed = block;
-    const Panels<T> columns(column0, smaller(tasks.columns, all - column0), t.plane);
-    const S* const in = o.a + group * t.depth * t.plane;
+    const Panels<T> columns(t, column0, smaller(tasks.columns, all - column0));
+    const S* const in = o.a + group * t.depth * t.in_plane;
     pack_pixels(t, in, columns, pixels);
 
     const int64_t every = smaller(ceil_div(rows, kTileRows), kMostEvery);
@@ -269,9 +299,9 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* work
       }
       const int64_t next = column0 + tasks.columns + panel.before * kLanes<T>, turn = m0 / kTileRows;
       const bool fetch = task + 1 < end && next < all && turn < every;
-      const S* const from = in + next / t.plane * t.in_image + (next % t.plane + turn * t.plane);
+      const S* const from = in + t.seen(next) + turn * t.in_plane;
       correlate_tile<S, pass, vectors, height>(t, o, a, group * t.rows + row0 + m0, smaller(height, rows - m0), panel,
-                                               pixels, past, {fetch ? from : nullptr, every * t.plane, every});
+                                               pixels, past, {fetch ? from : nullptr, every * t.in_plane, every});
     };
     for (int64_t m = 0; m < rows; m += kTileRows)
       for (int64_t i = 0; i < columns.count; ++i)
@@ -289,10 +319,11 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* work
 template <class S>
 const char* refuses(const Conv2dGeometry& g, Pass pass) {
   if (g.layout != Layout::contiguous) return "it reads contiguous planes; in channels_last a plane's pixels lie apart";
-  for (int dim = 0; dim < 2; ++dim) {
-    if (g.kernel[dim] != 1 || g.stride[dim] != 1 || g.padding[dim] != 0 || g.in[dim] != g.out[dim])
-      return "it takes 1x1 kernels at stride 1 without padding: output pixels and input pixels are the same";
-  }
+  if (g.kernel[0] * g.kernel[1] != 1 || g.padding[0] != 0 || g.padding[1] != 0 ||
+      (g.out[0] - 1) * g.stride[0] >= g.in[0] || (g.out[1] - 1) * g.stride[1] >= g.in[1])
+    return "it takes 1x1 kernels without padding: each output pixel sees one input pixel";
+  if (pass == Pass::grad_input && (g.in[0] != g.out[0] || g.in[1] != g.out[1]))
+    return "with strides most of the gradient is zeros between its numbers";
   if (pass == Pass::grad_weight) {
     if (!std::is_same_v<S, Sum<S>>) return "it reads planes where they stand, and 16-bit numbers must be widened";
     if (g.out[0] * g.out[1] < kLanes<Sum<S>>) return "planes of less than a vector of pixels are no runs to read";
