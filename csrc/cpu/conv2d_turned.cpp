@@ -14,17 +14,17 @@
 // Refuses what is channels_last, borders that show pixels, 1x1 kernels at stride 1 (these are a plain matrix product),
 // filters and rows that overflow its buffers, and in grad_weight 16-bit numbers, of which the sums would be rounded for
 // each strip.
+#include "channels_last.h"
 #include "conv2d_planar.h"
 #include "turn.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
 
-constexpr int64_t kStripPixels = 1000;      // of a strip's results at most: less than two of the parts of a sum
-constexpr int64_t kStripNumbers = 1 << 19;  // of a strip, of all channels
-constexpr int64_t kGroupPixels = 512, kGroupNumbers = 1 << 17;                  // of small images together
-constexpr int64_t kFilterNumbers = 640 << 10;                                   // of a task's weights
-constexpr int64_t kGradientNumbers = 1 << 17;                                   // of a task's gradients of weights
+constexpr int64_t kStripPixels = 1000;           // of a strip's results at most: less than two of the parts of a sum
+constexpr int64_t kStripNumbers = 1 << 19;       // of a strip, of all channels
+constexpr int64_t kFilterNumbers = 640 << 10;    // of a task's weights
+constexpr int64_t kGradientNumbers = 160 << 10;  // of a task's gradients of weights
 constexpr int64_t kMostChannels = 128, kFewChannels = 32, kLeastChannels = 16;  // of a block
 constexpr int64_t kFewTasks = 4;
 
@@ -39,8 +39,9 @@ struct Strips {
   int64_t rows, per_image, images, groups;
 
   /// For `in_channels` channels of what is read.
-  Strips(const Conv2dGeometry& g, Pass pass, int64_t in_channels, bool even) {
-    const bool backward = pass == Pass::grad_input;
+  Strips(const Conv2dGeometry& g, Pass pass, int64_t in_channels) {
+    const bool backward = pass == Pass::grad_input, sums = pass == Pass::grad_weight;
+    const int64_t pixels = sums ? kStripPixels : 512, numbers_together = sums ? 1 << 18 : 1 << 17;  // of small images
     const int64_t *in = backward ? g.out : g.in, *out = backward ? g.in : g.out;
     const int64_t width = larger(1, out[1]);
     rows = larger(1, smaller(out[0], kStripPixels / width));
@@ -48,9 +49,9 @@ struct Strips {
     per_image = ceil_div(out[0], rows);
     rows = larger(1, ceil_div(out[0], larger(1, per_image)));
     const int64_t image = larger(1, in[0] * in[1] * in_channels);
-    images = per_image > 1 ? 1 : larger(1, smaller(kGroupPixels / (rows * width), kGroupNumbers / image));
+    images = per_image > 1 ? 1 : larger(1, smaller(pixels / (rows * width), numbers_together / image));
     groups = ceil_div(g.n, images);
-    if (even && groups > 1) {
+    if (!sums && groups > 1) {
       groups = round_up(groups, 2);
       images = ceil_div(g.n, groups);
       groups = ceil_div(g.n, images);
@@ -104,8 +105,8 @@ void turn_rows(const S* from, const Strip& s, int64_t all, const int64_t* size, 
                int64_t channel0, int64_t channels, S* to) {
   const int64_t plane = size[0] * size[1];
   for (int64_t n = 0; n < s.geometry.n; ++n)
-    turn(from + ((s.n + n) * all + channel0) * plane + first * size[1], plane, count * size[1], channels,
-         to + n * count * size[1] * channels, channels);
+    turn(from + ((s.n + n) * all + channel0) * plane + first * size[1], plane, count * size[1], channels, channels,
+         to + n * count * size[1] * channels);
 }
 
 // ---- forward and grad_input ----
@@ -120,7 +121,7 @@ struct Tasks {
       : channels((pass == Pass::forward ? g.c : g.k) / g.groups),
         rows((pass == Pass::forward ? g.k : g.c) / g.groups),
         taps(g.kernel[0] * g.kernel[1]),
-        strips(g, pass, channels, true) {
+        strips(g, pass, channels) {
     block = smaller(kMostChannels, rows);
     const auto cut = [&] {
       blocks = ceil_div(rows, larger(1, block));
@@ -155,7 +156,6 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* work
   constexpr bool forward = pass == Pass::forward;
   const Tasks t(g, pass);
   const Buffers<S> buffers(g, pass, t);
-  const Conv2dRun<S>& run = channels_last<S>().run(pass);
   S *const in = reinterpret_cast<S*>(workspace), *const out = in + buffers.in, *const filters = out + buffers.out;
   const int64_t c_group = g.c / g.groups, k_group = g.k / g.groups;
   int64_t turned = -1;
@@ -168,7 +168,7 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* work
       const int64_t c0 = forward ? 0 : row0, cs = forward ? c_group : rows;
       const int64_t k0 = group * k_group + (forward ? row0 : 0), ks = forward ? rows : k_group;
       for (int64_t k = 0; k < ks; ++k)
-        turn(o.b + ((k0 + k) * c_group + c0) * t.taps, t.taps, t.taps, cs, filters + k * t.taps * cs, cs);
+        turn(o.b + ((k0 + k) * c_group + c0) * t.taps, t.taps, t.taps, cs, cs, filters + k * t.taps * cs);
     }
     const Strip s(g, pass, t.strips, images, strip, forward ? c_group : rows, forward ? rows : k_group);
     const int64_t* size = forward ? g.out : g.in;
@@ -182,7 +182,8 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* work
     operands.b = filters;
     operands.bias = o.bias ? o.bias + group * k_group + row0 : nullptr;
     operands.out = out;
-    run.run(s.geometry, operands, workspace + buffers.total(), 0, run.tasks(s.geometry));
+    if constexpr (std::is_same_v<S, Sum<S>>)
+      channels_last_alone(s.geometry, pass, operands, workspace + buffers.total());
     const int64_t plane = size[0] * size[1];
     for (int64_t n = 0; n < s.geometry.n; ++n)
       turn_back(out + n * length * rows, rows, length, rows,
@@ -201,7 +202,7 @@ struct Gradients {
       : taps(g.kernel[0] * g.kernel[1]),
         k(smaller(kMostChannels, g.k / g.groups)),
         c(smaller(kMostChannels, g.c / g.groups)),
-        strips(g, Pass::grad_weight, kMostChannels, false) {
+        strips(g, Pass::grad_weight, kMostChannels) {
     const auto cut = [&] {
       k_blocks = ceil_div(g.k / g.groups, larger(1, k));
       c_blocks = ceil_div(g.c / g.groups, larger(1, c));
@@ -267,28 +268,26 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* wo
 
 template <class S>
 const char* refuses(const Conv2dGeometry& g, Pass pass) {
+  if (!std::is_same_v<S, Sum<S>>) return "numbers of 16 bits would be turned first and widened for each tap";
   if (g.layout != Layout::contiguous) return "it turns planes round, and in channels_last there are none";
   if (g.border != Border::zeros) return "a strip's border shows pixels of other strips, unless it is zeros";
-  const int64_t taps = g.kernel[0] * g.kernel[1], stride = g.stride[0] * g.stride[1];
-  if (taps * stride == 1) return "a 1x1 kernel at stride 1 is a plain matrix product";
-  if (pass == Pass::grad_weight) {
-    if (!std::is_same_v<S, Sum<S>>) return "it would round the sums of each strip";
-    if (taps * kLeastChannels * kLeastChannels > kGradientNumbers)
-      return "a kernel of more than 512 taps passes its buffer";
-    if (Strips::numbers(g, pass, 1, kMostChannels) > kStripNumbers || g.out[1] > kStripPixels)
-      return "what a row of results sees passes its buffer of 2^19 numbers";
-    return nullptr;
-  }
+  if (smaller(g.c, g.k) / g.groups < kLeastChannels)
+    return "with less than 16 channels most of its vectors' lanes idle";
+  const int64_t taps = g.kernel[0] * g.kernel[1];
+  if (taps == 1 && (pass != Pass::grad_input || g.stride[0] * g.stride[1] == 1))
+    return "a 1x1 kernel has no taps to share a turned pixel: it is a plain matrix product";
   const int64_t channels = (pass == Pass::forward ? g.c : g.k) / g.groups;
-  if (taps * channels * kLeastChannels > kFilterNumbers)
+  if (pass == Pass::grad_weight) {
+    if (taps * kLeastChannels * kLeastChannels > kGradientNumbers)
+      return "a kernel of more than 640 taps passes its buffer";
+  } else if (taps * channels * kLeastChannels > kFilterNumbers) {
     return "filters of 16 channels pass its buffer of 640 Ki numbers";
-  if (Strips::numbers(g, pass, 1, channels) > kStripNumbers || g.in[1] > kStripPixels || g.out[1] > kStripPixels)
+  }
+  if (Strips::numbers(g, pass, 1, pass == Pass::grad_weight ? kMostChannels : channels) > kStripNumbers ||
+      larger(g.in[1], g.out[1]) > kStripPixels)
     return "what a row of results sees passes its buffer of 2^19 numbers";
   return nullptr;
 }
-
-/// Vectors of channels that are mostly empty are a waste.
-bool yields(const Conv2dGeometry& g, Pass) { return smaller(g.c, g.k) / g.groups < kLeastChannels; }
 
 template <class S, Pass pass>
 Conv2dRun<S> correlation_run() {
@@ -312,9 +311,7 @@ Conv2dAlgorithm<Conv2dRun<S>> conv2d_turned() {
            [](const Conv2dGeometry& g) {
              return GradientBuffers<S>(g, Gradients(g)).total() + channels_last<S>().grad_weight.workspace(g);
            },
-           grad_weight<S>},
-          true,
-          yields};
+           grad_weight<S>}};
 }
 
 template Conv2dAlgorithm<Conv2dRun<float>> conv2d_turned();
