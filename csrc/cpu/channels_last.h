@@ -112,4 +112,9 @@ static inline const S* seen(const Windows& t, const Pixel<S>& p, int64_t th, int
   return h < 0 || w < 0 ? nullptr : p.image + (h * t.w.in_size + w) * t.in_channels;
 }
 
+/// All of forward or grad_input by one thread, in blocks of pixels as large as they get; with conv2d_channels_last()'s
+/// workspace. conv2d_channels_last.cpp
+template <class S>
+void channels_last_alone(const Conv2dGeometry& g, Pass pass, const Conv2dOperands<S>& o, Sum<S>* workspace);
+
 }  // namespace cnnops::cpu::CNNOPS_ISA

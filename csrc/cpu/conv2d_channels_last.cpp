@@ -340,11 +340,11 @@ template <class T>
 struct Tasks {
   int64_t classes, blocks, pixels, total;
   Panels<T> panels;
-  Tasks(const Conv2dGeometry& g, Pass pass)
+  Tasks(const Conv2dGeometry& g, Pass pass, int64_t good = kGoodTasks)
       : classes(cpu::CNNOPS_ISA::classes(g, pass)), panels((pass == Pass::forward ? g.k : g.c) / g.groups) {
     const int64_t most = g.n * make_windows(g, pass, 0, 0).pixels();  // class 0 has the most outputs
     const int64_t others = g.groups * classes * panels.count;
-    blocks = ceil_div(most, smaller(larger(most * others / kGoodTasks, kFewPixels), kMostPixels));
+    blocks = ceil_div(most, smaller(larger(most * others / good, kFewPixels), kMostPixels));
     if (blocks > 1 && others % 2 == 1) blocks = round_up(blocks, 2);
     with_vectors<T>(panels.width,
                     [&](auto v) { pixels = round_up(ceil_div(most, larger(blocks, 1)), larger(1, kRows<v> / 2)); });
@@ -374,10 +374,10 @@ void fill(const Windows& t, const Conv2dOperands<S>& o, int64_t row0, int64_t ro
   }
 }
 
-template <class S, Pass pass>
-void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace, int64_t begin, int64_t end) {
+template <class S>
+void correlate(const Conv2dGeometry& g, Pass pass, const Tasks<Sum<S>>& tasks, const Conv2dOperands<S>& o,
+               Sum<S>* workspace, int64_t begin, int64_t end) {
   using T = Sum<S>;
-  const Tasks<T> tasks(g, pass);
   const int64_t out_channels = pass == Pass::forward ? g.k : g.c;
   const int64_t* size = pass == Pass::forward ? g.out : g.in;
   const bool large = past_cache(o.out, g.n * size[0] * size[1] * out_channels) && out_channels % kLanes<T> == 0;
@@ -421,10 +421,22 @@ const char* refuses(const Conv2dGeometry& g, Pass) {
 template <class S, Pass pass>
 Conv2dRun<S> correlation_run() {
   return {[](const Conv2dGeometry& g) { return Tasks<Sum<S>>(g, pass).total; },
-          [](const Conv2dGeometry&) { return kWorkspace<Sum<S>>; }, correlate<S, pass>};
+          [](const Conv2dGeometry&) { return kWorkspace<Sum<S>>; },
+          [](const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace, int64_t begin, int64_t end) {
+            correlate(g, pass, Tasks<Sum<S>>(g, pass), o, workspace, begin, end);
+          }};
 }
 
 }  // namespace
+
+template <class S>
+void channels_last_alone(const Conv2dGeometry& g, Pass pass, const Conv2dOperands<S>& o, Sum<S>* workspace) {
+  const Tasks<Sum<S>> tasks(g, pass, 1);
+  correlate(g, pass, tasks, o, workspace, 0, tasks.total);
+}
+
+template void channels_last_alone(const Conv2dGeometry&, Pass, const Conv2dOperands<float>&, float*);
+template void channels_last_alone(const Conv2dGeometry&, Pass, const Conv2dOperands<double>&, double*);
 
 template <class S>
 Conv2dAlgorithm<Conv2dRun<S>> conv2d_channels_last() {

@@ -20,75 +20,12 @@
 //
 // Sums are made for each block of pixels, or row of them, from a fresh zero and added in order. Zeros of a border that is
 // copied are multiplied: an infinite or NaN gradient gives NaN there, where plain loops would skip it.
-#include "channels_last_tile.h"
+#include "weight_products.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
 
-constexpr int64_t kFewTasks = 4;
-
 // ---- by taps ----
-
-constexpr int64_t kBlockRows = 256, kBlockPixels = 160;  // of a task, of a block that is summed from a fresh zero
-template <class T>
-constexpr int64_t kBlockColumns = 16 * kLanes<T>;
-constexpr int64_t kGoodTasks = 16, kMostParts = 16;
-constexpr int64_t kPartPixels = 512, kPartNumbers = 1 << 19;  // of a part at least; of all parts together at most
-constexpr int64_t kSomeTasks = 12, kSomeChannels = 128;       // blocks are cut for these down to those
-
-/// Tasks are numbered (group, tap, block of rows, block of columns, part).
-template <class T>
-struct Products {
-  bool by_tap, turned;          // turned: rows are input channels, columns output channels
-  int64_t taps, rows, columns;  // of a product
-  int64_t block_rows, row_blocks, block_columns, column_blocks;
-  int64_t panel;  // columns of a tile
-  int64_t parts, total;
-
-  explicit Products(const Conv2dGeometry& g) {
-    constexpr int64_t L = kLanes<T>;
-    const int64_t c_group = g.c / g.groups, kernel = g.kernel[0] * g.kernel[1];
-    by_tap = kernel == 1 || c_group >= 3 * L;
-    taps = by_tap ? kernel : 1;
-    rows = g.k / g.groups;
-    columns = by_tap ? c_group : kernel * c_group;
-    turned = by_tap && g.border == Border::zeros && columns < rows && columns < 4 * L;
-    if (turned) std::swap(rows, columns);
-
-    const int64_t all = ceil_div(columns, L);
-    int64_t vectors = smaller(all, kMostVectors);
-    for (int64_t v = vectors - 1; v > 1; --v)
-      if (round_up(all, v) < round_up(all, vectors)) vectors = v;
-    panel = vectors * L;
-    const auto cut = [&](int64_t most_rows, int64_t most_columns) {
-      row_blocks = ceil_div(rows, most_rows);
-      block_rows = ceil_div(rows, row_blocks);
-      row_blocks = ceil_div(rows, block_rows);
-      const int64_t panels = ceil_div(columns, panel), most = larger(1, most_columns / panel);
-      block_columns = ceil_div(panels, ceil_div(panels, most)) * panel;
-      column_blocks = ceil_div(columns, block_columns);
-      total = g.groups * taps * row_blocks * column_blocks * parts;
-    };
-    parts = 1;
-    cut(kBlockRows, kBlockColumns<T>);
-    const int64_t pixels = g.n * g.out[0] * g.out[1], numbers = g.k * c_group * kernel;
-    while (parts < kMostParts && total < kGoodTasks && pixels >= 2 * parts * kPartPixels &&
-           2 * parts * numbers <= kPartNumbers) {
-      parts *= 2;
-      total *= 2;
-    }
-    const auto cut_down = [&](int64_t tasks, int64_t least) {
-      while (total < tasks && (block_columns > larger(panel, least) || block_rows > larger(kMostRows, least))) {
-        if (block_columns > panel && block_columns >= block_rows)
-          cut(block_rows, block_columns / 2);
-        else
-          cut(ceil_div(block_rows, 2), block_columns);
-      }
-    };
-    cut_down(kSomeTasks, kSomeChannels);
-    cut_down(kFewTasks, 0);
-  }
-};
 
 template <class T>
 constexpr int64_t kProductWorkspace =
@@ -106,12 +43,6 @@ static void narrow(Axis& axis, int64_t tap, Border border) {
   axis.first = begin;
   axis.offset0 += begin * axis.in_step;
 }
-
-/// A task's block of a product, and the pixels of its part.
-struct Block {
-  int64_t row0, rows, column0, columns;
-  int64_t first, last;
-};
 
 /// Numbers of pixels, `step` from one pixel to the next: a side of a product.
 template <class T>
@@ -186,24 +117,6 @@ void sum_block(const Conv2dGeometry& g, const Windows& t, const Conv2dOperands<S
   }
 }
 
-/// to[row*step + column] = from[row*pitch + column]; turned, to[column*step + row].
-template <class T, class R>
-void put_block(const T* from, int64_t pitch, int64_t rows, int64_t columns, bool turned, int64_t step, R* to) {
-  constexpr int64_t L = kLanes<T>;
-  for (int64_t r = 0; r < rows; r += turned ? L : 1)
-    for (int64_t j = 0; j < columns; j += L) {
-      const int64_t lanes = smaller(L, columns - j), down = smaller(L, rows - r);
-      if (!turned) {
-        store_first(to + r * step + j, load(from + r * pitch + j), lanes);
-        continue;
-      }
-      Vec<T> square[L];
-      for (int64_t i = 0; i < L; ++i) square[i] = i < down ? load(from + (r + i) * pitch + j) : Vec<T>{};
-      transpose<T>(square);
-      for (int64_t i = 0; i < lanes; ++i) store_first(to + (j + i) * step + r, square[i], down);
-    }
-}
-
 template <class S>
 void grad_weight_by_taps(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace, int64_t begin,
                          int64_t end) {
@@ -219,33 +132,17 @@ void grad_weight_by_taps(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Su
       narrow(t.h, tap / g.kernel[1], g.border);
       narrow(t.w, tap % g.kernel[1], g.border);
     }
-    const int64_t row0 = rows * all.block_rows, column0 = columns * all.block_columns, pixels = g.n * t.pixels();
-    const Block block{row0,
-                      smaller(all.block_rows, all.rows - row0),
-                      column0,
-                      smaller(all.block_columns, all.columns - column0),
-                      pixels * part / all.parts,
-                      pixels * (part + 1) / all.parts};
+    const Block block = all.block(rows, columns, part, g.n * t.pixels());
     with_vectors<T>(all.panel,
                     [&](auto v) { sum_block<S, v>(g, t, o, all.by_tap, all.turned, block, workspace, sums); });
-    const int64_t at = t.weight_of(0, 0) + (all.turned ? column0 : row0) * t.weight_row + (all.turned ? row0 : column0);
+    const int64_t at = t.weight_of(0, 0) + (all.turned ? block.column0 : block.row0) * t.weight_row +
+                       (all.turned ? block.row0 : block.column0);
     const int64_t pitch = round_up(block.columns, all.panel), numbers = g.k * t.weight_row;
     if (all.parts == 1) {
       put_block(sums, pitch, block.rows, block.columns, all.turned, t.weight_row, o.out + at);
     } else {
       put_block(sums, pitch, block.rows, block.columns, all.turned, t.weight_row, o.parts + part * numbers + at);
     }
-  }
-}
-
-template <class S>
-void add_parts(const Sum<S>* parts, int64_t count, int64_t numbers, S* out, int64_t begin, int64_t end) {
-  constexpr int64_t L = kLanes<Sum<S>>;
-  for (int64_t i = begin; i < end; i += L) {
-    const int64_t lanes = smaller(L, end - i);
-    Vec<Sum<S>> sum = load_first(parts + i, lanes);
-    for (int64_t part = 1; part < count; ++part) sum += load_first(parts + part * numbers + i, lanes);
-    store_first(out + i, sum, lanes);
   }
 }
 

@@ -1,5 +1,5 @@
 // The kernels of one instruction set, put together: the table of algorithms, fastest first, and the plain functions.
-#include "kernels.h"
+#include "conv2d_planar.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
@@ -15,36 +15,39 @@ Conv2dGeometry flattened(Conv2dGeometry g) {
   return g;
 }
 
-/// `direct` is two files, one for each layout, and one row.
+/// `direct` is three files, two of them for contiguous tensors, and one row.
 template <class S>
 struct Direct {
   using Row = Conv2dAlgorithm<Conv2dRun<S>>;
 
-  static const Row& of(const Conv2dGeometry& g) {
-    static const Row contiguous = conv2d_direct<S>(), channels_last = conv2d_channels_last<S>();
-    return g.layout == Layout::contiguous ? contiguous : channels_last;
+  static const Row& of(const Conv2dGeometry& g, Pass pass) {
+    static const Row contiguous = conv2d_direct<S>(), planar = conv2d_planar<S>(),
+                     channels_last = conv2d_channels_last<S>();
+    if (g.layout == Layout::channels_last) return channels_last;
+    return planar.refuses(g, pass) ? contiguous : planar;
   }
 
-  template <Conv2dRun<S> Row::* pass>
+  template <Pass pass>
   static Conv2dRun<S> run() {
     return {[](const Conv2dGeometry& shape) {
               const Conv2dGeometry g = flattened(shape);
-              return (of(g).*pass).tasks(g);
+              return of(g, pass).run(pass).tasks(g);
             },
             [](const Conv2dGeometry& shape) {
               const Conv2dGeometry g = flattened(shape);
-              return (of(g).*pass).workspace(g);
+              return of(g, pass).run(pass).workspace(g);
             },
             [](const Conv2dGeometry& shape, const Conv2dOperands<S>& operands, Sum<S>* workspace, int64_t begin,
                int64_t end) {
               const Conv2dGeometry g = flattened(shape);
-              (of(g).*pass).run(g, operands, workspace, begin, end);
+              of(g, pass).run(pass).run(g, operands, workspace, begin, end);
             },
             [](const Conv2dGeometry& shape) {
               const Conv2dGeometry g = flattened(shape);
-              return (of(g).*pass).parts ? (of(g).*pass).parts(g) : 1;
+              const auto parts = of(g, pass).run(pass).parts;
+              return parts ? parts(g) : 1;
             },
-            (conv2d_channels_last<S>().*pass).add_parts};
+            conv2d_channels_last<S>().run(pass).add_parts};
   }
 
   static Row row() {
@@ -52,69 +55,27 @@ struct Direct {
             "register tiles over the image where it stands; stride 1, or channels_last",
             [](const Conv2dGeometry& shape, Pass pass) {
               const Conv2dGeometry g = flattened(shape);
-              return of(g).refuses(g, pass);
+              return of(g, pass).refuses(g, pass);
             },
-            run<&Row::forward>(),
-            run<&Row::grad_input>(),
-            run<&Row::grad_weight>(),
-            true,
-            [](const Conv2dGeometry& shape, Pass pass) {
-              const Conv2dGeometry g = flattened(shape);
-              return of(g).yields && of(g).yields(g, pass);
-            }};
-  }
-};
-
-/// `winograd` is two files, one for groups of a vector's channels or less, and one row.
-template <class S>
-struct Winograd {
-  using Row = Conv2dAlgorithm<Conv2dRun<S>>;
-
-  static const Row& of(const Conv2dGeometry& g, Pass pass) {
-    static const Row groups = conv2d_winograd_groups<S>(), all = conv2d_winograd<S>();
-    return groups.refuses(g, pass) ? all : groups;
-  }
-
-  template <Pass pass>
-  static Conv2dRun<S> run() {
-    return {[](const Conv2dGeometry& g) { return of(g, pass).run(pass).tasks(g); },
-            [](const Conv2dGeometry& g) { return of(g, pass).run(pass).workspace(g); },
-            [](const Conv2dGeometry& g, const Conv2dOperands<S>& operands, Sum<S>* workspace, int64_t begin,
-               int64_t end) { of(g, pass).run(pass).run(g, operands, workspace, begin, end); },
-            [](const Conv2dGeometry& g) {
-              const Conv2dRun<S>& run = of(g, pass).run(pass);
-              return run.parts ? run.parts(g) : 1;
-            },
-            conv2d_winograd<S>().run(pass).add_parts};
-  }
-
-  static Row row() {
-    return {"winograd",
-            conv2d_winograd<S>().summary,
-            [](const Conv2dGeometry& g, Pass pass) { return of(g, pass).refuses(g, pass); },
             run<Pass::forward>(),
             run<Pass::grad_input>(),
             run<Pass::grad_weight>(),
-            false,
-            [](const Conv2dGeometry& g, Pass pass) { return of(g, pass).yields && of(g, pass).yields(g, pass); }};
+            true,
+            [](const Conv2dGeometry& shape, Pass pass) {
+              const Conv2dGeometry g = flattened(shape);
+              return of(g, pass).yields && of(g, pass).yields(g, pass);
+            }};
   }
 };
-
-/// Small groups are computed faster still by transforms.
-template <class S>
-Conv2dAlgorithm<Conv2dRun<S>> depthwise() {
-  Conv2dAlgorithm<Conv2dRun<S>> row = conv2d_depthwise<S>();
-  row.yields = [](const Conv2dGeometry& g, Pass pass) { return !conv2d_winograd_groups<S>().refuses(g, pass); };
-  return row;
-}
 
 template <class S>
 Kernels<S> make_kernels() {
   Kernels<S> kernels{};
   if constexpr (kReal<S>) {
     static const Conv2dAlgorithm<Conv2dRun<S>> conv2d[] = {
-        depthwise<S>(),           Winograd<S>::row(), conv2d_dot_products<S>(), conv2d_fold<S>(),
-        conv2d_few_channels<S>(), Direct<S>::row(),   conv2d_im2col<S>(),       conv2d_reference<S>(),
+        conv2d_depthwise<S>(), conv2d_winograd<S>(), conv2d_dot_products<S>(),
+        conv2d_turned<S>(),    conv2d_fold<S>(),     conv2d_few_channels<S>(),
+        Direct<S>::row(),      conv2d_im2col<S>(),   conv2d_reference<S>(),
     };
     kernels.conv2d = {conv2d, sizeof conv2d / sizeof *conv2d};
     set_border(kernels);

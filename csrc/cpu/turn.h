@@ -1,16 +1,18 @@
-// From contiguous planes to pixels with their channels side by side, and back.
+// From contiguous planes to pixels with their channels side by side, and back: by transposing squares of a vector of
+// channels x a vector of pixels.
 #pragma once
 
 #include "simd.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 
-/// The first `length` numbers of planes that lie `plane` apart become columns of `to`, which are `rows` apart, a multiple of
-/// a vector; what is beyond the first `some` planes is zeros.
+/// The first `length` numbers of planes that lie `plane` apart become columns of `to`, which are `rows` apart; what is
+/// beyond the first `some` planes is zeros.
 template <class S>
 void turn(const S* from, int64_t plane, int64_t length, int64_t some, int64_t rows, S* to) {
   constexpr int64_t L = kLanes<Sum<S>>;
-  for (int64_t r = 0; r < rows; r += L)
+  for (int64_t r = 0; r < rows; r += L) {
+    const int64_t lanes = smaller(L, rows - r);
     for (int64_t p = 0; p < length; p += L) {
       const int64_t first = length >= L ? smaller(p, length - L) : p, count = smaller(L, length - first);
       Vec<Sum<S>> square[L];
@@ -19,11 +21,16 @@ void turn(const S* from, int64_t plane, int64_t length, int64_t some, int64_t ro
         square[i] = r + i >= some ? Vec<Sum<S>>{} : count == L ? load(row) : load_first(row, count);
       }
       transpose<Sum<S>>(square);
-      for (int64_t j = 0; j < count; ++j) store(to + (first + j) * rows + r, square[j]);
+      for (int64_t j = 0; j < count; ++j) {
+        S* column = to + (first + j) * rows + r;
+        lanes == L ? store(column, square[j]) : store_first(column, square[j], lanes);
+      }
     }
+  }
 }
 
-/// The way back: columns of `from` become the first `length` numbers of `some` planes.
+/// The way back: columns of `from` become the first `length` numbers of `some` planes. Of each column whole vectors are
+/// read.
 template <class S>
 void turn_back(const S* from, int64_t rows, int64_t length, int64_t some, S* to, int64_t plane) {
   constexpr int64_t L = kLanes<Sum<S>>;

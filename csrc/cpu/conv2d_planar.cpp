@@ -1,0 +1,359 @@
+// Convolution with a 1x1 kernel, contiguous: a product with matrices that lie there ready.
+//
+//   forward      y[n, k, p]  = bias[k] + sum over c of w[k, c] * x[n, c, p]
+//   grad_input   gx[n, c, p] = sum over k of w[k, c] * gy[n, k, p]                                    p = (h, w)
+//
+// A register tile holds a few output channels x three vectors of pixels, and a step is a number of each channel's
+// weights times three vectors of one plane. The planes lie far apart, so a task copies its pixels of all of them first, panel
+// by panel of three vectors, and from there computes all output channels. Columns run on from one image to the next,
+// so small images fill vectors too. Forward, the weights of a channel are read where they stand; grad_input reads them across,
+// so they are put side by side, once for all tasks of a thread.
+//
+// Why it beats im2col's blocks: a pixel is copied once for all output channels instead of once for 128; sums stay with
+// their tile, however many channels are summed, and go from there to where they belong; and while a task computes, the next
+// one's pixels, short pieces of many planes which the processor does not foresee, are fetched into the cache.
+//
+// A task is a block of columns, or if these are few, some output channels of it. Sums are made in chunks of 128 steps,
+// each from a fresh zero, that are added in order. The gradient of the weight is in conv2d_planar_weight.cpp.
+#include "conv2d_planar.h"
+
+#include "gemm.h"
+
+namespace cnnops::cpu::CNNOPS_ISA {
+namespace {
+
+constexpr int64_t kBlockBytes = 192 << 10;                // packed pixels of a task, if not more are summed
+constexpr int64_t kMostColumns = 768, kFewColumns = 192;  // of a task
+constexpr int64_t kGoodTasks = 16;
+constexpr int64_t kChunk = 128;          // steps that are summed from a fresh zero
+constexpr int64_t kWeights = 1 << 18;    // numbers of packed weights
+constexpr int64_t kMostDepth = 1 << 13;  // channels that are summed over
+
+/// Rows whose weights are packed side by side: a vector of them, or a tile's.
+template <class T>
+constexpr int64_t kSide = kLanes<T> > kTileRows ? kLanes<T> : kTileRows;
+template <class T>
+constexpr int64_t kPixels = 2 * kTileColumns<T> * kMostDepth;
+template <class T>
+constexpr int64_t kWorkspace = kWeights + kPixels<T>;
+
+/// The product of one group: out[n][m][p] = sum over r of weight[m*row + r*channel] * in[n][r][p].
+struct Product {
+  int64_t rows, depth, plane, in_plane, in_image, out_image, weight_row, weight_depth;
+  int64_t width, row_step, step;  // of a row of results; from what it sees to the next row's, and along it
+  /// What column `column` sees, as far from the first plane's first number.
+  int64_t seen(int64_t column) const {
+    const int64_t p = column % plane;
+    return column / plane * in_image + p / width * row_step + p % width * step;
+  }
+  Product(const Conv2dGeometry& g, Pass pass) {
+    const bool forward = pass == Pass::forward;
+    const int64_t c = g.c / g.groups, k = g.k / g.groups;
+    rows = forward ? k : c;
+    depth = forward ? c : k;
+    plane = g.out[0] * g.out[1];
+    in_plane = forward ? g.in[0] * g.in[1] : plane;
+    in_image = (forward ? g.c : g.k) * in_plane;
+    out_image = (forward ? g.k : g.c) * plane;
+    weight_row = forward ? c : 1;
+    weight_depth = forward ? 1 : c;
+    const bool strided = g.stride[0] * g.stride[1] != 1;
+    width = strided ? g.out[1] : plane;  // or an image is one row
+    row_step = strided ? g.stride[0] * g.in[1] : plane;
+    step = g.stride[1];
+  }
+};
+
+/// Whether the weights of an output channel are read where they stand.
+template <class S, Pass pass>
+constexpr bool kInPlace = pass == Pass::forward && std::is_same_v<S, Sum<S>>;
+
+/// Tasks are numbered (group, block of rows, block of columns).
+template <class T>
+struct Tasks {
+  int64_t rows, row_blocks, columns, column_blocks, total;
+  Tasks(const Conv2dGeometry& g, const Product& t, bool in_place) {
+    constexpr int64_t panel = kTileColumns<T>;
+    const int64_t pixels = g.n * t.plane, room = kBlockBytes / int64_t(sizeof(T)) / larger(1, t.depth);
+    const int64_t most = smaller(kMostColumns, larger(2 * panel, room / panel * panel));
+    const int64_t good = larger(smaller(kFewColumns, most), ceil_div(pixels, kGoodTasks));
+    columns = smaller(most, round_up(good, panel));
+    column_blocks = ceil_div(pixels, larger(1, columns));
+    if (column_blocks > 1) {  // all of about the same size, and an even number
+      columns = round_up(ceil_div(pixels, round_up(column_blocks, 2)), kLanes<T>);
+      while (ceil_div(pixels, columns) % 2 == 1 && columns > kLanes<T>) columns -= kLanes<T>;
+      column_blocks = ceil_div(pixels, columns);
+    }
+    const int64_t wanted = column_blocks == 0 ? 1 : ceil_div(kGoodTasks / 2, column_blocks);
+    const int64_t fit = larger(1, kWeights / larger(1, t.depth) / kSide<T>) * kSide<T>;
+    row_blocks = larger(wanted, in_place ? 1 : ceil_div(t.rows, fit));
+    rows = larger(kTileRows, round_up(ceil_div(t.rows, row_blocks), in_place ? kTileRows : kSide<T>));
+    row_blocks = ceil_div(t.rows, rows);
+    total = g.groups * row_blocks * column_blocks;
+  }
+};
+
+/// Calls f(std::integral_constant V) for a panel of that many vectors.
+template <class F>
+void with_vectors(int64_t vectors, const F& f) {
+  if (vectors == 1) f(std::integral_constant<int, 1>());
+  if (vectors == 2) f(std::integral_constant<int, 2>());
+  if (vectors == 3) f(std::integral_constant<int, 3>());
+}
+
+/// What the next task reads, to be brought into the cache meanwhile: by each tile of a panel V vectors of every
+/// `every`-th plane.
+constexpr int64_t kMostEvery = 8;
+template <class T>
+struct Ahead {
+  const T* from;
+  int64_t step, every;
+};
+
+/// to[m][V vectors] = bias[m] + sum over r of a[m][r*step] * b[r][V vectors].
+template <class S, class T, int V, int M>
+void multiply_rows(int64_t depth, const T* const* a, int64_t step, const T* b, const T* bias, T* const* to, bool past,
+                   Ahead<S> ahead, int64_t rows_ahead) {
+  constexpr int L = kLanes<T>;
+  alignas(64) T so_far[M * V * L];
+  const T* row[M];
+  for (int m = 0; m < M; ++m) row[m] = a[m];
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < V; ++v) store(so_far + (m * V + v) * L, broadcast(bias[m]));
+  int64_t r = 0, fetch = ahead.from ? 0 : depth;
+  do {
+    Vec<T> sum[M][V]{};
+    for (const int64_t end = smaller(depth, r + kChunk); r < end; ++r, b += V * L) {
+      if (r == fetch) {
+        for (int v = 0; v < V; ++v) __builtin_prefetch(ahead.from + v * L, 0, 2);
+        ahead.from += ahead.step;
+        fetch += ahead.every;
+      }
+      if (rows_ahead && r % L == 0) {
+        for (int m = 0; m < M; ++m) __builtin_prefetch(row[m] + r + rows_ahead);
+      }
+      Vec<T> column[V];
+      for (int v = 0; v < V; ++v) column[v] = load(b + v * L);
+      for (int m = 0; m < M; ++m) {
+        const Vec<T> x = broadcast(row[m][r * step]);
+        for (int v = 0; v < V; ++v) sum[m][v] = multiply_add(x, column[v], sum[m][v]);
+      }
+    }
+    const bool last = r == depth;
+#pragma GCC unroll 16  // early, or GCC keeps the sums in memory
+    for (int m = 0; m < M; ++m)
+      for (int v = 0; v < V; ++v) {
+        T* const place = so_far + (m * V + v) * L;
+        const Vec<T> result = load(place) + sum[m][v];
+        if (!last) {
+          store(place, result);
+        } else if (past) {
+          store_past_cache(to[m] + v * L, result);
+        } else {
+          store(to[m] + v * L, result);
+        }
+      }
+  } while (r < depth);
+}
+
+/// Columns of a panel that lie in one image, from lane `lane` on.
+struct Piece {
+  int64_t n, p, lane, count;
+};
+/// What columns of one row see.
+struct Stretch {
+  int64_t from, lane, count;
+};
+struct Panel {
+  const Piece* pieces;
+  const Stretch* stretches;
+  int64_t count, stretch_count, vectors, before;  // vectors of it, and of all before it
+};
+
+/// Consecutive columns as panels.
+template <class T>
+struct Panels {
+  Panel panels[kMostColumns];
+  Piece pieces[kMostColumns];
+  Stretch stretches[kMostColumns];
+  int64_t count = 0;
+
+  Panels(const Product& t, int64_t first, int64_t columns) {
+    Piece* piece = pieces;
+    Stretch* stretch = stretches;
+    int64_t before = 0;
+    for (int64_t column = 0; column < columns; ++count) {
+      const int64_t width = smaller(columns - column, kTileColumns<T>), vectors = ceil_div(width, kLanes<T>);
+      panels[count] = {piece, stretch, 0, 0, vectors, before};
+      before += vectors;
+      for (int64_t lane = 0; lane < width; ++panels[count].count, ++piece) {
+        const int64_t n = (first + column) / t.plane, p = (first + column) % t.plane;
+        *piece = {n, p, lane, smaller(width - lane, t.plane - p)};
+        for (int64_t j = 0; j < piece->count; ++panels[count].stretch_count, ++stretch) {
+          *stretch = {t.seen(first + column + j), lane + j, smaller(piece->count - j, t.width - (p + j) % t.width)};
+          j += stretch->count;
+        }
+        lane += piece->count;
+        column += piece->count;
+      }
+    }
+  }
+};
+
+/// The weights of `rows` rows: each one's depth, or side by side.
+template <class S, Pass pass>
+void pack_weights(const Product& t, const S* from, int64_t rows, Sum<S>* to) {
+  constexpr int64_t side = kSide<Sum<S>>;
+  if (pass == Pass::forward) return copy_numbers(from, rows * t.depth, to);
+  for (int64_t r = 0; r < t.depth; ++r, from += t.weight_depth)
+    for (int64_t m = 0; m < rows; m += side) {
+      __builtin_prefetch(from + m + 16 * t.weight_depth);
+      copy_numbers(from + m, smaller(side, rows - m), to + m * t.depth + r * side);
+    }
+}
+
+/// to[panel][r][V vectors], of what is summed over.
+template <class S>
+void pack_pixels(const Product& t, const S* in, const Panels<Sum<S>>& columns, Sum<S>* to) {
+  constexpr int64_t L = kLanes<Sum<S>>;
+  for (int64_t r = 0; r < t.depth; ++r, in += t.in_plane)
+    for (int64_t i = 0; i < columns.count; ++i) {
+      const Panel& panel = columns.panels[i];
+      Sum<S>* line = to + (panel.before * t.depth + r * panel.vectors) * L;
+      for (const Stretch* s = panel.stretches; s < panel.stretches + panel.stretch_count; ++s) {
+        if (t.step == 1) {
+          copy_numbers(in + s->from, s->count, line + s->lane);
+          continue;
+        }
+        for (int64_t j = 0; j < s->count; j += L) {
+          const int64_t lanes = smaller(L, s->count - j);
+          store_first(line + s->lane + j, load_strided(in + s->from + j * t.step, t.step, lanes), lanes);
+        }
+      }
+    }
+}
+
+/// M rows x V vectors of results, as far as there are so many rows, and where they belong.
+template <class S, Pass pass, int V, int M>
+void correlate_tile(const Product& t, const Conv2dOperands<S>& o, const Sum<S>* const* a, int64_t channel, int64_t rows,
+                    const Panel& panel, const Sum<S>* pixels, bool past, Ahead<S> ahead) {
+  using T = Sum<S>;
+  constexpr int64_t L = kLanes<T>;
+  const Piece& first = *panel.pieces;
+  const bool whole = std::is_same_v<S, T> && first.count == V * L;
+  alignas(64) T beside[M * V * L];
+  T bias[M], *to[M];
+  for (int64_t m = 0; m < M; ++m) {
+    bias[m] = o.bias && m < rows ? value(o.bias[channel + m]) : T(0);
+    to[m] = beside + m * V * L;
+    if constexpr (std::is_same_v<S, T>) {
+      if (whole && m < rows) to[m] = o.out + first.n * t.out_image + (channel + m) * t.plane + first.p;
+    }
+  }
+  multiply_rows<S, T, V, M>(t.depth, a, pass == Pass::forward ? 1 : kSide<T>, pixels + panel.before * L * t.depth, bias,
+                            to, past && whole && rows == M, ahead, pass == Pass::forward ? M * t.depth : 0);
+  if (whole) return;
+  for (int64_t m = 0; m < rows; ++m)
+    for (const Piece* piece = panel.pieces; piece < panel.pieces + panel.count; ++piece) {
+      S* const out = o.out + piece->n * t.out_image + (channel + m) * t.plane + piece->p;
+      for (int64_t j = 0; j < piece->count; j += L) {
+        const int64_t lanes = smaller(L, piece->count - j);
+        store_first(out + j, load_first(beside + m * V * L + piece->lane + j, lanes), lanes);
+      }
+    }
+}
+
+template <class S, Pass pass>
+void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace, int64_t begin, int64_t end) {
+  using T = Sum<S>;
+  constexpr bool in_place = kInPlace<S, pass>;
+  const Product t(g, pass);
+  const Tasks<T> tasks(g, t, in_place);
+  T *const weights = workspace, *const pixels = weights + kWeights;
+  const int64_t all = g.n * t.plane;
+  const bool past = past_cache(o.out, g.n * t.out_image) && t.plane % kLanes<T> == 0;
+  int64_t packed = -1;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t block = task / tasks.column_blocks, group = block / tasks.row_blocks;
+    const int64_t row0 = block % tasks.row_blocks * tasks.rows, rows = smaller(tasks.rows, t.rows - row0);
+    const int64_t column0 = task % tasks.column_blocks * tasks.columns;
+    const S* const filters = o.b + group * t.rows * t.depth + row0 * t.weight_row;
+    if (!in_place && packed != block) pack_weights<S, pass>(t, filters, rows, weights);
+    packed = block;
+    const Panels<T> columns(t, column0, smaller(tasks.columns, all - column0));
+    const S* const in = o.a + group * t.depth * t.in_plane;
+    pack_pixels(t, in, columns, pixels);
+
+    const int64_t every = smaller(ceil_div(rows, kTileRows), kMostEvery);
+    const auto tile = [&](const Panel& panel, int64_t m0, auto vectors, auto height) {
+      const T* a[height];
+      for (int64_t m = 0; m < height; ++m) {
+        const int64_t row = smaller(m0 + m, rows - 1);
+        if constexpr (in_place) {
+          a[m] = filters + row * t.depth;
+        } else if (pass == Pass::forward) {
+          a[m] = weights + row * t.depth;
+        } else {
+          a[m] = weights + row / kSide<T> * kSide<T> * t.depth + row % kSide<T>;
+        }
+      }
+      const int64_t next = column0 + tasks.columns + panel.before * kLanes<T>, turn = m0 / kTileRows;
+      const bool fetch = task + 1 < end && next < all && turn < every;
+      const S* const from = in + t.seen(next) + turn * t.in_plane;
+      correlate_tile<S, pass, vectors, height>(t, o, a, group * t.rows + row0 + m0, smaller(height, rows - m0), panel,
+                                               pixels, past, {fetch ? from : nullptr, every * t.in_plane, every});
+    };
+    for (int64_t m = 0; m < rows; m += kTileRows)
+      for (int64_t i = 0; i < columns.count; ++i)
+        with_vectors(columns.panels[i].vectors, [&](auto vectors) {
+          if (rows - m > kTileRows / 2) {
+            tile(columns.panels[i], m, vectors, std::integral_constant<int, kTileRows>());
+          } else {
+            tile(columns.panels[i], m, vectors, std::integral_constant<int, kTileRows / 2>());
+          }
+        });
+  }
+  stores_done();
+}
+
+template <class S>
+const char* refuses(const Conv2dGeometry& g, Pass pass) {
+  if (g.layout != Layout::contiguous) return "it reads contiguous planes; in channels_last a plane's pixels lie apart";
+  if (g.kernel[0] * g.kernel[1] != 1 || g.padding[0] != 0 || g.padding[1] != 0 ||
+      (g.out[0] - 1) * g.stride[0] >= g.in[0] || (g.out[1] - 1) * g.stride[1] >= g.in[1])
+    return "it takes 1x1 kernels without padding: each output pixel sees one input pixel";
+  if (pass == Pass::grad_input && (g.in[0] != g.out[0] || g.in[1] != g.out[1]))
+    return "with strides most of the gradient is zeros between its numbers";
+  if (pass == Pass::grad_weight) {
+    if (!std::is_same_v<S, Sum<S>>) return "it reads planes where they stand, and 16-bit numbers must be widened";
+    if (g.out[0] * g.out[1] < kLanes<Sum<S>>) return "planes of less than a vector of pixels are no runs to read";
+  } else if ((pass == Pass::forward ? g.c : g.k) / g.groups > kMostDepth) {
+    return "a sum over more than 2^13 channels passes its buffer";
+  }
+  return nullptr;
+}
+
+template <class S, Pass pass>
+Conv2dRun<S> correlation_run() {
+  return {[](const Conv2dGeometry& g) { return Tasks<Sum<S>>(g, Product(g, pass), kInPlace<S, pass>).total; },
+          [](const Conv2dGeometry&) { return kWorkspace<Sum<S>>; }, correlate<S, pass>};
+}
+
+}  // namespace
+
+template <class S>
+Conv2dAlgorithm<Conv2dRun<S>> conv2d_planar() {
+  return {"direct",
+          "",
+          refuses<S>,
+          correlation_run<S, Pass::forward>(),
+          correlation_run<S, Pass::grad_input>(),
+          planar_grad_weight<S>()};
+}
+
+template Conv2dAlgorithm<Conv2dRun<float>> conv2d_planar();
+template Conv2dAlgorithm<Conv2dRun<double>> conv2d_planar();
+template Conv2dAlgorithm<Conv2dRun<BFloat16>> conv2d_planar();
+template Conv2dAlgorithm<Conv2dRun<Float16>> conv2d_planar();
+
+}  // namespace cnnops::cpu::CNNOPS_ISA
