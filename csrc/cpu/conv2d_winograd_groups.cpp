@@ -1,6 +1,6 @@
 // Winograd's convolution, F(4x4, 3x3), in groups that fill a vector, or half of one.
 //
-// The transforms are those of winograd.h, and an output is made of products at 36 points as there. What differs is how
+// The transforms are those of winograd_points.h, and an output is made of products at 36 points as there. What differs is how
 // numbers lie in vectors: as in conv2d_depthwise_groups.cpp, a vector covers as many whole groups as fit, and lane k picks
 // channel j of its group; if there is one group to a vector, it is a number that is broadcast.
 //
@@ -19,11 +19,12 @@
 // 1, groups of a quarter of a vector and less, in channels_last of half a vector, for which `depthwise` is as fast, groups
 // of more than a vector, small images, and layers whose filters pass its buffer.
 #include "turned_strips.h"
-#include "winograd.h"
+#include "winograd_points.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
 
+constexpr int kPatch = 6, kProducts = kPatch * kPatch;
 constexpr int64_t kTile = 4, kTogether = kTileRows == 8 ? 16 : 8;  // tiles
 constexpr int64_t kMostFilters = 1 << 20;                          // numbers
 constexpr int64_t kFewestOutputs = 6;
@@ -42,8 +43,9 @@ template <class T>
 void transform_filters(int64_t channels, const T* weights, T* filters) {
   constexpr int64_t L = kLanes<T>;
   for (int64_t j = 0; j < channels; ++j, weights += 9 * L)
-    transform<Points<3>, T>([&](int h, int w) { return load(weights + (h * 3 + w) * L); },
-                            [&](int h, int w, Vec<T> x) { store(filters + ((h * kPatch + w) * channels + j) * L, x); });
+    transform<Points<kPatch, 3>, Points<kPatch, 3>, T>(
+        [&](int h, int w) { return load(weights + (h * 3 + w) * L); },
+        [&](int h, int w, Vec<T> x) { store(filters + ((h * kPatch + w) * channels + j) * L, x); });
 }
 
 /// points[i][m] = the transform of tile number m, whose first output is (h, w).
@@ -56,7 +58,8 @@ void transform_inputs(const TiledStrip<T>& strip, int64_t h, int64_t w, T* point
   const auto put = [&](int i, int j, Vec<T> x) { store(points + (i * kPatch + j) * kTogether * L, x); };
   if (h0 >= 0 && h0 + kPatch <= t.h.in_size && w0 >= 0 && w0 + kPatch <= t.w.in_size) {
     const T* from = strip.in + h0 * row + w0 * L;
-    transform<InputPoints, T>([&](int i, int j) { return load(from + i * row + j * L); }, put);
+    transform<InputPoints<kPatch>, InputPoints<kPatch>, T>([&](int i, int j) { return load(from + i * row + j * L); },
+                                                           put);
     return;
   }
   // Beyond what the last output sees, an image shows nothing.
@@ -68,7 +71,7 @@ void transform_inputs(const TiledStrip<T>& strip, int64_t h, int64_t w, T* point
     rows[i] = shown(t.h, h0 + i);
     columns[i] = shown(t.w, w0 + i);
   }
-  transform<InputPoints, T>(
+  transform<InputPoints<kPatch>, InputPoints<kPatch>, T>(
       [&](int i, int j) {
         return rows[i] < 0 || columns[j] < 0 ? Vec<T>{} : load(strip.in + rows[i] * row + columns[j] * L);
       },
@@ -79,7 +82,7 @@ void transform_inputs(const TiledStrip<T>& strip, int64_t h, int64_t w, T* point
 template <class T, int M, bool one_group>
 void multiply(const Packing<T>& pack, const T* filters, T* points) {
   constexpr int64_t L = kLanes<T>;
-  for (int64_t i = 0; i < kPoints; ++i, points += kTogether * L) {
+  for (int64_t i = 0; i < kProducts; ++i, points += kTogether * L) {
     Vec<T> sum[M]{};
     for (int64_t j = 0; j < pack.channels; ++j, filters += L) {
       const Vec<T> filter = load(filters);
@@ -103,7 +106,7 @@ void transform_outputs(const TiledStrip<T>& strip, int64_t h, int64_t w, const T
   const Vec<T> bias = load(strip.bias);
   T* to = strip.out + h * row + w * L;
   const auto get = [&](int i, int j) { return load(points + (i * kPatch + j) * kTogether * L); };
-  transform<Numbers<4>, T>(get, [&](int i, int j, Vec<T> y) {
+  transform<Numbers<kPatch, kTile>, Numbers<kPatch, kTile>, T>(get, [&](int i, int j, Vec<T> y) {
     if (i < height && j < width) store(to + i * row + j * L, y + bias);
   });
 }
@@ -150,14 +153,14 @@ struct Tasks {
         vectors(ceil_div(pack.vectors, ceil_div(pack.vectors, most_vectors(g, pack)))),
         blocks(ceil_div(pack.vectors, vectors)),
         total(blocks * g.n * strips.count),
-        filter(kPoints * pack.channels * kLanes<T>) {}
+        filter(kProducts * pack.channels * kLanes<T>) {}
   static int64_t most_vectors(const Conv2dGeometry& g, const Packing<T>& pack) {
     return g.layout == Layout::contiguous ? 4 : smaller(16, 128 / pack.channels);
   }
   int64_t filters() const { return blocks * vectors * filter; }
   /// A block's strips, points, filters, and which of them are made.
   int64_t workspace() const {
-    return Memory<T>::size(strips, vectors) + kPoints * kTogether * kLanes<T> + filters() + blocks;
+    return Memory<T>::size(strips, vectors) + kProducts * kTogether * kLanes<T> + filters() + blocks;
   }
 };
 
@@ -168,7 +171,7 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspace
   const Tasks<T> tasks(g, pass, pack);
   const Strips<T>& strips = tasks.strips;
   const Memory<T> memory(strips, workspace, tasks.vectors);
-  T *const points = memory.rest, *const filters = points + kPoints * kTogether * L;
+  T *const points = memory.rest, *const filters = points + kProducts * kTogether * L;
   T* const made = filters + tasks.filters();
   for (int64_t block = 0; block < tasks.blocks; ++block) made[block] = 0;
   for (int64_t task = begin; task < end; ++task) {
