@@ -15,67 +15,108 @@ Conv2dGeometry flattened(Conv2dGeometry g) {
   return g;
 }
 
-/// `direct` is three files, two of them for contiguous tensors, and one row.
+/// `direct` is three files, two of them for contiguous tensors.
 template <class S>
 struct Direct {
   using Row = Conv2dAlgorithm<Conv2dRun<S>>;
 
+  static Conv2dGeometry seen(const Conv2dGeometry& g) { return flattened(g); }
   static const Row& of(const Conv2dGeometry& g, Pass pass) {
-    static const Row contiguous = conv2d_direct<S>(), planar = conv2d_planar<S>(),
-                     channels_last = conv2d_channels_last<S>();
-    if (g.layout == Layout::channels_last) return channels_last;
+    static const Row contiguous = conv2d_direct<S>(), planar = conv2d_planar<S>();
+    if (g.layout == Layout::channels_last) return all();
     return planar.refuses(g, pass) ? contiguous : planar;
   }
+  static const Row& all() {
+    static const Row row = conv2d_channels_last<S>();
+    return row;
+  }
+};
+
+/// `winograd` is two files, one for groups of a vector's channels or less.
+template <class S>
+struct Winograd {
+  using Row = Conv2dAlgorithm<Conv2dRun<S>>;
+
+  static Conv2dGeometry seen(const Conv2dGeometry& g) { return g; }
+  static const Row& of(const Conv2dGeometry& g, Pass pass) {
+    static const Row groups = conv2d_winograd_groups<S>();
+    return groups.refuses(g, pass) ? all() : groups;
+  }
+  static const Row& all() {
+    static const Row row = conv2d_winograd<S>();
+    return row;
+  }
+};
+
+/// Several files as one row: `of` picks the one for a geometry as they have `seen` it; those that add parts up do it as
+/// that for `all` does.
+template <class S, class Files>
+struct OneRow {
+  using Row = Conv2dAlgorithm<Conv2dRun<S>>;
 
   template <Pass pass>
   static Conv2dRun<S> run() {
     return {[](const Conv2dGeometry& shape) {
-              const Conv2dGeometry g = flattened(shape);
-              return of(g, pass).run(pass).tasks(g);
+              const Conv2dGeometry g = Files::seen(shape);
+              return Files::of(g, pass).run(pass).tasks(g);
             },
             [](const Conv2dGeometry& shape) {
-              const Conv2dGeometry g = flattened(shape);
-              return of(g, pass).run(pass).workspace(g);
+              const Conv2dGeometry g = Files::seen(shape);
+              return Files::of(g, pass).run(pass).workspace(g);
             },
             [](const Conv2dGeometry& shape, const Conv2dOperands<S>& operands, Sum<S>* workspace, int64_t begin,
                int64_t end) {
-              const Conv2dGeometry g = flattened(shape);
-              of(g, pass).run(pass).run(g, operands, workspace, begin, end);
+              const Conv2dGeometry g = Files::seen(shape);
+              Files::of(g, pass).run(pass).run(g, operands, workspace, begin, end);
             },
             [](const Conv2dGeometry& shape) {
-              const Conv2dGeometry g = flattened(shape);
-              const auto parts = of(g, pass).run(pass).parts;
+              const Conv2dGeometry g = Files::seen(shape);
+              const auto parts = Files::of(g, pass).run(pass).parts;
               return parts ? parts(g) : 1;
             },
-            conv2d_channels_last<S>().run(pass).add_parts};
+            Files::all().run(pass).add_parts};
   }
 
-  static Row row() {
-    return {"direct",
-            "register tiles over the image where it stands; stride 1, or channels_last",
+  static Row row(const char* summary) {
+    return {Files::all().name,
+            summary,
             [](const Conv2dGeometry& shape, Pass pass) {
-              const Conv2dGeometry g = flattened(shape);
-              return of(g, pass).refuses(g, pass);
+              const Conv2dGeometry g = Files::seen(shape);
+              return Files::of(g, pass).refuses(g, pass);
             },
             run<Pass::forward>(),
             run<Pass::grad_input>(),
             run<Pass::grad_weight>(),
-            true,
+            Files::all().accurate,
             [](const Conv2dGeometry& shape, Pass pass) {
-              const Conv2dGeometry g = flattened(shape);
-              return of(g, pass).yields && of(g, pass).yields(g, pass);
+              const Conv2dGeometry g = Files::seen(shape);
+              return Files::of(g, pass).yields && Files::of(g, pass).yields(g, pass);
             }};
   }
 };
+
+/// Small groups are computed faster still by transforms.
+template <class S>
+Conv2dAlgorithm<Conv2dRun<S>> depthwise() {
+  Conv2dAlgorithm<Conv2dRun<S>> row = conv2d_depthwise<S>();
+  row.yields = [](const Conv2dGeometry& g, Pass pass) { return !conv2d_winograd_groups<S>().refuses(g, pass); };
+  return row;
+}
 
 template <class S>
 Kernels<S> make_kernels() {
   Kernels<S> kernels{};
   if constexpr (kReal<S>) {
     static const Conv2dAlgorithm<Conv2dRun<S>> conv2d[] = {
-        conv2d_depthwise<S>(), conv2d_winograd<S>(), conv2d_dot_products<S>(),
-        conv2d_turned<S>(),    conv2d_fold<S>(),     conv2d_few_channels<S>(),
-        Direct<S>::row(),      conv2d_im2col<S>(),   conv2d_reference<S>(),
+        depthwise<S>(),
+        OneRow<S, Winograd<S>>::row(conv2d_winograd<S>().summary),
+        conv2d_dot_products<S>(),
+        conv2d_turned<S>(),
+        conv2d_fold<S>(),
+        conv2d_few_channels<S>(),
+        OneRow<S, Direct<S>>::row("register tiles over the image where it stands; stride 1, or channels_last"),
+        conv2d_im2col<S>(),
+        conv2d_reference<S>(),
     };
     kernels.conv2d = {conv2d, sizeof conv2d / sizeof *conv2d};
     set_border(kernels);
