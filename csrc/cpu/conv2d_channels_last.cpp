@@ -35,7 +35,7 @@ constexpr int64_t kGoodTasks = 32;
 constexpr int64_t kMuchInput = 16 << 20;  // bytes that are not in a cache when they are read
 constexpr int64_t kMostRuns = 64;         // of a block
 constexpr int64_t kShortRow = 256;        // a run is a row of taps below, otherwise a tap
-constexpr int64_t kAhead = 128;           // weights of a filter are fetched so many numbers before they are packed
+constexpr int64_t kAhead = 128;           // of such weights, so many numbers are fetched ahead
 
 /// A window as runs: rows of taps, or taps, whose channels are cut into equal pieces where they are many.
 struct Runs {
@@ -60,6 +60,7 @@ template <class S, int V>
 void pack_weights(const Windows& t, const S* weight, int64_t row0, const Run& run, Sum<S>* to) {
   using T = Sum<S>;
   constexpr int64_t L = kLanes<T>;
+  const bool far = t.rows * t.weight_row * int64_t(sizeof(S)) > kMuchInput;
   for (int v = 0; v < V; ++v) {
     const int64_t row = row0 + v * L, lanes = smaller(L, t.rows - row);
     T* panel = to + v * L;
@@ -75,10 +76,9 @@ void pack_weights(const Windows& t, const S* weight, int64_t row0, const Run& ru
       for (int64_t r = 0; r < run.length; r += L) {
         const int64_t count = smaller(L, run.length - r);
         Vec<T> square[L];
-        for (int64_t i = 0; i < L; ++i) {
+        for (int64_t i = 0; i < L; ++i)
           square[i] = i < lanes ? load_first(from + i * t.weight_row + r, count) : Vec<T>{};
-          __builtin_prefetch(from + i * t.weight_row + r + kAhead);
-        }
+        for (int64_t i = 0; i < L && far; ++i) __builtin_prefetch(from + i * t.weight_row + r + kAhead);
         transpose<T>(square);
         for (int64_t i = 0; i < count; ++i, panel += V * L) store(panel, square[i]);
       }
