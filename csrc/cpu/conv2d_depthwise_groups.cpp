@@ -49,10 +49,6 @@ int64_t correlation_workspace(const Conv2dGeometry& g, Pass pass) {
   return kZeros<T> + kLanes<T> + Blocks<T>(g, pack).vectors * g.kernel[0] * g.kernel[1] * pack.channels * kLanes<T>;
 }
 
-int64_t tile_rows(const Conv2dGeometry& g, Pass pass) {
-  return ceil_div(make_windows(g, pass, 0, 0).h.count, kTileH);  // class 0 has the most
-}
-
 /// Tasks are numbered (n, two rows, block of channels), but done block by block: so a block's weights are packed once.
 template <class S, Pass pass>
 void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace, int64_t begin, int64_t end) {
