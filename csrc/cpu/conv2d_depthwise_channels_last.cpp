@@ -21,6 +21,8 @@
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
 
+constexpr int64_t kMuchInput = 4 << 20;  // bytes
+
 // ---- forward and grad_input ----
 
 /// What a tile's outputs are made of besides pixels; channels are counted from the first of the block.
@@ -30,7 +32,8 @@ struct Filters {
   int64_t block, channels;
   const S* bias;  // or nullptr
   S* out[kTile];
-  bool past;  // whether outputs are written past the cache
+  bool past;   // whether outputs are written past the cache
+  bool fetch;  // whether inputs come from beyond the second-level cache
 };
 
 template <class S>
@@ -63,7 +66,7 @@ int64_t dense_tile(const Tiles<S>& tiles, const Filters<S>& f) {
   for (; c + kLanes<T> <= f.channels; c += kLanes<T>) {
     const T* w = f.weights + c;
     Vec<T> sum[kTile]{};
-    prefetch_below<S, rows, columns, stride>(tiles, seen, c);
+    if (f.fetch) prefetch_below<S, rows, columns, stride>(tiles, seen, c);
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 16
@@ -145,6 +148,8 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* work
   const int64_t rows = tile_rows(g, pass), filter = g.kernel[0] * g.kernel[1];
   const int64_t* size = pass == Pass::forward ? g.out : g.in;
   const bool past = past_cache(o.out, g.n * size[0] * size[1] * g.c) && g.c % kLanes<T> == 0;
+  const int64_t* in_size = pass == Pass::forward ? g.in : g.out;
+  const bool fetch = g.n * in_size[0] * in_size[1] * g.c * int64_t(sizeof(S)) > kMuchInput;
   S* zeros = reinterpret_cast<S*>(workspace);
   for (int64_t c = 0; c < kBlock<T>; ++c) zeros[c] = S{};
   S* bin = reinterpret_cast<S*>(workspace + kBlock<T>);
@@ -163,7 +168,7 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* work
         tiles.in = o.a + c0;
         tiles.zeros = zeros;
         if (row == first) pack_weights(t, o.b + c0 * filter, filter, channels, blocks.size, w);
-        Filters<S> f{w, blocks.size, channels, o.bias ? o.bias + c0 : nullptr, {}, past};
+        Filters<S> f{w, blocks.size, channels, o.bias ? o.bias + c0 : nullptr, {}, past, fetch};
         for (int64_t i = row; i < smaller(row + kClassRows, last); ++i)
           if (i % rows * kTileH < t.h.count)
             tiles.each(i / rows, i % rows * kTileH, [&] { run_tile(tiles, f, o.out + c0, g.c, bin); });
