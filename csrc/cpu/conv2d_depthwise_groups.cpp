@@ -10,8 +10,9 @@
 //
 // A tile is 2x4 outputs of one vector of channels, as in conv2d_depthwise_channels_last.cpp, with its table of pixels. For
 // one j, the weights of all taps of a 3x3 filter stay in registers, and a pixel that was picked from once serves up to 6
-// of the tile's outputs. Other filters, and the classes of a strided grad_input (../correlation.h), pick anew for every
-// tap. grad_weight turns it round: the tile's gradients stay in registers, and the sums of all taps.
+// of the tile's outputs. So it is with 1x1 filters and the classes of a 3x3 filter's grad_input of stride 2
+// (../correlation.h); for others it is picked anew for every tap. grad_weight turns it round: the tile's gradients stay in
+// registers, and the sums of all taps.
 //
 // A task is two rows of outputs of a block of channels, or in grad_weight one j of a vector of channels. There sums are
 // made over the 8 pixels of a tile, over the tiles of some rows, and over all rows and images, in this order, lane by lane.
