@@ -8,6 +8,8 @@ namespace cnnops::cpu::CNNOPS_ISA {
 /// One filter per channel, channels_last.
 template <class S>
 Conv2dAlgorithm<Conv2dRun<S>> depthwise_channels_last();
+template <class S>
+Conv2dRun<S> depthwise_grad_weight();
 /// Small groups, channels_last.
 template <class S>
 Conv2dAlgorithm<Conv2dRun<S>> depthwise_groups();

@@ -10,8 +10,9 @@
 //
 // A tile is 2x4 outputs of one vector of channels, as in conv2d_depthwise_channels_last.cpp, with its table of pixels. For
 // one j, the weights of all taps of a 3x3 filter stay in registers, and a pixel that was picked from once serves up to 6
-// of the tile's outputs. Other filters, and the classes of a strided grad_input (../correlation.h), pick anew for every
-// tap. grad_weight turns it round: the tile's gradients stay in registers, and the sums of all taps.
+// of the tile's outputs. So it is with 1x1 filters and the classes of a 3x3 filter's grad_input of stride 2
+// (../correlation.h); for others it is picked anew for every tap. grad_weight turns it round: the tile's gradients stay in
+// registers, and the sums of all taps.
 //
 // A task is two rows of outputs of a block of channels, or in grad_weight one j of a vector of channels. There sums are
 // made over the 8 pixels of a tile, over the tiles of some rows, and over all rows and images, in this order, lane by lane.
@@ -47,10 +48,6 @@ template <class T>
 int64_t correlation_workspace(const Conv2dGeometry& g, Pass pass) {
   const Packing<T> pack(g, make_windows(g, pass, 0, 0));
   return kZeros<T> + kLanes<T> + Blocks<T>(g, pack).vectors * g.kernel[0] * g.kernel[1] * pack.channels * kLanes<T>;
-}
-
-int64_t tile_rows(const Conv2dGeometry& g, Pass pass) {
-  return ceil_div(make_windows(g, pass, 0, 0).h.count, kTileH);  // class 0 has the most
 }
 
 /// Tasks are numbered (n, two rows, block of channels), but done block by block: so a block's weights are packed once.

@@ -41,17 +41,6 @@ struct Packing {
   }
 };
 
-/// Masks cost whole vectors dearly.
-template <class S>
-static inline Vec<Sum<S>> load_some(const S* p, int64_t lanes) {
-  return lanes == kLanes<Sum<S>> ? load(p) : load_first(p, lanes);
-}
-
-template <class S>
-static inline void store_some(S* p, Vec<Sum<S>> v, int64_t lanes) {
-  lanes == kLanes<Sum<S>> ? store(p, v) : store_first(p, v, lanes);
-}
-
 /// Whether the taps' tiles are unrolled: those of 3x3 filters, of the classes of their grad_input, and of 1x1 filters.
 static inline bool is_unrolled(const Windows& t) {
   const auto dense = [](const Axis& a) { return a.taps == 1 || a.offset_step == 1; };
@@ -88,18 +77,6 @@ template <int stride, int TH, int TW, class Load, class F>
     }
 }
 
-/// Starts loading what the tiles two rows down will see first.
-template <class S, int stride, int TH, int TW>
-static inline void prefetch_below(const Tiles<S>& tiles, int64_t c) {
-  constexpr int rows = (kTileH - 1) * stride + TH, columns = (kTileW - 1) * stride + TW;
-  const int64_t below = tiles.in_shift + c + tiles.below;
-#pragma GCC unroll 16
-  for (int i = rows - kTileH * stride; i < rows; ++i)
-#pragma GCC unroll 16
-    for (int j = columns - kTileW * stride; j < columns; ++j)
-      __builtin_prefetch(tiles.seen[i * columns + j] + below, 0, 2);
-}
-
 // ---- forward and grad_input ----
 
 /// sum[o] = what the tile's outputs see of a vector of inputs at c, of which `lanes` may be read. weights[j][tap].
@@ -112,7 +89,7 @@ void dense_tile(const Tiles<S>& tiles, const Packing<Sum<S>>& pack, const Sum<S>
   const int64_t at = tiles.in_shift + c;
   Vec<T> sum[kTile]{};
   for (int64_t j = 0; j < pack.channels; ++j, weights += taps * kLanes<T>) {
-    if (j == 0) prefetch_below<S, stride, TH, TW>(tiles, c);
+    if (j == 0) prefetch_below<S, kTileH * stride - stride + TH, kTileW * stride - stride + TW, stride>(tiles, seen, c);
     const Vec<Places<T>> places = pack.places[j];
     Vec<T> weight[taps];
 #pragma GCC unroll 16
@@ -265,7 +242,7 @@ void dense_sums(const Tiles<S>& tiles, const Packing<Sum<S>>& pack, const S* con
     grad[o] = whole ? load(gy[o] + k) : load_first(gy[o] + k, out_lanes);
     __builtin_prefetch(gy[o] + gy_below + k, 0, 2);
   }
-  prefetch_below<S, stride, K, K>(tiles, c);
+  prefetch_below<S, kTileH * stride - stride + K, kTileW * stride - stride + K, stride>(tiles, seen, c);
   for (int64_t j = j0; j < j1; ++j, sums += K * K * kLanes<T>) {
     const Vec<Places<T>> places = pack.places[j];
     Vec<T> sum[K * K]{};

@@ -110,4 +110,39 @@ struct Tiles {
   }
 };
 
+/// Rows of tiles of an image.
+static inline int64_t tile_rows(const Conv2dGeometry& g, Pass pass) {
+  return ceil_div(make_windows(g, pass, 0, 0).h.count, kTileH);  // class 0 has the most
+}
+
+/// The size of an unrolled filter, or 0.
+static inline int64_t unrolled(const Windows& t) {
+  const int64_t taps = t.h.taps, stride = t.h.in_step;
+  const bool square = t.w.taps == taps && t.w.in_step == stride && t.h.offset_step == 1 && t.w.offset_step == 1;
+  return square && ((stride == 1 && (taps == 3 || taps == 5 || taps == 7)) || (stride == 2 && (taps == 3 || taps == 5)))
+             ? taps
+             : 0;
+}
+
+/// Starts loading what the tiles two rows down will see first, of one vector of channels.
+template <class S, int rows, int columns, int stride>
+static inline void prefetch_below(const Tiles<S>& tiles, const S* const* seen, int64_t c) {
+  const int64_t below = tiles.in_shift + c + tiles.below;
+#pragma GCC unroll 16
+  for (int i = larger(rows - kTileH * stride, 0); i < rows; ++i)
+#pragma GCC unroll 16
+    for (int j = columns - kTileW * stride; j < columns; ++j) __builtin_prefetch(seen[i * columns + j] + below, 0, 2);
+}
+
+/// Masks cost whole vectors dearly: a masked store may wait for its line.
+template <class S>
+static inline Vec<Sum<S>> load_some(const S* p, int64_t lanes) {
+  return lanes == kLanes<Sum<S>> ? load(p) : load_first(p, lanes);
+}
+
+template <class S>
+static inline void store_some(S* p, Vec<Sum<S>> v, int64_t lanes) {
+  lanes == kLanes<Sum<S>> ? store(p, v) : store_first(p, v, lanes);
+}
+
 }  // namespace cnnops::cpu::CNNOPS_ISA

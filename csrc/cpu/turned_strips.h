@@ -30,7 +30,7 @@ struct Strips {
     while (rows < height && seen(rows + together) * row <= good) rows += together;
     rows = round_up(ceil_div(height, larger(ceil_div(height, rows), 1)), together);
     count = ceil_div(height, larger(rows, 1));
-    in = seen(rows) * row;
+    in = (forward && g.border != Border::zeros ? larger(seen(rows), g.in[0]) : seen(rows)) * row;
     out = rows * (forward ? g.out : g.in)[1] * L;
   }
 };
@@ -52,6 +52,8 @@ static inline Strip make_strip(const Conv2dGeometry& g, Pass pass, const Strips<
     s.g.out[0] = larger(smaller((s.out + rows - 1 + padding) / stride + 1, g.out[0]) - s.in, 0);
     s.g.in[0] = rows;
     s.g.padding[0] = padding + s.out - s.in * stride;
+  } else if (g.border != Border::zeros) {  // the only one: a border may show any pixel
+    s.g.out[0] = rows;
   } else {
     const int64_t first = s.out * stride - padding;
     s.in = smaller(larger(first, 0), g.in[0]);
