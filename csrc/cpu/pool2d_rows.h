@@ -71,7 +71,9 @@ static void forward_block(const Pool2dGeometry& g, const Rule& rule, const S* x,
         if constexpr (inside) {
           return CNNOPS_ISA::load(p);
         } else {
-          return load_between(p, lanes[load].begin, lanes[load].end, Rule::outside);
+          return lanes[load].end - lanes[load].begin == L
+                     ? CNNOPS_ISA::load(p)
+                     : load_between(p, lanes[load].begin, lanes[load].end, Rule::outside);
         }
       };
       if constexpr (stride == 1) {
