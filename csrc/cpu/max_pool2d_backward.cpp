@@ -15,8 +15,9 @@ namespace {
 template <bool whole, class S, class Position>
 Vec<Sum<S>> terms_of(const S* gy, const Position* positions, int64_t out, int64_t place, int64_t begin, int64_t end) {
   using T = Sum<S>;
-  const Vec<T> terms = whole ? load(gy + out) : load_between(gy + out, begin, end, T(0));
+  // The positions first: the other order makes GCC's code for AVX2 half as fast.
   const auto won = load_places<T>(positions + out, whole ? 0 : begin, whole ? kLanes<T> : end);
+  const Vec<T> terms = whole ? load(gy + out) : load_between(gy + out, begin, end, T(0));
   return where_won<T>(won, Place<T, Position>{} + Position(place), terms);
 }
 
