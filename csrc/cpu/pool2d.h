@@ -133,6 +133,10 @@ static void store_group(S* y, V v, const Group& at) {
 }
 
 template <class S>
+void set_max_pool2d_backward(Kernels<S>&);
+template <class S>
 void set_avg_pool2d(Kernels<S>&);
+template <class S>
+void set_avg_pool2d_backward(Kernels<S>&);
 
 }  // namespace cnnops::cpu::CNNOPS_ISA

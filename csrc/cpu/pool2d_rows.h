@@ -39,6 +39,20 @@ static inline Vec<T> every_second(Vec<T> v, Vec<T> w, std::integer_sequence<int,
   return __builtin_shufflevector(v, w, (2 * lane + odd)...);
 }
 
+/// Whether x does not fit the cache. Then it is asked for early: the processor by itself does so for long rows only.
+template <class S>
+static inline bool comes_from_memory(const Pool2dGeometry& g) {
+  return g.n * g.c * g.in[0] * g.in[1] * int64_t(sizeof(S)) > (16 << 20);
+}
+
+/// Fetches what lies 4 KiB beyond two vectors at p.
+template <class S>
+static inline void prefetch_beyond(const S* p) {
+  constexpr int64_t far = 4096 / sizeof(S);
+  __builtin_prefetch(p + far);
+  __builtin_prefetch(p + far + kLanes<Sum<S>>);
+}
+
 /// A vector of outputs of some rows of a plane. `known` is how many taps a window's row has or, if that is unusual, 0. A
 /// row shorter than a vector runs over into the next, which is written later: cheaper than writing part of a vector.
 template <class S, int stride, bool inside, int known, class Rule>
@@ -59,6 +73,7 @@ static void forward_block(const Pool2dGeometry& g, const Rule& rule, const S* x,
     for (int64_t j = 0; j < L && start + j * stride < 0; ++j) first[j] = T(-(start + j * stride));
   }
   const int64_t image = begin / g.out[0];
+  const bool from_memory = comes_from_memory<S>(g);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t oh = task - image * g.out[0];
     const Window rows = window_at(g, 0, oh);
@@ -66,12 +81,15 @@ static void forward_block(const Pool2dGeometry& g, const Rule& rule, const S* x,
     for (int64_t kh = rows.begin; kh < rows.end; ++kh) {
       const int64_t ih = rows.start + kh * g.dilation[0];
       const S* row = x + ((image * g.in[0] + ih) * g.in[1] + start);
+      if (from_memory) prefetch_beyond(row);
       const auto load_at = [&](int64_t load) {
         const S* p = row + first_tap(load);
         if constexpr (inside) {
           return CNNOPS_ISA::load(p);
         } else {
-          return load_between(p, lanes[load].begin, lanes[load].end, Rule::outside);
+          return lanes[load].end - lanes[load].begin == L
+                     ? CNNOPS_ISA::load(p)
+                     : load_between(p, lanes[load].begin, lanes[load].end, Rule::outside);
         }
       };
       if constexpr (stride == 1) {

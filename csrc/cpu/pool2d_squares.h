@@ -43,6 +43,7 @@ static void forward_squares(const Pool2dGeometry& g, const Rule& rule, const S* 
   constexpr int64_t L = kLanes<T>;
   constexpr auto lanes = std::make_integer_sequence<int, int(L)>();
   const int64_t outputs = g.out[1], width = g.in[1];
+  const bool from_memory = comes_from_memory<S>(g);
   for (int64_t row = begin; row < end; ++row) {
     const int64_t oh = row % g.out[0];
     for_vectors<T>(outputs, L <= (end - row) * outputs, [&](int64_t o, auto count) {
@@ -50,6 +51,7 @@ static void forward_squares(const Pool2dGeometry& g, const Rule& rule, const S* 
       for (int64_t kh = 0; kh < 2; ++kh) {
         const S* from = x + (2 * row + kh) * width + 2 * o;
         const int64_t pixels = 2 * count;
+        if (from_memory) prefetch_beyond(from);
         const Vec<T> low = pixels >= L ? load(from) : load_first(from, pixels);
         const Vec<T> high = pixels == 2 * L ? load(from + L) : load_first(from + L, larger(0, pixels - L));
         rule.see(state, every_second<false, T>(low, high, lanes), kh, 0);
