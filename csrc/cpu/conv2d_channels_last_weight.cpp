@@ -186,24 +186,6 @@ void sum_block(const Conv2dGeometry& g, const Windows& t, const Conv2dOperands<S
   }
 }
 
-/// to[row*step + column] = from[row*pitch + column]; turned, to[column*step + row].
-template <class T, class R>
-void put_block(const T* from, int64_t pitch, int64_t rows, int64_t columns, bool turned, int64_t step, R* to) {
-  constexpr int64_t L = kLanes<T>;
-  for (int64_t r = 0; r < rows; r += turned ? L : 1)
-    for (int64_t j = 0; j < columns; j += L) {
-      const int64_t lanes = smaller(L, columns - j), down = smaller(L, rows - r);
-      if (!turned) {
-        store_first(to + r * step + j, load(from + r * pitch + j), lanes);
-        continue;
-      }
-      Vec<T> square[L];
-      for (int64_t i = 0; i < L; ++i) square[i] = i < down ? load(from + (r + i) * pitch + j) : Vec<T>{};
-      transpose<T>(square);
-      for (int64_t i = 0; i < lanes; ++i) store_first(to + (j + i) * step + r, square[i], down);
-    }
-}
-
 template <class S>
 void grad_weight_by_taps(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace, int64_t begin,
                          int64_t end) {
@@ -235,17 +217,6 @@ void grad_weight_by_taps(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Su
     } else {
       put_block(sums, pitch, block.rows, block.columns, all.turned, t.weight_row, o.parts + part * numbers + at);
     }
-  }
-}
-
-template <class S>
-void add_parts(const Sum<S>* parts, int64_t count, int64_t numbers, S* out, int64_t begin, int64_t end) {
-  constexpr int64_t L = kLanes<Sum<S>>;
-  for (int64_t i = begin; i < end; i += L) {
-    const int64_t lanes = smaller(L, end - i);
-    Vec<Sum<S>> sum = load_first(parts + i, lanes);
-    for (int64_t part = 1; part < count; ++part) sum += load_first(parts + part * numbers + i, lanes);
-    store_first(out + i, sum, lanes);
   }
 }
 
@@ -281,23 +252,6 @@ bool by_rows(const Conv2dGeometry& g) {
 
 template <class T>
 constexpr int64_t kRowWorkspace = kMostLines + (kBlockPixels + kMostNumbers + kMostRows) * kMostVectors * kLanes<T>;
-
-/// `pixels` pixels of row h of an image from column w on, border included.
-template <class S>
-void copy_line(const Conv2dGeometry& g, const S* image, int64_t h, int64_t w, int64_t pixels, Sum<S>* to) {
-  constexpr int64_t L = kLanes<Sum<S>>;
-  const int64_t row = pixel_at(h, g.in[0], g.border), width = row < 0 ? 0 : g.in[1] * g.c;
-  const S* from = image + (row < 0 ? 0 : row) * g.in[1] * g.c;
-  if (g.border == Border::zeros) {
-    for (int64_t i = 0; i < pixels * g.c; i += L) {
-      const int64_t lanes = smaller(L, pixels * g.c - i);
-      store_first(to + i, load_inside(from, width, w * g.c + i, lanes), lanes);
-    }
-  } else {
-    for (int64_t p = 0; p < pixels; ++p)
-      copy_numbers(from + pixel_at(w + p, g.in[1], g.border) * g.c, g.c, to + p * g.c);
-  }
-}
 
 /// The weights of V vectors of output channels from k0 on, numbers [r0, r1) of each filter.
 template <class S, int V>

@@ -110,7 +110,7 @@ template <class S>
 void forward(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace, int64_t begin, int64_t end) {
   using T = Sum<S>;
   constexpr int64_t L = kLanes<T>;
-  const Bands bands(g, kForwardPlaces);
+  const Bands bands(g);
   const int64_t taps = taps_of(g), plane = g.out[0] * g.out[1];
   const bool planes = g.layout == Layout::contiguous;
   const bool past = past_cache(o.out, g.n * g.k * plane) && (planes ? plane : g.k) % L == 0;
@@ -183,17 +183,17 @@ const char* refuses(const Conv2dGeometry& g, Pass pass) {
   if (g.c > kFewInputs) return "more than 4 input channels are too many to copy for each column of taps";
   if (g.c < 1 || g.k < 1) return "there are no channels";
   if (taps_of(g) > kMostTaps) return "a filter of more than 512 numbers passes its list";
-  for (const int64_t places : {kForwardPlaces, kWeightPlaces}) {
-    const Bands b(g, places);
-    if (g.c * g.kernel[1] * b.line + 4 * kVectorBytes > kMostLines || b.phase_row * g.stride[1] > kLongestRow)
-      return "the rows under one row of outputs pass its buffer of 2^17 numbers";
-  }
+  const Bands b(g);
+  const bool fits = pass == Pass::grad_weight ? few_channels_weight_fits(g)
+                                              : g.c * g.kernel[1] * b.line + 4 * kVectorBytes <= kMostLines &&
+                                                    b.phase_row * g.stride[1] <= kLongestRow;
+  if (!fits) return "the rows under one row of outputs pass its buffer of 2^17 numbers";
   return nullptr;
 }
 
 template <class S>
 int64_t forward_tasks(const Conv2dGeometry& g) {
-  return ceil_div(g.k, kTaskFilters) * g.n * Bands(g, kForwardPlaces).count();
+  return ceil_div(g.k, kTaskFilters) * g.n * Bands(g).count();
 }
 
 }  // namespace
@@ -210,11 +210,7 @@ Conv2dAlgorithm<Conv2dRun<S>> conv2d_few_channels() {
           refuses,
           y,
           y,
-          few_channels_grad_weight<S>(),
-          true,
-          [](const Conv2dGeometry& g, Pass pass) {  // of windows far apart, so much is copied that `im2col` is faster
-            return pass == Pass::grad_weight && g.layout == Layout::contiguous && g.stride[1] > 2;
-          }};
+          few_channels_grad_weight<S>()};
 }
 
 template Conv2dAlgorithm<Conv2dRun<float>> conv2d_few_channels();

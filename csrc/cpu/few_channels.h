@@ -17,7 +17,7 @@ constexpr int64_t kMostTaps = 512;
 constexpr int64_t kWidestBand = 512;                           // columns; wider images are cut
 constexpr int64_t kGoodLines = 1 << 16, kMostLines = 1 << 17;  // numbers of a band
 constexpr int64_t kLongestRow = 1 << 13;                       // numbers of a row of x under a band
-constexpr int64_t kForwardPlaces = 512, kWeightPlaces = 1024;  // about as many in a band
+constexpr int64_t kBandPlaces = 512;                           // about as many in a band
 constexpr int kMostPlaces = 12;                                // in a tile of channels_last
 
 /// How the outputs are cut into bands of `rows` x `columns`, one row if an image is cut across; and how the lines of one lie.
@@ -27,10 +27,10 @@ struct Bands {
       phase_row;  // rows of x under a band, and numbers of such a row, for each remainder modulo the stride
   int64_t line;   // numbers of a channel and a column of taps
 
-  Bands(const Conv2dGeometry& g, int64_t places) {
+  explicit Bands(const Conv2dGeometry& g) {
     across = ceil_div(g.out[1], kWidestBand);
     columns = ceil_div(g.out[1], across);
-    rows = across > 1 ? 1 : smaller(g.out[0], larger(1, places / columns));
+    rows = across > 1 ? 1 : smaller(g.out[0], larger(1, kBandPlaces / columns));
     for (;; --rows) {
       down = ceil_div(g.out[0], rows);
       rows = ceil_div(g.out[0], down);
@@ -142,5 +142,8 @@ void for_filters(int64_t count, const F& f) {
 
 template <class S>
 Conv2dRun<S> few_channels_grad_weight();
+
+/// Whether the rows of x under one strip of outputs fit its buffer.
+bool few_channels_weight_fits(const Conv2dGeometry& g);
 
 }  // namespace cnnops::cpu::CNNOPS_ISA
