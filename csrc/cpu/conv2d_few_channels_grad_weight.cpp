@@ -26,7 +26,7 @@ template <class T>
 struct WeightTasks {
   int64_t taps;
   int64_t columns, rows, strips;  // of a block; strips of `rows` rows in an image
-  int64_t x_columns, x_line;      // of a line of x; its numbers (all channels', in channels_last)
+  int64_t x_columns;              // of x under a row of outputs
   Panels<T> panels;
   int64_t parts, total;
 
@@ -35,19 +35,16 @@ struct WeightTasks {
     columns = width <= kBlockPlaces ? width : round_up(ceil_div(width, ceil_div(width, kBlockPlaces)), kLanes<T>);
     rows = smaller(larger(1, kBlockPlaces / columns), g.out[0]);
     strips = ceil_div(g.out[0], rows);
-    x_columns = (width - 1) * g.stride[1] + (g.kernel[1] - 1) * g.dilation[1] + 1;
-    x_line = x_columns * (g.layout == Layout::contiguous ? 1 : g.c);
+    x_columns = seen_by(g, 1, width);
     parts = 1;
     while (parts < kMostParts && g.n * g.out[0] * width >= 2 * parts * kPartPlaces &&
            2 * parts * g.k * taps <= kPartNumbers)
       parts *= 2;
     total = panels.count * parts;
   }
-  /// Rows of x under some rows of outputs, and all their numbers.
-  static int64_t x_rows(const Conv2dGeometry& g, int64_t out_rows) {
-    return (out_rows - 1) * g.stride[0] + (g.kernel[0] - 1) * g.dilation[0] + 1;
+  int64_t x_numbers(const Conv2dGeometry& g, int64_t out_rows) const {
+    return g.c * x_columns * seen_by(g, 0, out_rows);
   }
-  int64_t x_numbers(const Conv2dGeometry& g, int64_t out_rows) const { return g.c * x_columns * x_rows(g, out_rows); }
 };
 
 /// to[place][width]: channels [0, channels) of so many places, and what a whole panel has more is zero.
@@ -70,15 +67,6 @@ void copy_gradients(const Conv2dGeometry& g, const S* gy, int64_t places, int64_
       transpose<T>(square);
       for (int64_t i = 0; i < count; ++i) store(to + (q + i) * width + k, square[i]);
     }
-}
-
-/// Calls f(std::integral_constant n) for a `count` of 1 to `most`.
-template <int most, class F>
-void with_count(int64_t count, const F& f) {
-  if constexpr (most > 1) {
-    if (count < most) return with_count<most - 1>(count, f);
-  }
-  f(std::integral_constant<int, most>());
 }
 
 /// A block of outputs: where its gradients and the first pixel that it sees stand, and how far it is to the next of each.
@@ -135,8 +123,7 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* wo
   const bool planes = g.layout == Layout::contiguous;
   const int64_t taps = tasks.taps, plane = g.out[0] * g.out[1];
   T *x = workspace, *grads = x + kMostLines, *totals = grads + kBlockPlaces * kMostVectors * kLanes<T>;
-  Conv2dGeometry channel = g;  // a plane of x, as if it were all
-  if (planes) channel.c = 1;
+  const int64_t step = planes ? 1 : g.c;  // from a pixel of x to the next
 
   for (int64_t task = begin; task < end; ++task) {
     const int64_t part = task % tasks.parts, k0 = task / tasks.parts * tasks.panels.width;
@@ -150,28 +137,17 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* wo
       next = strip + 1;
       while (next < smaller(last, (n + 1) * tasks.strips) && tasks.x_numbers(g, rows_to(next + 1)) <= kGoodImage)
         ++next;
-      const int64_t rows = rows_to(next), x_rows = tasks.x_rows(g, rows), h = oh0 * g.stride[0] - g.padding[0];
-      const S* image = o.b + n * g.c * g.in[0] * g.in[1];
-      for (int64_t c = 0; c < g.c / channel.c; ++c)
-        for (int64_t r = 0; r < x_rows; ++r)
-          copy_line(channel, image + c * g.in[0] * g.in[1], h + r, -g.padding[1], tasks.x_columns,
-                    x + (c * x_rows + r) * tasks.x_line);
-      int64_t at[kMostTaps];  // where the first output of all sees a tap
-      for (int64_t kh = 0; kh < g.kernel[0]; ++kh)
-        for (int64_t kw = 0; kw < g.kernel[1]; ++kw)
-          for (int64_t c = 0; c < g.c; ++c) {
-            const int64_t down = kh * g.dilation[0] * tasks.x_line, right = kw * g.dilation[1] * channel.c;
-            if (planes)
-              at[(c * g.kernel[0] + kh) * g.kernel[1] + kw] = c * x_rows * tasks.x_line + down + right;
-            else
-              at[(kh * g.kernel[1] + kw) * g.c + c] = down + right + c;
-          }
+      const int64_t rows = rows_to(next), x_rows = seen_by(g, 0, rows);
+      copy_rows(g, o.b + n * g.c * g.in[0] * g.in[1], oh0 * g.stride[0] - g.padding[0], -g.padding[1], x_rows,
+                tasks.x_columns, x);
+      int64_t at[kMostTaps];
+      find_numbers(g, x_rows, tasks.x_columns, at);
 
       for (int64_t r = 0; r < rows; r += tasks.rows)
         for (int64_t ow = 0; ow < g.out[1]; ow += tasks.columns) {
           const int64_t block_rows = smaller(tasks.rows, rows - r), columns = smaller(tasks.columns, g.out[1] - ow);
-          const int64_t place = (oh0 + r) * g.out[1] + ow, x_row = g.stride[0] * tasks.x_line;
-          const int64_t x_step = g.stride[1] * channel.c;
+          const int64_t place = (oh0 + r) * g.out[1] + ow, x_row = g.stride[0] * tasks.x_columns * step;
+          const int64_t x_step = g.stride[1] * step;
           const S* gy = planes ? o.a + (n * g.k + k0) * plane + place : o.a + (n * plane + place) * g.k + k0;
           const int64_t places = block_rows * columns, left = smaller(places, plane - place - places);
           const Ahead<S> ahead =
@@ -209,9 +185,11 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* wo
 
 }  // namespace
 
-bool few_channels_weight_fits(const Conv2dGeometry& g) {
+const char* few_channels_grad_weight_refuses(const Conv2dGeometry& g) {
   const WeightTasks<float> tasks(g);
-  return tasks.x_numbers(g, tasks.rows) <= kMostLines;
+  if (tasks.x_numbers(g, tasks.rows) > kMostLines)
+    return "the rows under a strip of outputs pass its buffer of 2^17 numbers";
+  return nullptr;
 }
 
 template <class S>

@@ -41,8 +41,8 @@ Kernels<S> make_kernels() {
   Kernels<S> kernels{};
   if constexpr (kReal<S>) {
     static const Conv2dAlgorithm<Conv2dRun<S>> conv2d[] = {
-        conv2d_depthwise<S>(),    conv2d_winograd<S>(), conv2d_dot_products<S>(), conv2d_fold<S>(),
-        conv2d_few_channels<S>(), Direct<S>::row(),     conv2d_im2col<S>(),       conv2d_reference<S>(),
+        conv2d_depthwise<S>(), conv2d_winograd<S>(), conv2d_dot_products<S>(), conv2d_few_channels<S>(),
+        conv2d_fold<S>(),      Direct<S>::row(),     conv2d_im2col<S>(),       conv2d_reference<S>(),
     };
     kernels.conv2d = {conv2d, sizeof conv2d / sizeof *conv2d};
     set_border(kernels);
