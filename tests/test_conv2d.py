@@ -127,12 +127,9 @@ def test_auto_takes_the_first_row_that_accepts_whatever_the_batch(case, which):
 
 
 def yields(name, which, case, accepting):
-    """Contiguous direct and few_channels, to im2col; winograd, to who leaves out products with the border; small groups,
-    to winograd."""
+    """Contiguous direct, to im2col; winograd, to who leaves out products with the border; small groups, to winograd."""
     if name == "depthwise":
         return "winograd" in accepting
-    if name == "few_channels":
-        return which == "grad_weight" and case.stride[1] > 2
     if name == "direct":
         filters, size = case.weight_shape[0] // case.groups, prod(case.weight_shape[1:])
         return which == "grad_weight" and filters >= 64 and size >= 256

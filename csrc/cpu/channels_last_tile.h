@@ -1,4 +1,5 @@
-// What the two files of `direct` in channels_last share: the register tile, and how a window is copied.
+// What the two files of `direct` in channels_last share, in part with `few_channels`: the register tile, how a window or a
+// line of pixels is copied, and how gradients of the weight are put together.
 #pragma once
 
 #include "channels_last.h"
@@ -109,6 +110,55 @@ void copy_run(const Windows& t, const Pixel<S>& p, const Run& run, Sum<S>* to) {
     }
     to += count;
     left -= count;
+  }
+}
+
+// ---- gradients of the weight ----
+
+/// `pixels` pixels of row h of an image from column w on, border included.
+template <class S>
+void copy_line(const Conv2dGeometry& g, const S* image, int64_t h, int64_t w, int64_t pixels, Sum<S>* to) {
+  constexpr int64_t L = kLanes<Sum<S>>;
+  const int64_t row = pixel_at(h, g.in[0], g.border), width = row < 0 ? 0 : g.in[1] * g.c;
+  const S* from = image + (row < 0 ? 0 : row) * g.in[1] * g.c;
+  if (g.border == Border::zeros) {
+    for (int64_t i = 0; i < pixels * g.c; i += L) {
+      const int64_t lanes = smaller(L, pixels * g.c - i);
+      store_first(to + i, load_inside(from, width, w * g.c + i, lanes), lanes);
+    }
+  } else {
+    for (int64_t p = 0; p < pixels; ++p)
+      copy_numbers(from + pixel_at(w + p, g.in[1], g.border) * g.c, g.c, to + p * g.c);
+  }
+}
+
+/// to[row*step + column] = from[row*pitch + column]; turned, to[column*step + row].
+template <class T, class R>
+void put_block(const T* from, int64_t pitch, int64_t rows, int64_t columns, bool turned, int64_t step, R* to) {
+  constexpr int64_t L = kLanes<T>;
+  for (int64_t r = 0; r < rows; r += turned ? L : 1)
+    for (int64_t j = 0; j < columns; j += L) {
+      const int64_t lanes = smaller(L, columns - j), down = smaller(L, rows - r);
+      if (!turned) {
+        store_first(to + r * step + j, load(from + r * pitch + j), lanes);
+        continue;
+      }
+      Vec<T> square[L];
+      for (int64_t i = 0; i < L; ++i) square[i] = i < down ? load(from + (r + i) * pitch + j) : Vec<T>{};
+      transpose<T>(square);
+      for (int64_t i = 0; i < lanes; ++i) store_first(to + (j + i) * step + r, square[i], down);
+    }
+}
+
+/// out[i] = the sum of all parts' number i, for i in [begin, end).
+template <class S>
+void add_parts(const Sum<S>* parts, int64_t count, int64_t numbers, S* out, int64_t begin, int64_t end) {
+  constexpr int64_t L = kLanes<Sum<S>>;
+  for (int64_t i = begin; i < end; i += L) {
+    const int64_t lanes = smaller(L, end - i);
+    Vec<Sum<S>> sum = load_first(parts + i, lanes);
+    for (int64_t part = 1; part < count; ++part) sum += load_first(parts + part * numbers + i, lanes);
+    store_first(out + i, sum, lanes);
   }
 }
 

@@ -179,23 +179,6 @@ bool by_rows(const Conv2dGeometry& g) {
 template <class T>
 constexpr int64_t kRowWorkspace = kMostLines + (kBlockPixels + kMostNumbers + kMostRows) * kMostVectors * kLanes<T>;
 
-/// `pixels` pixels of row h of an image from column w on, border included.
-template <class S>
-void copy_line(const Conv2dGeometry& g, const S* image, int64_t h, int64_t w, int64_t pixels, Sum<S>* to) {
-  constexpr int64_t L = kLanes<Sum<S>>;
-  const int64_t row = pixel_at(h, g.in[0], g.border), width = row < 0 ? 0 : g.in[1] * g.c;
-  const S* from = image + (row < 0 ? 0 : row) * g.in[1] * g.c;
-  if (g.border == Border::zeros) {
-    for (int64_t i = 0; i < pixels * g.c; i += L) {
-      const int64_t lanes = smaller(L, pixels * g.c - i);
-      store_first(to + i, load_inside(from, width, w * g.c + i, lanes), lanes);
-    }
-  } else {
-    for (int64_t p = 0; p < pixels; ++p)
-      copy_numbers(from + pixel_at(w + p, g.in[1], g.border) * g.c, g.c, to + p * g.c);
-  }
-}
-
 /// The weights of V vectors of output channels from k0 on, numbers [r0, r1) of each filter.
 template <class S, int V>
 void grad_weight_panel_by_rows(const Conv2dGeometry& g, const Conv2dOperands<S>& o, int64_t line, int64_t k0,

@@ -28,8 +28,6 @@ constexpr int64_t kBands = 8;              // that a large image is cut into at 
 constexpr int64_t kFewRows = 28;           // of a band
 constexpr int64_t kFewInputs = 4, kFewOutputs = 4;
 
-int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -ceil_div(-a, b); }
-
 /// Tasks are numbered (group, block of channels, block of images, band).
 struct Folds {
   int64_t channels, blocks, images, image_blocks, rows, bands, tasks;

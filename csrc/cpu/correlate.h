@@ -14,6 +14,8 @@
 
 namespace cnnops::cpu::CNNOPS_ISA {
 
+static inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -ceil_div(-a, b); }
+
 /// One group and one class of outputs of a correlation.
 ///   out[n, out_channel0 + m, h.first + i*h.step, w.first + j*w.step] = bias + sum over channels c and taps of
 ///       in[n, in_channel0 + c, h-input of (i, th), w-input of (j, tw)] *

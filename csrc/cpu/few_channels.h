@@ -17,7 +17,7 @@ constexpr int64_t kMostTaps = 512;
 constexpr int64_t kWidestBand = 512;                           // columns; wider images are cut
 constexpr int64_t kGoodLines = 1 << 16, kMostLines = 1 << 17;  // numbers of a band
 constexpr int64_t kLongestRow = 1 << 13;                       // numbers of a row of x under a band
-constexpr int64_t kForwardPlaces = 512, kWeightPlaces = 1024;  // about as many in a band
+constexpr int64_t kBandPlaces = 512;                           // about as many in a band
 constexpr int kMostPlaces = 12;                                // in a tile of channels_last
 
 /// How the outputs are cut into bands of `rows` x `columns`, one row if an image is cut across; and how the lines of one lie.
@@ -27,10 +27,10 @@ struct Bands {
       phase_row;  // rows of x under a band, and numbers of such a row, for each remainder modulo the stride
   int64_t line;   // numbers of a channel and a column of taps
 
-  Bands(const Conv2dGeometry& g, int64_t places) {
+  explicit Bands(const Conv2dGeometry& g) {
     across = ceil_div(g.out[1], kWidestBand);
     columns = ceil_div(g.out[1], across);
-    rows = across > 1 ? 1 : smaller(g.out[0], larger(1, places / columns));
+    rows = across > 1 ? 1 : smaller(g.out[0], larger(1, kBandPlaces / columns));
     for (;; --rows) {
       down = ceil_div(g.out[0], rows);
       rows = ceil_div(g.out[0], down);
@@ -123,6 +123,36 @@ void copy_lines(const Conv2dGeometry& g, const Bands& b, const Band& band, const
   }
 }
 
+// ---- where numbers of x are broadcast, not loaded as lines: its rows are copied as they stand ----
+
+/// Rows [h, h + rows) x columns [w, w + columns) of all channels of an image, border included, in the layout of x.
+template <class S>
+void copy_rows(const Conv2dGeometry& g, const S* image, int64_t h, int64_t w, int64_t rows, int64_t columns,
+               Sum<S>* to) {
+  const bool planes = g.layout == Layout::contiguous;
+  Conv2dGeometry channel = g;  // a plane of x, as if it were all
+  if (planes) channel.c = 1;
+  for (int64_t c = 0; c < g.c / channel.c; ++c)
+    for (int64_t r = 0; r < rows; ++r, to += columns * channel.c)
+      copy_line(channel, image + c * g.in[0] * g.in[1], h + r, w, columns, to);
+}
+
+/// How far number t of a filter, in the order of memory, lies from the first in such rows.
+inline void find_numbers(const Conv2dGeometry& g, int64_t rows, int64_t columns, int64_t* at) {
+  const bool planes = g.layout == Layout::contiguous;
+  const int64_t step = planes ? 1 : g.c;
+  for (int64_t c = 0; c < g.c; ++c)
+    for (int64_t kh = 0; kh < g.kernel[0]; ++kh)
+      for (int64_t kw = 0; kw < g.kernel[1]; ++kw)
+        at[planes ? (c * g.kernel[0] + kh) * g.kernel[1] + kw : (kh * g.kernel[1] + kw) * g.c + c] =
+            (kh * g.dilation[0] * columns + kw * g.dilation[1]) * step + c * (planes ? rows * columns : 1);
+}
+
+/// Rows or columns of x under so many of outputs.
+inline int64_t seen_by(const Conv2dGeometry& g, int dim, int64_t outputs) {
+  return (outputs - 1) * g.stride[dim] + (g.kernel[dim] - 1) * g.dilation[dim] + 1;
+}
+
 /// Calls f(first, width) for tiles of `count` filters: kTileRows of them, or half as many.
 template <class F>
 void for_filters(int64_t count, const F& f) {
@@ -138,9 +168,24 @@ void for_filters(int64_t count, const F& f) {
   }
 }
 
-// ---- conv2d_few_channels_grad_weight.cpp ----
+/// Calls f(std::integral_constant n) for a `count` of 1 to `most`.
+template <int most, class F>
+void with_count(int64_t count, const F& f) {
+  if constexpr (most > 1) {
+    if (count < most) return with_count<most - 1>(count, f);
+  }
+  f(std::integral_constant<int, most>());
+}
+
+// ---- conv2d_few_channels_grad_input.cpp, conv2d_few_channels_grad_weight.cpp ----
 
 template <class S>
+Conv2dRun<S> few_channels_grad_input();
+template <class S>
 Conv2dRun<S> few_channels_grad_weight();
+
+/// A sentence where a row of results, or the rows of x under one strip of outputs, do not fit their buffer.
+const char* few_channels_grad_input_refuses(const Conv2dGeometry& g);
+const char* few_channels_grad_weight_refuses(const Conv2dGeometry& g);
 
 }  // namespace cnnops::cpu::CNNOPS_ISA
