@@ -9,7 +9,7 @@
 //
 // A strip is an image with so many rows, fewer or no rows of border above, and a gradient's strip is one of x's. A task is a
 // strip for a block of produced channels (forward, grad_input), or a block of the weights for all strips, whose sums are
-// added in order (grad_weight).
+// added in order (grad_weight). If such blocks are few, the strips are dealt to parts, tasks of their own.
 //
 // Refuses what is channels_last, 16-bit numbers, few channels, borders that show pixels, filters and rows that overflow its
 // buffers, and 1x1 kernels, which are a plain matrix product, but for the gradient of the input with strides.
@@ -27,7 +27,7 @@ template <class S>
 constexpr int64_t kFilterNumbers = (7 << 19) / int64_t(sizeof(S));              // of a task's weights
 constexpr int64_t kGradientNumbers = 160 << 10;                                 // of a task's gradients of weights
 constexpr int64_t kMostChannels = 128, kFewChannels = 32, kLeastChannels = 16;  // of a block
-constexpr int64_t kFewTasks = 4;
+constexpr int64_t kFewTasks = 4, kPartNumbers = 1 << 19;                        // of all parts together
 
 template <class S>
 const Conv2dAlgorithm<Conv2dRun<S>>& channels_last() {
@@ -60,6 +60,7 @@ struct Strips {
     }
   }
 
+  int64_t count() const { return groups * per_image; }
   /// How many numbers so many rows of results see.
   static int64_t numbers(const Conv2dGeometry& g, Pass pass, int64_t rows, int64_t in_channels) {
     const int64_t reach = (g.kernel[0] - 1) * g.dilation[0];
@@ -198,10 +199,11 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* work
 
 // ---- grad_weight ----
 
-/// Tasks are numbered (group, block of output channels, block of input channels).
+/// Tasks are numbered (group, block of output channels, block of input channels, part): if blocks are few, their strips are
+/// dealt to so many parts.
 template <class S>
 struct Gradients {
-  int64_t taps, k, c, k_blocks, c_blocks, total;
+  int64_t taps, k, c, k_blocks, c_blocks, parts, total;
   Strips<S> strips;
 
   explicit Gradients(const Conv2dGeometry& g)
@@ -209,10 +211,14 @@ struct Gradients {
         k(smaller(kMostChannels, g.k / g.groups)),
         c(smaller(kMostChannels, g.c / g.groups)),
         strips(g, Pass::grad_weight, kMostChannels) {
+    const int64_t numbers = g.k * (g.c / g.groups) * taps;
     const auto cut = [&] {
       k_blocks = ceil_div(g.k / g.groups, larger(1, k));
       c_blocks = ceil_div(g.c / g.groups, larger(1, c));
+      parts = 1;
       total = g.groups * k_blocks * c_blocks;
+      for (; total < kFewTasks && 2 * parts <= strips.count() && 2 * parts * numbers <= kPartNumbers; parts *= 2)
+        total *= 2;
     };
     for (cut(); larger(k, c) > kLeastChannels &&
                 (k * c * taps > kGradientNumbers || (total < kFewTasks && larger(k, c) > kFewChannels));
@@ -243,28 +249,29 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* wo
     const Gradients<S> t(g);
     const GradientBuffers<S> buffers(g, t);
     const Conv2dRun<S>& run = channels_last<S>().grad_weight;
-    S *const x = workspace, *const gy = x + buffers.x, *const part = gy + buffers.gy,
-             *const sums = part + buffers.numbers;
+    S *const x = workspace, *const gy = x + buffers.x, *const sum = gy + buffers.gy,
+             *const sums = sum + buffers.numbers;
     const int64_t c_group = g.c / g.groups, k_group = g.k / g.groups;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t c0 = task % t.c_blocks * t.c, cs = smaller(t.c, c_group - c0);
-      const int64_t k0 = task / t.c_blocks % t.k_blocks * t.k, ks = smaller(t.k, k_group - k0);
-      const int64_t group = task / t.c_blocks / t.k_blocks;
+      const int64_t part = task % t.parts, block = task / t.parts;
+      const int64_t c0 = block % t.c_blocks * t.c, cs = smaller(t.c, c_group - c0);
+      const int64_t k0 = block / t.c_blocks % t.k_blocks * t.k, ks = smaller(t.k, k_group - k0);
+      const int64_t group = block / t.c_blocks / t.k_blocks;
       for (int64_t i = 0; i < buffers.numbers; i += L) store(sums + i, Vec<S>{});
-      for (int64_t images = 0; images < t.strips.groups; ++images)
-        for (int64_t strip = 0; strip < t.strips.per_image; ++strip) {
-          const Strip s(g, Pass::grad_weight, t.strips, images, strip, cs, ks);
-          turn_rows(o.a, s, g.k, g.out, s.o0, s.o1 - s.o0, group * k_group + k0, ks, gy);
-          turn_rows(o.b, s, g.c, g.in, s.h0, s.h1 - s.h0, group * c_group + c0, cs, x);
-          Conv2dOperands<S> operands = o;
-          operands.a = gy;
-          operands.b = x;
-          operands.out = part;
-          run.run(s.geometry, operands, workspace + buffers.total(), 0, run.tasks(s.geometry));
-          for (int64_t i = 0; i < buffers.numbers; i += L) store(sums + i, load(sums + i) + load(part + i));
-        }
+      for (int64_t i = t.strips.count() * part / t.parts; i < t.strips.count() * (part + 1) / t.parts; ++i) {
+        const Strip s(g, Pass::grad_weight, t.strips, i / t.strips.per_image, i % t.strips.per_image, cs, ks);
+        turn_rows(o.a, s, g.k, g.out, s.o0, s.o1 - s.o0, group * k_group + k0, ks, gy);
+        turn_rows(o.b, s, g.c, g.in, s.h0, s.h1 - s.h0, group * c_group + c0, cs, x);
+        Conv2dOperands<S> operands = o;
+        operands.a = gy;
+        operands.b = x;
+        operands.out = sum;
+        run.run(s.geometry, operands, workspace + buffers.total(), 0, run.tasks(s.geometry));
+        for (int64_t j = 0; j < buffers.numbers; j += L) store(sums + j, load(sums + j) + load(sum + j));
+      }
+      S* const out = t.parts == 1 ? o.out : o.parts + part * g.k * c_group * t.taps;
       for (int64_t k = 0; k < ks; ++k)
-        turn_back(sums + k * t.taps * cs, cs, t.taps, cs, o.out + ((group * k_group + k0 + k) * c_group + c0) * t.taps,
+        turn_back(sums + k * t.taps * cs, cs, t.taps, cs, out + ((group * k_group + k0 + k) * c_group + c0) * t.taps,
                   t.taps);
     }
   }
@@ -318,7 +325,8 @@ Conv2dAlgorithm<Conv2dRun<S>> conv2d_turned() {
            [](const Conv2dGeometry& g) {
              return GradientBuffers<S>(g, Gradients<S>(g)).total() + channels_last<S>().grad_weight.workspace(g);
            },
-           grad_weight<S>}};
+           grad_weight<S>, [](const Conv2dGeometry& g) { return Gradients<S>(g).parts; },
+           channels_last<S>().grad_weight.add_parts}};
 }
 
 template Conv2dAlgorithm<Conv2dRun<float>> conv2d_turned();
