@@ -132,7 +132,7 @@ def yields(name, which, case, accepting):
         return "winograd" in accepting
     if name == "direct":
         filters, size = case.weight_shape[0] // case.groups, prod(case.weight_shape[1:])
-        return which == "grad_weight" and filters >= 64 and size >= 256
+        return which == "grad_weight" and filters >= 64 and size >= 256 and case.kernel != (1, 1)
     if name == "winograd":
         products = prod(case.kernel) * prod(case.output_shape[2:])
         return which == "grad_input" and 3 * products < 2 * winograd_products(case)

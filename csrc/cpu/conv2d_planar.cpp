@@ -79,9 +79,12 @@ struct Tasks {
     const int64_t good = larger(smaller(kFewColumns, most), ceil_div(pixels, kGoodTasks));
     columns = smaller(most, round_up(good, panel));
     column_blocks = ceil_div(pixels, larger(1, columns));
-    if (column_blocks > 1) {  // all of about the same size, and an even number
-      columns = round_up(ceil_div(pixels, round_up(column_blocks, 2)), kLanes<T>);
-      while (ceil_div(pixels, columns) % 2 == 1 && columns > kLanes<T>) columns -= kLanes<T>;
+    if (column_blocks > 1) {  // all of about the same size, and an even number if that is near
+      const auto size = [&](int64_t blocks) { return round_up(ceil_div(pixels, blocks), kLanes<T>); };
+      int64_t blocks = round_up(column_blocks, 2);
+      columns = size(blocks);
+      for (int tries = 0; tries < 3 && ceil_div(pixels, size(blocks)) % 2 == 1; ++tries) blocks += 2;
+      if (ceil_div(pixels, size(blocks)) % 2 == 0) columns = size(blocks);
       column_blocks = ceil_div(pixels, columns);
     }
     const int64_t wanted = column_blocks == 0 ? 1 : ceil_div(kGoodTasks / 2, column_blocks);
@@ -298,8 +301,9 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* work
         }
       }
       const int64_t next = column0 + tasks.columns + panel.before * kLanes<T>, turn = m0 / kTileRows;
-      const bool fetch = task + 1 < end && next < all && turn < every;
-      const S* const from = in + t.seen(next) + turn * t.in_plane;
+      const int64_t lines = turn / every;  // with strides, a panel sees more than its width
+      const bool fetch = task + 1 < end && next < all && lines < (t.step == 1 ? 1 : 2 * t.step);
+      const S* const from = in + t.seen(next) + turn % every * t.in_plane + lines * vectors * kLanes<T>;
       correlate_tile<S, pass, vectors, height>(t, o, a, group * t.rows + row0 + m0, smaller(height, rows - m0), panel,
                                                pixels, past, {fetch ? from : nullptr, every * t.in_plane, every});
     };

@@ -9,11 +9,10 @@
 //
 // A strip is an image with so many rows, fewer or no rows of border above, and a gradient's strip is one of x's. A task is a
 // strip for a block of produced channels (forward, grad_input), or a block of the weights for all strips, whose sums are
-// added in order (grad_weight).
+// added in order (grad_weight). If such blocks are few, the strips are dealt to parts, tasks of their own.
 //
-// Refuses what is channels_last, borders that show pixels, 1x1 kernels at stride 1 (these are a plain matrix product),
-// filters and rows that overflow its buffers, and in grad_weight 16-bit numbers, of which the sums would be rounded for
-// each strip.
+// Refuses what is channels_last, 16-bit numbers, few channels, borders that show pixels, filters and rows that overflow its
+// buffers, and 1x1 kernels, which are a plain matrix product, but for the gradient of the input with strides.
 #include "channels_last.h"
 #include "conv2d_planar.h"
 #include "turn.h"
@@ -21,12 +20,14 @@
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
 
-constexpr int64_t kStripPixels = 1000;           // of a strip's results at most: less than two of the parts of a sum
-constexpr int64_t kStripNumbers = 1 << 19;       // of a strip, of all channels
-constexpr int64_t kFilterNumbers = 640 << 10;    // of a task's weights
-constexpr int64_t kGradientNumbers = 160 << 10;  // of a task's gradients of weights
+constexpr int64_t kStripPixels = 1000;  // of a strip's results at most: less than two of the parts of a sum
+template <class S>
+constexpr int64_t kStripNumbers = (3 << 20) / int64_t(sizeof(S));  // of a strip, of all channels
+template <class S>
+constexpr int64_t kFilterNumbers = (7 << 19) / int64_t(sizeof(S));              // of a task's weights
+constexpr int64_t kGradientNumbers = 160 << 10;                                 // of a task's gradients of weights
 constexpr int64_t kMostChannels = 128, kFewChannels = 32, kLeastChannels = 16;  // of a block
-constexpr int64_t kFewTasks = 4;
+constexpr int64_t kFewTasks = 4, kPartNumbers = 1 << 19;                        // of all parts together
 
 template <class S>
 const Conv2dAlgorithm<Conv2dRun<S>>& channels_last() {
@@ -35,6 +36,7 @@ const Conv2dAlgorithm<Conv2dRun<S>>& channels_last() {
 }
 
 /// How images are cut into strips of `rows` rows of results and put together in groups of `images`.
+template <class S>
 struct Strips {
   int64_t rows, per_image, images, groups;
 
@@ -45,7 +47,7 @@ struct Strips {
     const int64_t *in = backward ? g.out : g.in, *out = backward ? g.in : g.out;
     const int64_t width = larger(1, out[1]);
     rows = larger(1, smaller(out[0], kStripPixels / width));
-    while (rows > 1 && numbers(g, pass, rows, in_channels) > kStripNumbers) --rows;
+    while (rows > 1 && numbers(g, pass, rows, in_channels) > kStripNumbers<S>) --rows;
     per_image = ceil_div(out[0], rows);
     rows = larger(1, ceil_div(out[0], larger(1, per_image)));
     const int64_t image = larger(1, in[0] * in[1] * in_channels);
@@ -58,6 +60,7 @@ struct Strips {
     }
   }
 
+  int64_t count() const { return groups * per_image; }
   /// How many numbers so many rows of results see.
   static int64_t numbers(const Conv2dGeometry& g, Pass pass, int64_t rows, int64_t in_channels) {
     const int64_t reach = (g.kernel[0] - 1) * g.dilation[0];
@@ -71,7 +74,9 @@ struct Strip {
   int64_t n, h0, h1, o0, o1;
   Conv2dGeometry geometry;
 
-  Strip(const Conv2dGeometry& g, Pass pass, const Strips& strips, int64_t group, int64_t strip, int64_t c, int64_t k) {
+  template <class S>
+  Strip(const Conv2dGeometry& g, Pass pass, const Strips<S>& strips, int64_t group, int64_t strip, int64_t c,
+        int64_t k) {
     const int64_t reach = (g.kernel[0] - 1) * g.dilation[0];
     const auto clamp = [](int64_t i, int64_t size) { return larger(0, smaller(i, size)); };
     n = group * strips.images;
@@ -112,9 +117,10 @@ void turn_rows(const S* from, const Strip& s, int64_t all, const int64_t* size, 
 // ---- forward and grad_input ----
 
 /// Tasks are numbered (group, block of produced channels, group of images, strip).
+template <class S>
 struct Tasks {
   int64_t channels, rows, taps;  // summed over and produced, of a group
-  Strips strips;
+  Strips<S> strips;
   int64_t block, blocks, total;
 
   Tasks(const Conv2dGeometry& g, Pass pass)
@@ -128,7 +134,7 @@ struct Tasks {
       total = g.groups * blocks * strips.groups * strips.per_image;
     };
     for (cut(); block > kLeastChannels &&
-                (block * taps * channels > kFilterNumbers || (total < kFewTasks && block > kFewChannels));
+                (block * taps * channels > kFilterNumbers<S> || (total < kFewTasks && block > kFewChannels));
          cut())
       block = ceil_div(block, 2 * kLeastChannels) * kLeastChannels;
   }
@@ -138,10 +144,10 @@ struct Tasks {
 template <class S>
 struct Buffers {
   int64_t in, out, filters;
-  Buffers(const Conv2dGeometry& g, Pass pass, const Tasks& t) {
+  Buffers(const Conv2dGeometry& g, Pass pass, const Tasks<S>& t) {
     const int64_t* size = pass == Pass::forward ? g.out : g.in;
     const int64_t* in_size = pass == Pass::forward ? g.in : g.out;
-    in = larger(Strips::numbers(g, pass, t.strips.rows, t.channels),
+    in = larger(Strips<S>::numbers(g, pass, t.strips.rows, t.channels),
                 t.strips.images > 1 ? t.strips.images * in_size[0] * in_size[1] * t.channels : 0);
     in = round_up(in, 64);
     out = round_up(t.strips.images * t.strips.rows * size[1] * t.block + kLanes<Sum<S>>, 64);
@@ -154,7 +160,7 @@ struct Buffers {
 template <class S, Pass pass>
 void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace, int64_t begin, int64_t end) {
   constexpr bool forward = pass == Pass::forward;
-  const Tasks t(g, pass);
+  const Tasks<S> t(g, pass);
   const Buffers<S> buffers(g, pass, t);
   S *const in = reinterpret_cast<S*>(workspace), *const out = in + buffers.in, *const filters = out + buffers.out;
   const int64_t c_group = g.c / g.groups, k_group = g.k / g.groups;
@@ -193,20 +199,26 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* work
 
 // ---- grad_weight ----
 
-/// Tasks are numbered (group, block of output channels, block of input channels).
+/// Tasks are numbered (group, block of output channels, block of input channels, part): if blocks are few, their strips are
+/// dealt to so many parts.
+template <class S>
 struct Gradients {
-  int64_t taps, k, c, k_blocks, c_blocks, total;
-  Strips strips;
+  int64_t taps, k, c, k_blocks, c_blocks, parts, total;
+  Strips<S> strips;
 
   explicit Gradients(const Conv2dGeometry& g)
       : taps(g.kernel[0] * g.kernel[1]),
         k(smaller(kMostChannels, g.k / g.groups)),
         c(smaller(kMostChannels, g.c / g.groups)),
         strips(g, Pass::grad_weight, kMostChannels) {
+    const int64_t numbers = g.k * (g.c / g.groups) * taps;
     const auto cut = [&] {
       k_blocks = ceil_div(g.k / g.groups, larger(1, k));
       c_blocks = ceil_div(g.c / g.groups, larger(1, c));
+      parts = 1;
       total = g.groups * k_blocks * c_blocks;
+      for (; total < kFewTasks && 2 * parts <= strips.count() && 2 * parts * numbers <= kPartNumbers; parts *= 2)
+        total *= 2;
     };
     for (cut(); larger(k, c) > kLeastChannels &&
                 (k * c * taps > kGradientNumbers || (total < kFewTasks && larger(k, c) > kFewChannels));
@@ -220,8 +232,8 @@ struct Gradients {
 template <class S>
 struct GradientBuffers {
   int64_t x, gy, numbers;
-  GradientBuffers(const Conv2dGeometry& g, const Gradients& t) {
-    x = larger(Strips::numbers(g, Pass::grad_weight, t.strips.rows, t.c),
+  GradientBuffers(const Conv2dGeometry& g, const Gradients<S>& t) {
+    x = larger(Strips<S>::numbers(g, Pass::grad_weight, t.strips.rows, t.c),
                t.strips.images > 1 ? t.strips.images * g.in[0] * g.in[1] * t.c : 0);
     x = round_up(x, 64);
     gy = round_up(t.strips.images * t.strips.rows * g.out[1] * t.k, 64);
@@ -234,31 +246,32 @@ template <class S>
 void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace, int64_t begin, int64_t end) {
   if constexpr (std::is_same_v<S, Sum<S>>) {
     constexpr int64_t L = kLanes<S>;
-    const Gradients t(g);
+    const Gradients<S> t(g);
     const GradientBuffers<S> buffers(g, t);
     const Conv2dRun<S>& run = channels_last<S>().grad_weight;
-    S *const x = workspace, *const gy = x + buffers.x, *const part = gy + buffers.gy,
-             *const sums = part + buffers.numbers;
+    S *const x = workspace, *const gy = x + buffers.x, *const sum = gy + buffers.gy,
+             *const sums = sum + buffers.numbers;
     const int64_t c_group = g.c / g.groups, k_group = g.k / g.groups;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t c0 = task % t.c_blocks * t.c, cs = smaller(t.c, c_group - c0);
-      const int64_t k0 = task / t.c_blocks % t.k_blocks * t.k, ks = smaller(t.k, k_group - k0);
-      const int64_t group = task / t.c_blocks / t.k_blocks;
+      const int64_t part = task % t.parts, block = task / t.parts;
+      const int64_t c0 = block % t.c_blocks * t.c, cs = smaller(t.c, c_group - c0);
+      const int64_t k0 = block / t.c_blocks % t.k_blocks * t.k, ks = smaller(t.k, k_group - k0);
+      const int64_t group = block / t.c_blocks / t.k_blocks;
       for (int64_t i = 0; i < buffers.numbers; i += L) store(sums + i, Vec<S>{});
-      for (int64_t images = 0; images < t.strips.groups; ++images)
-        for (int64_t strip = 0; strip < t.strips.per_image; ++strip) {
-          const Strip s(g, Pass::grad_weight, t.strips, images, strip, cs, ks);
-          turn_rows(o.a, s, g.k, g.out, s.o0, s.o1 - s.o0, group * k_group + k0, ks, gy);
-          turn_rows(o.b, s, g.c, g.in, s.h0, s.h1 - s.h0, group * c_group + c0, cs, x);
-          Conv2dOperands<S> operands = o;
-          operands.a = gy;
-          operands.b = x;
-          operands.out = part;
-          run.run(s.geometry, operands, workspace + buffers.total(), 0, run.tasks(s.geometry));
-          for (int64_t i = 0; i < buffers.numbers; i += L) store(sums + i, load(sums + i) + load(part + i));
-        }
+      for (int64_t i = t.strips.count() * part / t.parts; i < t.strips.count() * (part + 1) / t.parts; ++i) {
+        const Strip s(g, Pass::grad_weight, t.strips, i / t.strips.per_image, i % t.strips.per_image, cs, ks);
+        turn_rows(o.a, s, g.k, g.out, s.o0, s.o1 - s.o0, group * k_group + k0, ks, gy);
+        turn_rows(o.b, s, g.c, g.in, s.h0, s.h1 - s.h0, group * c_group + c0, cs, x);
+        Conv2dOperands<S> operands = o;
+        operands.a = gy;
+        operands.b = x;
+        operands.out = sum;
+        run.run(s.geometry, operands, workspace + buffers.total(), 0, run.tasks(s.geometry));
+        for (int64_t j = 0; j < buffers.numbers; j += L) store(sums + j, load(sums + j) + load(sum + j));
+      }
+      S* const out = t.parts == 1 ? o.out : o.parts + part * g.k * c_group * t.taps;
       for (int64_t k = 0; k < ks; ++k)
-        turn_back(sums + k * t.taps * cs, cs, t.taps, cs, o.out + ((group * k_group + k0 + k) * c_group + c0) * t.taps,
+        turn_back(sums + k * t.taps * cs, cs, t.taps, cs, out + ((group * k_group + k0 + k) * c_group + c0) * t.taps,
                   t.taps);
     }
   }
@@ -272,6 +285,7 @@ const char* refuses(const Conv2dGeometry& g, Pass pass) {
   if (g.layout != Layout::contiguous) return "it turns planes round, and in channels_last there are none";
   if (is_connected(g)) return "a window as large as the image is a plain matrix product";
   if (g.border != Border::zeros) return "a strip's border shows pixels of other strips, unless it is zeros";
+  if (g.in[0] * g.in[1] * g.out[0] * g.out[1] == 0) return "there are no pixels to turn";
   if (smaller(g.c, g.k) / g.groups < kLeastChannels)
     return "with less than 16 channels most of its vectors' lanes idle";
   const int64_t taps = g.kernel[0] * g.kernel[1];
@@ -281,20 +295,20 @@ const char* refuses(const Conv2dGeometry& g, Pass pass) {
   if (pass == Pass::grad_weight) {
     if (taps * kLeastChannels * kLeastChannels > kGradientNumbers)
       return "a kernel of more than 640 taps passes its buffer";
-  } else if (taps * channels * kLeastChannels > kFilterNumbers) {
-    return "filters of 16 channels pass its buffer of 640 Ki numbers";
+  } else if (taps * channels * kLeastChannels > kFilterNumbers<S>) {
+    return "filters of 16 channels pass its buffer of 3.5 MiB";
   }
-  if (Strips::numbers(g, pass, 1, pass == Pass::grad_weight ? kMostChannels : channels) > kStripNumbers ||
+  if (Strips<S>::numbers(g, pass, 1, pass == Pass::grad_weight ? kMostChannels : channels) > kStripNumbers<S> ||
       larger(g.in[1], g.out[1]) > kStripPixels)
-    return "what a row of results sees passes its buffer of 2^19 numbers";
+    return "what a row of results sees passes its buffer of 3 MiB";
   return nullptr;
 }
 
 template <class S, Pass pass>
 Conv2dRun<S> correlation_run() {
-  return {[](const Conv2dGeometry& g) { return Tasks(g, pass).total; },
+  return {[](const Conv2dGeometry& g) { return Tasks<S>(g, pass).total; },
           [](const Conv2dGeometry& g) {
-            return Buffers<S>(g, pass, Tasks(g, pass)).total() + channels_last<S>().run(pass).workspace(g);
+            return Buffers<S>(g, pass, Tasks<S>(g, pass)).total() + channels_last<S>().run(pass).workspace(g);
           },
           correlate<S, pass>};
 }
@@ -308,11 +322,12 @@ Conv2dAlgorithm<Conv2dRun<S>> conv2d_turned() {
           refuses<S>,
           correlation_run<S, Pass::forward>(),
           correlation_run<S, Pass::grad_input>(),
-          {[](const Conv2dGeometry& g) { return Gradients(g).total; },
+          {[](const Conv2dGeometry& g) { return Gradients<S>(g).total; },
            [](const Conv2dGeometry& g) {
-             return GradientBuffers<S>(g, Gradients(g)).total() + channels_last<S>().grad_weight.workspace(g);
+             return GradientBuffers<S>(g, Gradients<S>(g)).total() + channels_last<S>().grad_weight.workspace(g);
            },
-           grad_weight<S>}};
+           grad_weight<S>, [](const Conv2dGeometry& g) { return Gradients<S>(g).parts; },
+           channels_last<S>().grad_weight.add_parts}};
 }
 
 template Conv2dAlgorithm<Conv2dRun<float>> conv2d_turned();
