@@ -145,10 +145,12 @@ def winograd_products(case):
     forms = [(4, 4)] if taps == 3 else [(2, 2), (2, 4)]
 
     def fewest(size):
-        return min((h + taps - 1) * (w + taps - 1) * ceil(size[0] / h) * ceil(size[1] / w) for h, w in forms)
+        """Products, and tiles in a row."""
+        tilings = [(h + taps - 1, w + taps - 1, ceil(size[0] / h), ceil(size[1] / w)) for h, w in forms]
+        return min((prod(tiling), tiling[3]) for tiling in tilings)
 
-    plain, transposed = fewest(case.input_shape[2:]), fewest(case.output_shape[2:])
-    return transposed if 10 * transposed < 9 * plain else plain
+    (plain, _), (transposed, across) = fewest(case.input_shape[2:]), fewest(case.output_shape[2:])
+    return transposed if across <= 24 and 10 * transposed < 9 * plain else plain
 
 
 @every_algorithm

@@ -1,22 +1,24 @@
-// Winograd's convolution for 3x3 and 5x5 kernels: tiles of 4x4 outputs by 36 multiplications each instead of 144, or of
-// 2x2 outputs by 36 instead of 100.
+// Winograd's convolution for 3x3 and 5x5 kernels: tiles of 4x4 outputs by 36 multiplications each instead of 144; of 2x2
+// outputs by 36 instead of 100, or 2x4 by 48 instead of 200.
 //
 //   v[i] = transform of a tile's 6x6 inputs, of each channel c      u[i] = transform of each filter (k, c)
 //   s[i][tile, k] = sum over c of v[i][tile, c] * u[i][c, k]        for each of 36 points i: a product of matrices
 //   y of the tile = transform of its 36 sums, of each channel k
 //
-// winograd.h has the transforms, and how numbers come to them. An input's is worth its additions if many output
-// channels share it, a filter's if many tiles do, a sum's if it has many channels. So a task is a block of tiles,
+// winograd_points.h has the transforms, winograd.h how numbers come to them. An input's is worth its additions if many
+// output channels share it, a filter's if many tiles do, a sum's if it has many channels. So a task is a block of tiles,
 // running on from image to image, times a block of output channels, and transforms what it needs by itself: filters
 // once per task, which costs about as much as 7 tiles do, or, where they are few, once per thread. It walks the input
 // channels in blocks, whose transforms stay in the second-level cache, and keeps the sums of all its tiles. No buffer
-// grows with the layer. The gradient of the input is the same with mirrored taps and exchanged channels.
+// grows with the layer. The gradient of the input is the same with mirrored taps and exchanged channels, or, where that
+// takes fewer products, conv2d_winograd_transposed.cpp.
 //
 // Sums are made in blocks of channels, each from a fresh zero, that are then added in order, whatever the tasks are.
-// But the transforms mix the inputs of a tile: an output's rounding depends on all 6x6, also on those that it does not
-// see. A NaN or infinity among them makes all outputs of the tile NaN; in a filter, all outputs of its channel. The
-// relative L2 error is about 7e-7, with 3x3 and 5x5 kernels alike (docs/accuracy.md), but a small output beside large
-// ones may err by 20 eps times its own sum of absolute values.
+// But the transforms mix the inputs of a tile: an output's rounding depends on its whole patch, also on inputs that it
+// does not see. A NaN or infinity among them makes all outputs of the tile NaN; in a filter, all outputs of its channel.
+// The relative L2 error is about 6e-7 with 3x3 kernels and 1.2e-6 with 5x5 ones (docs/accuracy.md), but a small output
+// beside large ones may err by 20 eps times its own sum of absolute values. Tiles of 4x4 would take fewer products for
+// 5x5 kernels, 64 for 16 outputs, but err by 2e-6 and more.
 //
 // Refuses all but float32, kernels other than 3x3 and 5x5, strides, dilations, and where `direct` is faster: few
 // channels, or small images. The gradient of the weight is in conv2d_winograd_grad_weight.cpp.
@@ -85,11 +87,13 @@ void transform_outputs(const Layer& t, const Tasks<T>& tasks, const T* sums, con
     const T* from = sums + c / tasks.width * Form::points * point + run.first * tasks.width + c % tasks.width;
     const auto get = [&](int i, int j) { return load(from + (i * Form::columns + j) * point); };
     if (t.layout == Layout::channels_last) {
-      const int64_t width = smaller(Form::width, t.out_size[1] - run.w);
-      T* to = image + run.h * t.out.row + run.w * t.out.pixel;
-      transform<Rows, Columns, T>(get, [&](int i, int j, Vec<T> y) {
-        if (i < height && j < width) store_first(to + i * t.out.row + j * t.out.pixel, y + plus, lanes);
-      });
+      for (int64_t tile = 0; tile < run.count; ++tile, from += tasks.width) {
+        const int64_t w = run.w + tile * Form::width, width = smaller(Form::width, t.out_size[1] - w);
+        T* to = image + run.h * t.out.row + w * t.out.pixel;
+        transform<Rows, Columns, T>(get, [&](int i, int j, Vec<T> y) {
+          if (i < height && j < width) store_first(to + i * t.out.row + j * t.out.pixel, y + plus, lanes);
+        });
+      }
       return;
     }
     for (int64_t lane = 0; lane < lanes; ++lane)

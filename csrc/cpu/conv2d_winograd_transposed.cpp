@@ -43,7 +43,7 @@ struct Tasks {
   explicit Tasks(const Layer& t, int64_t n) {
     constexpr int64_t L = kLanes<T>;
     kept = ChannelPanels<T>(t.rows).count == 1 && t.channels <= kKeptChannels;
-    const ChannelPanels<T> all(t.rows, kept ? kMostVectors : kMostVectors / 2);
+    const ChannelPanels<T> all(t.rows, kept ? kMostVectors : 2);
     points = t.points;
     vectors = all.vectors;
     width = all.width;

@@ -10,7 +10,8 @@
 
 namespace cnnops::cpu::CNNOPS_ISA {
 
-constexpr int64_t kRunTiles = 8;      // copied at a time
+constexpr int64_t kRunTiles = 8;                                                   // neighbours, transformed together
+constexpr int64_t kMostPatch = 8, kRunColumns = (kRunTiles - 1) * 4 + kMostPatch;  // their pixels
 constexpr int64_t kLine = 16;         // numbers between two points: or they would share their places in the cache
 constexpr int kSums = 3 * kTileRows;  // vectors of sums in a register tile
 constexpr int kMostVectors = kTileRows == 8 ? 4 : 3;  // in a row of it
@@ -128,13 +129,9 @@ struct Layer {
 
   /// The pixel that position i of an axis shows; -1 for none, or where it does not matter.
   int64_t pixel(int64_t i, int dim) const { return i < seen[dim] ? pixel_at(i, in_size[dim], border) : -1; }
-  /// Whether positions [i, i + length) are pixels.
-  bool inside(int64_t i, int64_t length, int dim) const {
-    return i >= 0 && i + length <= smaller(seen[dim], in_size[dim]);
-  }
 };
 
-/// Neighbours in a row of tiles: as many as are copied at a time. `first` is the first one's number within the task.
+/// Neighbours in a row of tiles: as many as are transformed at a time. `first` is the first one's number within the task.
 struct Run {
   int64_t n, h, w, count, first;
 };
@@ -146,7 +143,7 @@ static inline void for_runs(const Layer& t, int64_t begin, int64_t count, int64_
   const auto runs = [&](int64_t c0, int64_t c1) {
     for (int64_t first = 0; first < count;) {
       const int64_t tile = begin + first, w = tile % t.tiles[1], row = tile / t.tiles[1];
-      const int64_t length = contiguous ? smaller(smaller(t.tiles[1] - w, count - first), kRunTiles) : 1;
+      const int64_t length = smaller(smaller(t.tiles[1] - w, count - first), kRunTiles);
       const Run run{row / t.tiles[0], row % t.tiles[0] * t.tile[0], w * t.tile[1], length, first};
       for (int64_t c = c0; c < c1; c += kLanes<T>) f(run, c, smaller(kLanes<T>, c1 - c));
       first += length;
@@ -241,7 +238,8 @@ struct Line {
   int64_t at, lanes;
 };
 
-/// to[point][tile][channel]: `point` numbers from point to point, `stride` from tile to tile.
+/// to[point][tile][channel]: `point` numbers from point to point, `stride` from tile to tile. Columns come first: where
+/// patches overlap, a column is transformed for both.
 template <class Rows, class Columns, class T>
 static inline void transform_tiles(const Layer& t, const T* in, int64_t tile0, int64_t count, int64_t channels,
                                    int64_t point, int64_t stride, T* scratch, T* to) {
@@ -249,32 +247,48 @@ static inline void transform_tiles(const Layer& t, const T* in, int64_t tile0, i
   for_runs<T>(t, tile0, count, channels, [&](const Run& run, int64_t c, int64_t lanes) {
     const int64_t h = run.h + t.offset[0], w = run.w + t.offset[1], columns = (run.count - 1) * t.tile[1] + width;
     const T* image = in + run.n * t.in.image + c * t.in.channel;
-    T* tile = to + run.first * stride + c;
-    const auto put = [&](int i, int j, Vec<T> x) { store(tile + (i * Columns::to + j) * point, x); };
+    T* lines = scratch + kMostPatch * kRunColumns * L;
+    const auto transform_column = [&](int64_t j, const auto& load) {
+      Vec<T> column[height], points[Rows::to];
+      for (int i = 0; i < height; ++i) column[i] = load(i);
+      Rows::template at<T>(column, points);
+      for (int i = 0; i < Rows::to; ++i) store(lines + (i * kRunColumns + j) * L, points[i]);
+    };
     if (t.layout == Layout::contiguous) {
       copy_patch(t, image, h, w, height, columns, lanes, scratch);
-      for (const T* from = scratch; from < scratch + run.count * t.tile[1] * L; from += t.tile[1] * L, tile += stride)
-        transform<Rows, Columns, T>([&](int i, int j) { return load(from + (i * columns + j) * L); }, put);
-    } else if (lanes == L && t.inside(h, height, 0) && t.inside(w, width, 1)) {
-      const T* from = image + h * t.in.row + w * t.in.pixel;
-      transform<Rows, Columns, T>(
-          [&](int i, int j) {
-            __builtin_prefetch(from + i * t.in.row + (j + t.tile[1]) * t.in.pixel);
-            return load(from + i * t.in.row + j * t.in.pixel);
-          },
-          put);
+      for (int64_t j = 0; j < columns; ++j)
+        transform_column(j, [&](int i) { return load(scratch + (i * columns + j) * L); });
     } else {
-      Line row_at[height], column_at[width];
-      const auto line = [&](int64_t pixel, int64_t step) { return pixel < 0 ? Line{0, 0} : Line{pixel * step, lanes}; };
-      for (int i = 0; i < height; ++i) row_at[i] = line(t.pixel(h + i, 0), t.in.row);
-      for (int j = 0; j < width; ++j) column_at[j] = line(t.pixel(w + j, 1), t.in.pixel);
-      transform<Rows, Columns, T>(
-          [&](int i, int j) {
-            const Line &row = row_at[i], &column = column_at[j];
-            __builtin_prefetch(image + row.at + (w + j + t.tile[1]) * t.in.pixel);
-            return load_first(image + row.at + column.at, row.lanes & column.lanes);
-          },
-          put);
+      Line rows[height];
+      bool inside = lanes == L;
+      for (int i = 0; i < height; ++i) {
+        const int64_t row = t.pixel(h + i, 0);
+        rows[i] = row < 0 ? Line{0, 0} : Line{row * t.in.row, lanes};
+        inside &= row >= 0;
+      }
+      const int64_t left = larger(0, -w), right = smaller(t.seen[1], t.in_size[1]) - w;  // columns that are pixels
+      for (int64_t j = 0; j < columns; ++j) {
+        if (inside && j >= left && j < right) {
+          const T* pixel = image + (w + j) * t.in.pixel;
+          transform_column(j, [&](int i) {
+            __builtin_prefetch(pixel + rows[i].at + t.tile[1] * t.in.pixel);
+            return load(pixel + rows[i].at);
+          });
+        } else {
+          const int64_t column = t.pixel(w + j, 1);
+          const T* pixel = image + larger(column, 0) * t.in.pixel;
+          transform_column(j, [&](int i) { return load_first(pixel + rows[i].at, column < 0 ? 0 : rows[i].lanes); });
+        }
+      }
+    }
+    for (int64_t tile = 0; tile < run.count; ++tile) {
+      T* points = to + (run.first + tile) * stride + c;
+      for (int i = 0; i < Rows::to; ++i) {
+        Vec<T> x[width], v[Columns::to];
+        for (int j = 0; j < width; ++j) x[j] = load(lines + (i * kRunColumns + tile * t.tile[1] + j) * L);
+        Columns::template at<T>(x, v);
+        for (int j = 0; j < Columns::to; ++j) store(points + (i * Columns::to + j) * point, v[j]);
+      }
     }
   });
 }
@@ -369,9 +383,9 @@ static inline auto multiply_points_by(int64_t vectors) {
                         : multiply_points<T, kMostVectors>;
 }
 
-/// Scratch numbers: enough for a run of a contiguous layer's tiles, or for a square of its filters.
+/// Scratch numbers: enough for a run of tiles and its transformed columns, or for a square of filters.
 template <class T>
-constexpr int64_t kScratch = kLanes<T> * (8 * (kRunTiles * 4 + 4) + 25 * kLanes<T>);
+constexpr int64_t kScratch = kLanes<T> * (2 * kMostPatch * kRunColumns + 25 * kLanes<T>);
 
 /// The gradient of the input in its transposed form, and the gradient of the weight.
 template <class T>
