@@ -89,33 +89,4 @@ struct Products {
   }
 };
 
-/// to[row*step + column] = from[row*pitch + column]; turned, to[column*step + row].
-template <class T, class R>
-void put_block(const T* from, int64_t pitch, int64_t rows, int64_t columns, bool turned, int64_t step, R* to) {
-  constexpr int64_t L = kLanes<T>;
-  for (int64_t r = 0; r < rows; r += turned ? L : 1)
-    for (int64_t j = 0; j < columns; j += L) {
-      const int64_t lanes = smaller(L, columns - j), down = smaller(L, rows - r);
-      if (!turned) {
-        store_first(to + r * step + j, load(from + r * pitch + j), lanes);
-        continue;
-      }
-      Vec<T> square[L];
-      for (int64_t i = 0; i < L; ++i) square[i] = i < down ? load(from + (r + i) * pitch + j) : Vec<T>{};
-      transpose<T>(square);
-      for (int64_t i = 0; i < lanes; ++i) store_first(to + (j + i) * step + r, square[i], down);
-    }
-}
-
-template <class S>
-void add_parts(const Sum<S>* parts, int64_t count, int64_t numbers, S* out, int64_t begin, int64_t end) {
-  constexpr int64_t L = kLanes<Sum<S>>;
-  for (int64_t i = begin; i < end; i += L) {
-    const int64_t lanes = smaller(L, end - i);
-    Vec<Sum<S>> sum = load_first(parts + i, lanes);
-    for (int64_t part = 1; part < count; ++part) sum += load_first(parts + part * numbers + i, lanes);
-    store_first(out + i, sum, lanes);
-  }
-}
-
 }  // namespace cnnops::cpu::CNNOPS_ISA
