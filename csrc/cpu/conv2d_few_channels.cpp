@@ -23,8 +23,8 @@ namespace {
 
 constexpr int64_t kFewInputs = 4;
 constexpr int64_t kTaskFilters = 64, kTurnedPlaces = 96;
-constexpr int64_t kManyTaps = 64;        // for lines
-constexpr int64_t kManyPixelTaps = 192;  // weights of so many, for 64 filters, pass the first-level cache
+constexpr int64_t kManyTaps = 64;       // for lines
+constexpr int64_t kManyPixelTaps = 96;  // their weights for 64 filters would fill the first-level cache
 
 /// M filters x V vectors of places from `lines` on; the first `filters` and `places` of them are kept.
 template <class S, int M, int V>

@@ -6,6 +6,8 @@
 // written one after the other, at the pitch of the *output*: no border, no stride and no row end is left. Rows of the
 // kernel are shifts by whole rows (rows of the input are sorted by their remainder modulo the stride), so a band is
 // copied KW times, not KH*KW times as `im2col` would.
+//
+// Where x is broadcast, a number at a time, its rows are copied as they stand (below).
 #pragma once
 
 #include "channels_last_tile.h"
