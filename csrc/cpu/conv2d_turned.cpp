@@ -24,10 +24,10 @@ constexpr int64_t kStripPixels = 1000;  // of a strip's results at most: less th
 template <class S>
 constexpr int64_t kStripNumbers = (3 << 20) / int64_t(sizeof(S));  // of a strip, of all channels
 template <class S>
-constexpr int64_t kFilterNumbers = (7 << 19) / int64_t(sizeof(S));              // of a task's weights
-constexpr int64_t kGradientNumbers = 160 << 10;                                 // of a task's gradients of weights
-constexpr int64_t kMostChannels = 128, kFewChannels = 32, kLeastChannels = 16;  // of a block
-constexpr int64_t kFewTasks = 4, kPartNumbers = 1 << 19;                        // of all parts together
+constexpr int64_t kFilterNumbers = (7 << 19) / int64_t(sizeof(S));  // of a task's weights
+constexpr int64_t kGradientNumbers = 160 << 10;                     // of a task's gradients of weights
+constexpr int64_t kMostChannels = 128, kGoodChannels = 64, kFewChannels = 32, kLeastChannels = 16;  // of a block
+constexpr int64_t kFewTasks = 4, kPartNumbers = 1 << 19;  // of all parts together
 
 template <class S>
 const Conv2dAlgorithm<Conv2dRun<S>>& channels_last() {
@@ -128,15 +128,17 @@ struct Tasks {
         rows((pass == Pass::forward ? g.k : g.c) / g.groups),
         taps(g.kernel[0] * g.kernel[1]),
         strips(g, pass, channels) {
+    // An element's order of summation depends on the block, so the block does not look at the batch; strips may.
     block = smaller(kMostChannels, rows);
-    const auto cut = [&] {
-      blocks = ceil_div(rows, larger(1, block));
-      total = g.groups * blocks * strips.groups * strips.per_image;
-    };
-    for (cut(); block > kLeastChannels &&
-                (block * taps * channels > kFilterNumbers<S> || (total < kFewTasks && block > kFewChannels));
-         cut())
+    while (block > kLeastChannels && (block * taps * channels > kFilterNumbers<S> ||
+                                      (g.groups * ceil_div(rows, block) < kFewTasks && block > kGoodChannels)))
       block = ceil_div(block, 2 * kLeastChannels) * kLeastChannels;
+    blocks = ceil_div(rows, larger(1, block));
+    while (strips.rows > 1 && g.groups * blocks * strips.count() < kFewTasks) {
+      strips.rows = ceil_div(strips.rows, 2);
+      strips.per_image = ceil_div((pass == Pass::forward ? g.out : g.in)[0], strips.rows);
+    }
+    total = g.groups * blocks * strips.count();
   }
 };
 
