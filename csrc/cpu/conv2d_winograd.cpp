@@ -141,10 +141,11 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspace
 }
 
 /// The smallest image, along an axis, whose tiles are worth the transforms of the filters whatever the batch is. Where a
-/// single image has few tiles, `direct` is hard to beat in channels_last.
+/// single image has few tiles, `direct` is hard to beat in channels_last; and a gradient of the weight from few tiles errs
+/// by more than its few terms should.
 int64_t smallest_image(const Conv2dGeometry& g, Pass pass) {
-  const bool well_served = pass == Pass::forward && g.layout == Layout::channels_last;
-  return well_served || pass == Pass::grad_input ? 6 : g.kernel[0] == 3 ? 4 : 2;
+  if (pass != Pass::forward || g.layout == Layout::channels_last) return 6;
+  return g.kernel[0] == 3 ? 4 : 2;
 }
 
 template <class S>
