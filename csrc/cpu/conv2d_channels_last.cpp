@@ -23,19 +23,18 @@
 // then added in order; the batch size decides how pixels are dealt to tasks, never how one sum is made. Zeros of the
 // border that are copied are multiplied: an infinite or NaN weight or gradient gives NaN there, where plain loops would
 // skip it. Refuses the contiguous layout.
-#include "channels_last_tile.h"
+#include "channels_last_views.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
 
-constexpr int kTileMultiple = 24;                       // a multiple of the number of rows of every tile
-constexpr int64_t kWeightBytes = 65536;                 // packed weights of a block
-constexpr int64_t kMostPixels = 480, kFewPixels = 192;  // of a task
+constexpr int kTileMultiple = 24;        // a multiple of the number of rows of every tile
+constexpr int64_t kWeightBytes = 65536;  // packed weights of a block
+constexpr int64_t kFewPixels = 192;      // of a task, which has kMostPixels at most
 constexpr int64_t kGoodTasks = 32;
 constexpr int64_t kMuchInput = 16 << 20;  // bytes that are not in a cache when they are read
 constexpr int64_t kMostRuns = 64;         // of a block
-constexpr int64_t kShortRow = 256;        // a run is a row of taps below, otherwise a tap
-constexpr int64_t kAhead = 128;           // of such weights, so many numbers are fetched ahead
+constexpr int64_t kAhead = 128;           // of weights that are in no cache, so many numbers are fetched ahead
 
 /// A window as runs: rows of taps, or taps, whose channels are cut into equal pieces where they are many.
 struct Runs {
@@ -84,69 +83,6 @@ void pack_weights(const Windows& t, const S* weight, int64_t row0, const Run& ru
       }
     }
   }
-}
-
-/// The taps through which a pixel sees its image: rows [h0, h1), columns [w0, w1).
-struct View {
-  int64_t h0, h1, w0, w1;
-  bool operator==(const View& v) const { return h0 == v.h0 && h1 == v.h1 && w0 == v.w0 && w1 == v.w1; }
-};
-
-/// The taps t of an axis with 0 <= at + t*offset_step < in_size.
-static void see_taps(const Axis& axis, int64_t at, int64_t* begin, int64_t* end) {
-  const int64_t step = larger(1, axis.offset_step);
-  *begin = smaller(at >= 0 ? 0 : ceil_div(-at, step), axis.taps);
-  *end = larger(*begin, at >= axis.in_size ? 0 : smaller(axis.taps, (axis.in_size - 1 - at) / step + 1));
-}
-
-/// The part of a run that is seen: all or nothing of a tap, some taps of a row of them.
-static Run seen_part(const Windows& t, const Run& run, const View& view, bool row) {
-  const bool nothing = run.th < view.h0 || run.th >= view.h1 || (!row && (run.tw < view.w0 || run.tw >= view.w1));
-  if (nothing || !row) return {run.th, run.tw, run.c, nothing ? 0 : run.length, run.offset, run.straight};
-  return make_run(t, run.th, view.w0 * t.channels, view.w1 * t.channels);
-}
-
-/// Pixels that see alike, [first, last) of a task's.
-struct Alike {
-  View view;
-  int64_t first, last;
-};
-
-/// Sorts pixels by what they see, into `sorted`; each is inside its image then, as far as it looks. Where a window is
-/// short, or its border shows pixels, all count as alike, and what is outside is copied. Returns how many sorts there are.
-template <class S>
-int64_t sort_pixels(const Windows& t, const Pixel<S>* pixels, int64_t count, Pixel<S>* sorted, Alike* sorts) {
-  int64_t kinds = 0, last = 0;
-  if (t.border != Border::zeros || t.h.taps * t.w.taps * t.channels < kShortRow) {
-    for (int64_t p = 0; p < count; ++p) sorted[p] = pixels[p];
-    sorts[0] = {{0, t.h.taps, 0, t.w.taps}, 0, count};
-    return 1;
-  }
-  int16_t kind[kMostPixels];
-  for (int64_t p = 0; p < count; ++p) {
-    View view{0, t.h.taps, 0, t.w.taps};
-    if (!pixels[p].inside) {
-      see_taps(t.h, pixels[p].h, &view.h0, &view.h1);
-      see_taps(t.w, pixels[p].w, &view.w0, &view.w1);
-    }
-    if (kinds == 0 || !(sorts[last].view == view)) {
-      for (last = 0; last < kinds && !(sorts[last].view == view);) ++last;
-      if (last == kinds) sorts[kinds++] = {view, 0, 0};
-    }
-    ++sorts[last].last;
-    kind[p] = int16_t(last);
-  }
-  for (int64_t k = 0, first = 0; k < kinds; ++k) {
-    const int64_t size = sorts[k].last;
-    sorts[k].first = sorts[k].last = first;
-    first += size;
-  }
-  for (int64_t p = 0; p < count; ++p) {
-    Pixel<S>& to = sorted[sorts[kind[p]].last++];
-    to = pixels[p];
-    to.inside = true;
-  }
-  return kinds;
 }
 
 template <class T>
