@@ -241,7 +241,7 @@ void fold(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace
 const char* refuses(const Conv2dGeometry& g, Pass pass) {
   const int64_t taps = g.kernel[0] * g.kernel[1];
   if (pass != Pass::grad_input) return "it folds gradients of outputs back to inputs: for the gradient of the input";
-  if (taps == 1 || is_connected(g)) return "outputs see no pixel in common, which leaves nothing to fold";
+  if (taps == 1) return "a 1x1 kernel leaves nothing to fold";
   if (taps > kBlockRows) return "a kernel of more than 128 taps passes its block of rows";
   if (g.k / g.groups < kFewOutputs) return "with less than 4 output channels the adding costs more than the product";
   if (g.c / g.groups > kFewInputs && g.layout == Layout::channels_last)

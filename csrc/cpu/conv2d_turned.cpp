@@ -285,7 +285,7 @@ template <class S>
 const char* refuses(const Conv2dGeometry& g, Pass pass) {
   if (!std::is_same_v<S, Sum<S>>) return "numbers of 16 bits would be turned first and widened for each tap";
   if (g.layout != Layout::contiguous) return "it turns planes round, and in channels_last there are none";
-  if (is_connected(g)) return "a window as large as the image is a plain matrix product";
+  if (is_connected(g) && pass != Pass::grad_input) return "a window as large as the image is a plain matrix product";
   if (g.border != Border::zeros) return "a strip's border shows pixels of other strips, unless it is zeros";
   if (g.in[0] * g.in[1] * g.out[0] * g.out[1] == 0) return "there are no pixels to turn";
   if (smaller(g.c, g.k) / g.groups < kLeastChannels)

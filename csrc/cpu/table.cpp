@@ -5,10 +5,10 @@ namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
 
 /// In a fully connected layer all numbers of an image stand in the order of a filter's, in either layout: so it is a 1x1
-/// convolution of as many channels on images of one pixel.
-Conv2dGeometry flattened(Conv2dGeometry g) {
+/// convolution of as many channels on images of one pixel. (Not so a bias that grad_input takes: it is one for all pixels.)
+Conv2dGeometry flattened(Conv2dGeometry g, Pass pass) {
   const int64_t pixels = g.in[0] * g.in[1];
-  if (!is_connected(g) || (pixels > 1 && g.groups > 1)) return g;
+  if (!is_connected(g) || (pixels > 1 && (g.groups > 1 || pass == Pass::grad_input))) return g;
   g.c *= pixels;
   for (int dim = 0; dim < 2; ++dim) g.kernel[dim] = g.in[dim] = 1;
   g.layout = Layout::channels_last;
@@ -20,7 +20,7 @@ template <class S>
 struct Direct {
   using Row = Conv2dAlgorithm<Conv2dRun<S>>;
 
-  static Conv2dGeometry seen(const Conv2dGeometry& g) { return flattened(g); }
+  static Conv2dGeometry seen(const Conv2dGeometry& g, Pass pass) { return flattened(g, pass); }
   static const Row& of(const Conv2dGeometry& g, Pass pass) {
     static const Row contiguous = conv2d_direct<S>(), planar = conv2d_planar<S>();
     if (g.layout == Layout::channels_last) return all();
@@ -37,7 +37,7 @@ template <class S>
 struct Winograd {
   using Row = Conv2dAlgorithm<Conv2dRun<S>>;
 
-  static Conv2dGeometry seen(const Conv2dGeometry& g) { return g; }
+  static Conv2dGeometry seen(const Conv2dGeometry& g, Pass) { return g; }
   static const Row& of(const Conv2dGeometry& g, Pass pass) {
     static const Row groups = conv2d_winograd_groups<S>();
     return groups.refuses(g, pass) ? all() : groups;
@@ -57,20 +57,20 @@ struct OneRow {
   template <Pass pass>
   static Conv2dRun<S> run() {
     return {[](const Conv2dGeometry& shape) {
-              const Conv2dGeometry g = Files::seen(shape);
+              const Conv2dGeometry g = Files::seen(shape, pass);
               return Files::of(g, pass).run(pass).tasks(g);
             },
             [](const Conv2dGeometry& shape) {
-              const Conv2dGeometry g = Files::seen(shape);
+              const Conv2dGeometry g = Files::seen(shape, pass);
               return Files::of(g, pass).run(pass).workspace(g);
             },
             [](const Conv2dGeometry& shape, const Conv2dOperands<S>& operands, Sum<S>* workspace, int64_t begin,
                int64_t end) {
-              const Conv2dGeometry g = Files::seen(shape);
+              const Conv2dGeometry g = Files::seen(shape, pass);
               Files::of(g, pass).run(pass).run(g, operands, workspace, begin, end);
             },
             [](const Conv2dGeometry& shape) {
-              const Conv2dGeometry g = Files::seen(shape);
+              const Conv2dGeometry g = Files::seen(shape, pass);
               const auto parts = Files::of(g, pass).run(pass).parts;
               return parts ? parts(g) : 1;
             },
@@ -81,7 +81,7 @@ struct OneRow {
     return {Files::all().name,
             summary,
             [](const Conv2dGeometry& shape, Pass pass) {
-              const Conv2dGeometry g = Files::seen(shape);
+              const Conv2dGeometry g = Files::seen(shape, pass);
               return Files::of(g, pass).refuses(g, pass);
             },
             run<Pass::forward>(),
@@ -89,7 +89,7 @@ struct OneRow {
             run<Pass::grad_weight>(),
             Files::all().accurate,
             [](const Conv2dGeometry& shape, Pass pass) {
-              const Conv2dGeometry g = Files::seen(shape);
+              const Conv2dGeometry g = Files::seen(shape, pass);
               return Files::of(g, pass).yields && Files::of(g, pass).yields(g, pass);
             }};
   }
