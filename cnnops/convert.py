@@ -212,7 +212,8 @@ def convert(model: tnn.Module, *, fuse: bool = False, inference: bool = False, l
     its rounding differs from the original's.
 
     ``linear=True`` makes Linear modules ours, too: then a whole classifier's outputs are the same bits whatever the
-    batch size. On a GPU it has not been measured. Calls of ``F.linear`` stay torch's.
+    batch size. On the CPU batches gain by it, a single image does not; on a GPU it has not been measured. Calls of
+    ``F.linear`` stay torch's.
 
     :func:`left_alone` tells which modules remain with torch, and why; the logger ``cnnops`` does so in a line, at level
     INFO. These calls of functions remain with torch:
