@@ -222,8 +222,8 @@ def page(data: dict) -> str:
 `python -m benchmarks.models`; memory {about["memory"]};
 cnnops {about["commit"]}{"; few rounds" * data["quick"]}. Milliseconds; *ratio* is the best
 other's time over our best. Training steps are forward, cross entropy, backward and SGD; *fused* is `convert` with
-`fuse=True`, for inference `inference=True`, and for batches `linear=True`; torch.compile is frozen for inference. Dropout is left out. *error*:
-relative L2 against float64, of outputs, or of all gradients of a step.
+`fuse=True`, for inference `inference=True`, and for batches `linear=True`; torch.compile is frozen for inference.
+Dropout is left out. *error*: relative L2 against float64, of outputs, or of all gradients of a step.
 
 {markdown(["", *names, "best other", "goal", "ratio", "error"], rows)}
 """
