@@ -8,7 +8,7 @@ optimizers made before stay what they are.
   every call of a function that :mod:`cnnops.functional` has (``F.relu(x)``, ``torch.conv2d(...)``, ``x.relu_()``) is
   ours: while it runs, a :class:`torch.overrides.TorchFunctionMode` is active. torch.nn's containers cost nothing.
 
-What we have is found by name; nothing is listed here.
+What we have is found by name; nothing is listed here but what is converted on demand only.
 """
 
 import copy
