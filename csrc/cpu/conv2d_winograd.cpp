@@ -82,16 +82,17 @@ void transform_outputs(const Layer& t, const Tasks<T>& tasks, const T* sums, con
   using Columns = Numbers<Form::columns, Form::width>;
   for_runs<T>(t, tile0, count, channels, [&](const Run& run, int64_t c, int64_t lanes) {
     const Vec<T> plus = bias ? load_first(bias + c, lanes) : Vec<T>{};
-    const int64_t height = smaller(Form::height, t.out_size[0] - run.h), columns = run.count * Form::width;
+    const int64_t height = smaller(Form::height, t.left(run.h, 0)), columns = run.count * Form::width;
     T* image = out + run.n * t.out.image + c * t.out.channel;
     const T* from = sums + c / tasks.width * Form::points * point + run.first * tasks.width + c % tasks.width;
     const auto get = [&](int i, int j) { return load(from + (i * Form::columns + j) * point); };
     if (t.layout == Layout::channels_last) {
       for (int64_t tile = 0; tile < run.count; ++tile, from += tasks.width) {
-        const int64_t w = run.w + tile * Form::width, width = smaller(Form::width, t.out_size[1] - w);
+        const int64_t w = run.w + tile * Form::width * t.apart[1], width = smaller(Form::width, t.left(w, 1));
         T* to = image + run.h * t.out.row + w * t.out.pixel;
+        const int64_t row = t.apart[0] * t.out.row, pixel = t.apart[1] * t.out.pixel;
         transform<Rows, Columns, T>(get, [&](int i, int j, Vec<T> y) {
-          if (i < height && j < width) store_first(to + i * t.out.row + j * t.out.pixel, y + plus, lanes);
+          if (i < height && j < width) store_first(to + i * row + j * pixel, y + plus, lanes);
         });
       }
       return;
@@ -99,10 +100,11 @@ void transform_outputs(const Layer& t, const Tasks<T>& tasks, const T* sums, con
     for (int64_t lane = 0; lane < lanes; ++lane)
       for (int64_t i = 0; i < height; ++i)
         for (int64_t j = 0; j < columns; j += kLine)
-          __builtin_prefetch(image + lane * t.out.channel + (run.h + i) * t.out.row + run.w + j, 1);
+          __builtin_prefetch(
+              image + lane * t.out.channel + (run.h + i * t.apart[0]) * t.out.row + run.w + j * t.apart[1], 1);
     for (T* to = scratch; to < scratch + columns * L; to += Form::width * L, from += tasks.width)
       transform<Rows, Columns, T>(get, [&](int i, int j, Vec<T> y) { store(to + (i * columns + j) * L, y + plus); });
-    copy_back(t, scratch, run.h, run.w, height, smaller(columns, t.out_size[1] - run.w), columns, lanes, image);
+    copy_back(t, scratch, run.h, run.w, height, smaller(columns, t.left(run.w, 1)), columns, lanes, image);
   });
 }
 
@@ -153,9 +155,9 @@ const char* refuses(const Conv2dGeometry& g, Pass pass) {
   if (g.kernel[0] != 3 && g.kernel[0] != 5) return "its transforms are those of 3x3 and 5x5 kernels";
   if (!std::is_same_v<S, float>) return "its transforms round more than float64 or the 16-bit types are asked for";
   for (int dim = 0; dim < 2; ++dim) {
-    if (g.kernel[dim] != g.kernel[0] || g.stride[dim] != 1 || g.dilation[dim] != 1)
-      return "its transforms are those of a square kernel with stride and dilation 1";
-    if ((pass == Pass::grad_input ? g.in : g.out)[dim] < smallest_image(g, pass))
+    if (g.kernel[dim] != g.kernel[0] || g.stride[dim] != 1)
+      return "its transforms are those of a square kernel with stride 1";
+    if (ceil_div((pass == Pass::grad_input ? g.in : g.out)[dim], g.dilation[dim]) < smallest_image(g, pass))
       return "the image is too small to share its filters";
   }
   if (g.c / g.groups < kFewestChannels || g.k / g.groups < kFewestChannels)

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "channels_last.h"
-#include "winograd_points.h"
+#include "winograd_forms.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 
@@ -23,20 +23,6 @@ constexpr int tile_rows(int64_t vectors) {
   return static_cast<int>((kTileRows == 8 && vectors < 3 ? 16 / vectors : kSums / vectors) / ways(vectors));
 }
 
-/// The numbers of taps, and of outputs of a tile along both axes, that there are transforms for.
-template <int taps_, int height_, int width_>
-struct Form {
-  static constexpr int taps = taps_, height = height_, width = width_;
-  static constexpr int rows = height + taps - 1, columns = width + taps - 1, points = rows * columns;  // of a patch
-};
-
-/// f(Form) for the form with so many taps and such tiles.
-template <class F>
-static inline auto with_form(int64_t taps, const int64_t* tile, const F& f) {
-  if (taps == 3) return f(Form<3, 4, 4>());
-  return tile[1] == 2 ? f(Form<5, 2, 2>()) : f(Form<5, 2, 4>());
-}
-
 // ---- from tensors to vectors of channels, and back ----
 
 /// Where a tensor's numbers lie.
@@ -50,36 +36,6 @@ static inline Strides strides(Layout layout, int64_t channels, const int64_t* si
                                       : Strides{channels * plane, 1, size[1] * channels, channels};
 }
 
-/// How many tiles of a form an axis has.
-struct Tiling {
-  int64_t size[2], count[2], points;
-  bool transposed;
-  int64_t products() const { return count[0] * count[1] * points; }
-};
-
-static inline Tiling tiling(int64_t taps, int64_t height, int64_t width, const int64_t* outputs, bool transposed) {
-  return {{height, width},
-          {ceil_div(outputs[0], height), ceil_div(outputs[1], width)},
-          (height + taps - 1) * (width + taps - 1),
-          transposed};
-}
-
-constexpr int64_t kMostAcross = 24;  // tiles of a row of the transposed form
-
-/// The form with the fewest products. The gradient of the input of a layer without padding has fewer in the transposed
-/// one, whose tiles are those of the forward convolution; it costs a little more to add them up.
-static inline Tiling fewest_products(const Conv2dGeometry& g, Pass pass) {
-  const auto best = [&](const int64_t* outputs, bool transposed) {
-    const int64_t taps = g.kernel[0];
-    if (taps == 3) return tiling(taps, 4, 4, outputs, transposed);
-    const Tiling narrow = tiling(taps, 2, 2, outputs, transposed), wide = tiling(taps, 2, 4, outputs, transposed);
-    return wide.products() < narrow.products() ? wide : narrow;
-  };
-  if (pass != Pass::grad_input) return best(g.out, false);
-  const Tiling plain = best(g.in, false), transposed = best(g.out, true);
-  return transposed.count[1] <= kMostAcross && 10 * transposed.products() < 9 * plain.products() ? transposed : plain;
-}
-
 /// The forward convolution or the gradient of its input, which is one with mirrored taps: output (h, w) sees inputs
 /// (h + offset, w + offset) to (h + offset + taps - 1, w + offset + taps - 1). In the transposed form a tile of inputs
 /// goes to a patch of outputs, that which the forward convolution's tile sees.
@@ -90,8 +46,9 @@ struct Layer {
   int64_t channels, rows, groups;  // summed over and produced, of one group
   const int64_t *in_size, *out_size;
   int64_t taps, tile[2];       // along each axis
+  int64_t apart[2];            // the pixels of a tile and of its patch
   int64_t offset[2], seen[2];  // inputs from `seen` on are seen by nobody
-  int64_t tiles[2];            // of an image
+  int64_t phases[2], tiles[2];  // of an image; of a phase
   int64_t all_tiles, points;
   Strides in, out;
   int64_t weight_group, weight_row, weight_channel, weight_tap;
@@ -113,12 +70,15 @@ struct Layer {
     in_size = forward ? g.in : g.out;
     out_size = forward ? g.out : g.in;
     for (int dim = 0; dim < 2; ++dim) {
-      offset[dim] = transposed ? 0 : forward ? -g.padding[dim] : g.padding[dim] - (taps - 1);
-      seen[dim] = transposed ? in_size[dim] : out_size[dim] + offset[dim] + taps - 1;
+      const int64_t reach = (taps - 1) * g.dilation[dim];
+      apart[dim] = g.dilation[dim];
+      offset[dim] = transposed ? 0 : forward ? -g.padding[dim] : g.padding[dim] - reach;
+      seen[dim] = transposed ? in_size[dim] : out_size[dim] + offset[dim] + reach;
       tile[dim] = form.size[dim];
+      phases[dim] = form.phases[dim];
       tiles[dim] = form.count[dim];
     }
-    all_tiles = g.n * tiles[0] * tiles[1];
+    all_tiles = g.n * rows_of_tiles() * phases[1] * tiles[1];
     in = strides(layout, channels * groups, in_size);
     out = strides(layout, rows * groups, out_size);
     weight_group = k_group * filter;
@@ -127,11 +87,15 @@ struct Layer {
     weight_tap = contiguous ? 1 : c_group;
   }
 
+  /// How many outputs of its phase there are from output i on.
+  int64_t left(int64_t i, int dim) const { return i < out_size[dim] ? ceil_div(out_size[dim] - i, apart[dim]) : 0; }
+  int64_t rows_of_tiles() const { return phases[0] * tiles[0]; }  // of an image
   /// The pixel that position i of an axis shows; -1 for none, or where it does not matter.
   int64_t pixel(int64_t i, int dim) const { return i < seen[dim] ? pixel_at(i, in_size[dim], border) : -1; }
 };
 
-/// Neighbours in a row of tiles: as many as are transformed at a time. `first` is the first one's number within the task.
+/// Neighbours in a row of tiles: as many as are transformed at a time. (h, w) is the first one's first output, `first` its
+/// number within the task.
 struct Run {
   int64_t n, h, w, count, first;
 };
@@ -142,9 +106,11 @@ static inline void for_runs(const Layer& t, int64_t begin, int64_t count, int64_
   const bool contiguous = t.layout == Layout::contiguous;
   const auto runs = [&](int64_t c0, int64_t c1) {
     for (int64_t first = 0; first < count;) {
-      const int64_t tile = begin + first, w = tile % t.tiles[1], row = tile / t.tiles[1];
+      const int64_t tile = begin + first, w = tile % t.tiles[1], phase = tile / t.tiles[1];
+      const int64_t row = phase / t.phases[1], h = row % t.rows_of_tiles();
       const int64_t length = smaller(smaller(t.tiles[1] - w, count - first), kRunTiles);
-      const Run run{row / t.tiles[0], row % t.tiles[0] * t.tile[0], w * t.tile[1], length, first};
+      const Run run{row / t.rows_of_tiles(), h / t.phases[0] * t.tile[0] * t.apart[0] + h % t.phases[0],
+                    w * t.tile[1] * t.apart[1] + phase % t.phases[1], length, first};
       for (int64_t c = c0; c < c1; c += kLanes<T>) f(run, c, smaller(kLanes<T>, c1 - c));
       first += length;
     }
@@ -153,13 +119,30 @@ static inline void for_runs(const Layer& t, int64_t begin, int64_t count, int64_
   for (int64_t c = 0; c < channels; c += kLanes<T>) runs(c, smaller(c + kLanes<T>, channels));
 }
 
-/// to[i][j][lane] = what rows [h, h + rows) x columns [w, w + columns) of the first `lanes` planes show; contiguous.
+/// Lane j is row[start + j*step] where that lies in [0, size) and j < count, zero elsewhere.
+template <class T>
+static inline Vec<T> load_apart(const T* row, int64_t size, int64_t start, int64_t step, int64_t count) {
+  constexpr int64_t L = kLanes<T>;
+  if (step == 1) return load_inside(row, size, start, count);
+  if (step == 2) {
+    const int64_t reach = 2 * count - 1;
+    return even_places<T>(load_inside(row, size, start, smaller(reach, L)),
+                          load_inside(row, size, start + L - 1, larger(reach - L + 1, 0)),
+                          std::make_integer_sequence<int, int(L)>());
+  }
+  Vec<T> v{};
+  for (int64_t j = 0; j < count; ++j)
+    if (start + j * step >= 0 && start + j * step < size) v[j] = row[start + j * step];
+  return v;
+}
+
+/// to[i][j][lane] = what `rows` rows from h on x `columns` columns from w on of the first `lanes` planes show; contiguous.
 template <class T>
 static inline void copy_patch(const Layer& t, const T* image, int64_t h, int64_t w, int64_t rows, int64_t columns,
                               int64_t lanes, T* to) {
   constexpr int64_t L = kLanes<T>;
   for (int64_t i = 0; i < rows; ++i, to += columns * L) {
-    const int64_t row = t.pixel(h + i, 0);
+    const int64_t row = t.pixel(h + i * t.apart[0], 0);
     if (row < 0) {
       for (int64_t j = 0; j < columns; ++j) store(to + j * L, Vec<T>{});
       continue;
@@ -171,34 +154,53 @@ static inline void copy_patch(const Layer& t, const T* image, int64_t h, int64_t
       Vec<T> square[L]{};
       for (int64_t lane = 0; lane < lanes; ++lane) {
         const T* plane = from + lane * t.in.channel;
-        square[lane] = load_inside(plane, width, w + j, count);
-        __builtin_prefetch(plane + t.tile[0] * t.in.row + w + j);  // of the tiles below
+        square[lane] = load_apart(plane, width, w + j * t.apart[1], t.apart[1], count);
+        __builtin_prefetch(plane + t.tile[0] * t.apart[0] * t.in.row + w + j * t.apart[1]);  // of the tiles below
       }
       transpose<T>(square);
       for (int64_t lane = 0; lane < count; ++lane) store(to + (j + lane) * L, square[lane]);
     }
     if (t.border == Border::zeros) continue;
     for (int64_t j = 0; j < columns; ++j) {
-      const int64_t column = t.pixel(w + j, 1);
-      if (column < 0 || column == w + j) continue;
+      const int64_t at = w + j * t.apart[1], column = t.pixel(at, 1);
+      if (column < 0 || column == at) continue;
       for (int64_t lane = 0; lane < lanes; ++lane) to[j * L + lane] = from[lane * t.in.channel + column];
     }
   }
 }
 
-/// The inverse: rows [h, h + rows) x columns [w, w + width) of the image, from rows of `columns`.
+/// p[j*step] = v[j] for j < count; nothing else is touched.
+template <class T>
+static inline void store_strided(T* p, int64_t step, Vec<T> v, int64_t count) {
+  if (step == 1) return store_first(p, v, count);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    if (step == 2) {
+      constexpr int64_t L = kLanes<T>;
+      constexpr auto lanes = std::make_integer_sequence<int, int(L)>();
+      const uint32_t even = 0x55555555u & ((uint64_t(1) << (2 * count)) - 1);
+      _mm512_mask_storeu_epi32(p, __mmask16(even), (__m512i)between_zeros<T>(v, lanes, false));
+      if (even >> L) _mm512_mask_storeu_epi32(p + L, __mmask16(even >> L), (__m512i)between_zeros<T>(v, lanes, true));
+      return;
+    }
+  }
+#endif
+  for (int64_t j = 0; j < count; ++j) p[j * step] = v[j];
+}
+
+/// The inverse: `rows` rows from h on x `width` columns from w on of the image, from rows of `columns`.
 template <class T>
 static inline void copy_back(const Layer& t, const T* from, int64_t h, int64_t w, int64_t rows, int64_t width,
                              int64_t columns, int64_t lanes, T* image) {
   constexpr int64_t L = kLanes<T>;
   for (int64_t i = 0; i < rows; ++i, from += columns * L) {
-    T* to = image + (h + i) * t.out.row + w;
+    T* to = image + (h + i * t.apart[0]) * t.out.row + w;
     for (int64_t j = 0; j < width; j += L) {
       const int64_t count = smaller(L, width - j);
       Vec<T> square[L]{};
       for (int64_t lane = 0; lane < count; ++lane) square[lane] = load(from + (j + lane) * L);
       transpose<T>(square);
-      for (int64_t lane = 0; lane < lanes; ++lane) store_first(to + lane * t.out.channel + j, square[lane], count);
+      for (int64_t lane = 0; lane < lanes; ++lane) store_strided(to + lane * t.out.channel + j * t.apart[1], t.apart[1], square[lane], count);
     }
   }
 }
@@ -262,20 +264,20 @@ static inline void transform_tiles(const Layer& t, const T* in, int64_t tile0, i
       Line rows[height];
       bool inside = lanes == L;
       for (int i = 0; i < height; ++i) {
-        const int64_t row = t.pixel(h + i, 0);
+        const int64_t row = t.pixel(h + i * t.apart[0], 0);
         rows[i] = row < 0 ? Line{0, 0} : Line{row * t.in.row, lanes};
         inside &= row >= 0;
       }
-      const int64_t left = larger(0, -w), right = smaller(t.seen[1], t.in_size[1]) - w;  // columns that are pixels
-      for (int64_t j = 0; j < columns; ++j) {
-        if (inside && j >= left && j < right) {
-          const T* pixel = image + (w + j) * t.in.pixel;
+      const int64_t right = smaller(t.seen[1], t.in_size[1]), ahead = t.tile[1] * t.apart[1] * t.in.pixel;
+      for (int64_t j = 0, at = w; j < columns; ++j, at += t.apart[1]) {
+        if (inside && at >= 0 && at < right) {
+          const T* pixel = image + at * t.in.pixel;
           transform_column(j, [&](int i) {
-            __builtin_prefetch(pixel + rows[i].at + t.tile[1] * t.in.pixel);
+            __builtin_prefetch(pixel + rows[i].at + ahead);
             return load(pixel + rows[i].at);
           });
         } else {
-          const int64_t column = t.pixel(w + j, 1);
+          const int64_t column = t.pixel(at, 1);
           const T* pixel = image + larger(column, 0) * t.in.pixel;
           transform_column(j, [&](int i) { return load_first(pixel + rows[i].at, column < 0 ? 0 : rows[i].lanes); });
         }
