@@ -120,8 +120,9 @@ static inline void for_runs(const Layer& t, int64_t begin, int64_t count, int64_
 }
 
 /// Lane j is row[start + j*step] where that lies in [0, size) and j < count, zero elsewhere.
-template <class T>
-static inline Vec<T> load_apart(const T* row, int64_t size, int64_t start, int64_t step, int64_t count) {
+template <class S>
+static inline Vec<Sum<S>> load_apart(const S* row, int64_t size, int64_t start, int64_t step, int64_t count) {
+  using T = Sum<S>;
   constexpr int64_t L = kLanes<T>;
   if (step == 1) return load_inside(row, size, start, count);
   if (step == 2) {
@@ -132,14 +133,15 @@ static inline Vec<T> load_apart(const T* row, int64_t size, int64_t start, int64
   }
   Vec<T> v{};
   for (int64_t j = 0; j < count; ++j)
-    if (start + j * step >= 0 && start + j * step < size) v[j] = row[start + j * step];
+    if (start + j * step >= 0 && start + j * step < size) v[j] = value(row[start + j * step]);
   return v;
 }
 
 /// to[i][j][lane] = what `rows` rows from h on x `columns` columns from w on of the first `lanes` planes show; contiguous.
-template <class T>
-static inline void copy_patch(const Layer& t, const T* image, int64_t h, int64_t w, int64_t rows, int64_t columns,
-                              int64_t lanes, T* to) {
+template <class S>
+static inline void copy_patch(const Layer& t, const S* image, int64_t h, int64_t w, int64_t rows, int64_t columns,
+                              int64_t lanes, Sum<S>* to) {
+  using T = Sum<S>;
   constexpr int64_t L = kLanes<T>;
   for (int64_t i = 0; i < rows; ++i, to += columns * L) {
     const int64_t row = t.pixel(h + i * t.apart[0], 0);
@@ -147,13 +149,13 @@ static inline void copy_patch(const Layer& t, const T* image, int64_t h, int64_t
       for (int64_t j = 0; j < columns; ++j) store(to + j * L, Vec<T>{});
       continue;
     }
-    const T* from = image + row * t.in.row;
+    const S* from = image + row * t.in.row;
     const int64_t width = smaller(t.in_size[1], larger(t.seen[1], 0));
     for (int64_t j = 0; j < columns; j += L) {
       const int64_t count = smaller(L, columns - j);
       Vec<T> square[L]{};
       for (int64_t lane = 0; lane < lanes; ++lane) {
-        const T* plane = from + lane * t.in.channel;
+        const S* plane = from + lane * t.in.channel;
         square[lane] = load_apart(plane, width, w + j * t.apart[1], t.apart[1], count);
         __builtin_prefetch(plane + t.tile[0] * t.apart[0] * t.in.row + w + j * t.apart[1]);  // of the tiles below
       }
@@ -164,51 +166,51 @@ static inline void copy_patch(const Layer& t, const T* image, int64_t h, int64_t
     for (int64_t j = 0; j < columns; ++j) {
       const int64_t at = w + j * t.apart[1], column = t.pixel(at, 1);
       if (column < 0 || column == at) continue;
-      for (int64_t lane = 0; lane < lanes; ++lane) to[j * L + lane] = from[lane * t.in.channel + column];
+      for (int64_t lane = 0; lane < lanes; ++lane) to[j * L + lane] = value(from[lane * t.in.channel + column]);
     }
   }
 }
 
 /// p[j*step] = v[j] for j < count; nothing else is touched.
-template <class T>
-static inline void store_strided(T* p, int64_t step, Vec<T> v, int64_t count) {
+template <class S>
+static inline void store_strided(S* p, int64_t step, Vec<Sum<S>> v, int64_t count) {
   if (step == 1) return store_first(p, v, count);
 #if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) {
+  if constexpr (std::is_same_v<S, float>) {
     if (step == 2) {
-      constexpr int64_t L = kLanes<T>;
-      constexpr auto lanes = std::make_integer_sequence<int, int(L)>();
-      const uint32_t even = 0x55555555u & ((uint64_t(1) << (2 * count)) - 1);
-      _mm512_mask_storeu_epi32(p, __mmask16(even), (__m512i)between_zeros<T>(v, lanes, false));
-      if (even >> L) _mm512_mask_storeu_epi32(p + L, __mmask16(even >> L), (__m512i)between_zeros<T>(v, lanes, true));
+      constexpr auto lanes = std::make_integer_sequence<int, kLanes<S>>();
+      const uint32_t even = 0x55555555u & ((uint64_t(1) << (2 * count)) - 1), high = even >> kLanes<S>;
+      _mm512_mask_storeu_epi32(p, __mmask16(even), (__m512i)between_zeros<S>(v, lanes, false));
+      if (high) _mm512_mask_storeu_epi32(p + kLanes<S>, __mmask16(high), (__m512i)between_zeros<S>(v, lanes, true));
       return;
     }
   }
 #endif
-  for (int64_t j = 0; j < count; ++j) p[j * step] = v[j];
+  for (int64_t j = 0; j < count; ++j) p[j * step] = rounded<S>(v[j]);
 }
 
 /// The inverse: `rows` rows from h on x `width` columns from w on of the image, from rows of `columns`.
-template <class T>
-static inline void copy_back(const Layer& t, const T* from, int64_t h, int64_t w, int64_t rows, int64_t width,
-                             int64_t columns, int64_t lanes, T* image) {
-  constexpr int64_t L = kLanes<T>;
+template <class S>
+static inline void copy_back(const Layer& t, const Sum<S>* from, int64_t h, int64_t w, int64_t rows, int64_t width,
+                             int64_t columns, int64_t lanes, S* image) {
+  constexpr int64_t L = kLanes<Sum<S>>;
   for (int64_t i = 0; i < rows; ++i, from += columns * L) {
-    T* to = image + (h + i * t.apart[0]) * t.out.row + w;
+    S* to = image + (h + i * t.apart[0]) * t.out.row + w;
     for (int64_t j = 0; j < width; j += L) {
       const int64_t count = smaller(L, width - j);
-      Vec<T> square[L]{};
+      Vec<Sum<S>> square[L]{};
       for (int64_t lane = 0; lane < count; ++lane) square[lane] = load(from + (j + lane) * L);
-      transpose<T>(square);
-      for (int64_t lane = 0; lane < lanes; ++lane) store_strided(to + lane * t.out.channel + j * t.apart[1], t.apart[1], square[lane], count);
+      transpose<Sum<S>>(square);
+      for (int64_t lane = 0; lane < lanes; ++lane)
+        store_strided(to + lane * t.out.channel + j * t.apart[1], t.apart[1], square[lane], count);
     }
   }
 }
 
 /// to[channel][tap][lane] = the weights of `lanes` produced and `count` summed channels, at most a vector of each.
-template <class T>
-static inline void copy_filters(const Layer& t, const T* from, int64_t lanes, int64_t count, T* to) {
-  constexpr int64_t L = kLanes<T>;
+template <class S>
+static inline void copy_filters(const Layer& t, const S* from, int64_t lanes, int64_t count, Sum<S>* to) {
+  constexpr int64_t L = kLanes<Sum<S>>;
   const int64_t taps = t.taps * t.taps;
   if (t.weight_row == 1) {
     for (int64_t c = 0; c < count; ++c)
@@ -224,13 +226,13 @@ static inline void copy_filters(const Layer& t, const T* from, int64_t lanes, in
   for (int64_t s = 0; s < squares; ++s)
     for (int64_t r = 0; r < length; r += L) {
       const int64_t columns = smaller(L, length - r);
-      Vec<T> square[L]{};
+      Vec<Sum<S>> square[L]{};
       for (int64_t lane = 0; lane < lanes; ++lane) {
-        const T* filter = from + s * square_step + lane * t.weight_row + r;
+        const S* filter = from + s * square_step + lane * t.weight_row + r;
         square[lane] = load_first(filter, columns);
         __builtin_prefetch(filter + L * t.weight_row);  // of the next vector of produced channels
       }
-      transpose<T>(square);
+      transpose<Sum<S>>(square);
       for (int64_t i = 0; i < columns; ++i) store(to + (s * to_square + (r + i) * to_lane) * L, square[i]);
     }
 }
@@ -242,13 +244,14 @@ struct Line {
 
 /// to[point][tile][channel]: `point` numbers from point to point, `stride` from tile to tile. Columns come first: where
 /// patches overlap, a column is transformed for both.
-template <class Rows, class Columns, class T>
-static inline void transform_tiles(const Layer& t, const T* in, int64_t tile0, int64_t count, int64_t channels,
-                                   int64_t point, int64_t stride, T* scratch, T* to) {
+template <class Rows, class Columns, class S>
+static inline void transform_tiles(const Layer& t, const S* in, int64_t tile0, int64_t count, int64_t channels,
+                                   int64_t point, int64_t stride, Sum<S>* scratch, Sum<S>* to) {
+  using T = Sum<S>;
   constexpr int64_t L = kLanes<T>, height = Rows::from, width = Columns::from;
   for_runs<T>(t, tile0, count, channels, [&](const Run& run, int64_t c, int64_t lanes) {
     const int64_t h = run.h + t.offset[0], w = run.w + t.offset[1], columns = (run.count - 1) * t.tile[1] + width;
-    const T* image = in + run.n * t.in.image + c * t.in.channel;
+    const S* image = in + run.n * t.in.image + c * t.in.channel;
     T* lines = scratch + kMostPatch * kRunColumns * L;
     const auto transform_column = [&](int64_t j, const auto& load) {
       Vec<T> column[height], points[Rows::to];
@@ -271,14 +274,14 @@ static inline void transform_tiles(const Layer& t, const T* in, int64_t tile0, i
       const int64_t right = smaller(t.seen[1], t.in_size[1]), ahead = t.tile[1] * t.apart[1] * t.in.pixel;
       for (int64_t j = 0, at = w; j < columns; ++j, at += t.apart[1]) {
         if (inside && at >= 0 && at < right) {
-          const T* pixel = image + at * t.in.pixel;
+          const S* pixel = image + at * t.in.pixel;
           transform_column(j, [&](int i) {
             __builtin_prefetch(pixel + rows[i].at + ahead);
             return load(pixel + rows[i].at);
           });
         } else {
           const int64_t column = t.pixel(at, 1);
-          const T* pixel = image + larger(column, 0) * t.in.pixel;
+          const S* pixel = image + larger(column, 0) * t.in.pixel;
           transform_column(j, [&](int i) { return load_first(pixel + rows[i].at, column < 0 ? 0 : rows[i].lanes); });
         }
       }
@@ -311,9 +314,10 @@ struct ChannelPanels {
 };
 
 /// to[point][c][lane], for a panel of `rows` produced channels: `point` numbers from point to point.
-template <class Form, class T>
-static inline void transform_filters(const Layer& t, const T* weight, int64_t rows, int64_t channels, int64_t width,
-                                     int64_t point, T* scratch, T* to) {
+template <class Form, class S>
+static inline void transform_filters(const Layer& t, const S* weight, int64_t rows, int64_t channels, int64_t width,
+                                     int64_t point, Sum<S>* scratch, Sum<S>* to) {
+  using T = Sum<S>;
   constexpr int64_t L = kLanes<T>, taps = Form::taps, all = taps * taps;
   const int64_t step = t.mirrored ? -L : L;
   for (int64_t row = 0; row < width; row += L)
@@ -390,9 +394,9 @@ template <class T>
 constexpr int64_t kScratch = kLanes<T> * (2 * kMostPatch * kRunColumns + 25 * kLanes<T>);
 
 /// The gradient of the input in its transposed form, and the gradient of the weight.
-template <class T>
-Conv2dRun<T> winograd_transposed();
-template <class T>
-Conv2dRun<T> winograd_grad_weight();
+template <class S>
+Conv2dRun<S> winograd_transposed();
+template <class S>
+Conv2dRun<S> winograd_grad_weight();
 
 }  // namespace cnnops::cpu::CNNOPS_ISA
