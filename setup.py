@@ -104,8 +104,8 @@ class Build(BuildExtension):
 
     def finalize_options(self):
         super().finalize_options()
-        # Folders that stay, also for editable installs, so that only what changed is compiled again. Kernels know nothing of
-        # torch and Python: theirs is one for all.
+        # Folders that stay, also for editable installs, so that only what changed is compiled again. Kernels know
+        # nothing of torch and Python: theirs is one for all.
         python = f"cp{sys.version_info.major}{sys.version_info.minor}"
         self.build_temp = str(ROOT / "build" / f"{python}-torch{torch.__version__}-{'cuda' if NVCC else 'cpu'}")
 
