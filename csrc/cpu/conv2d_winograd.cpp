@@ -73,9 +73,10 @@ struct Tasks {
 };
 
 /// From sums[panel][point][tile][lane] to outputs.
-template <class Form, class T>
-void transform_outputs(const Layer& t, const Tasks<T>& tasks, const T* sums, const T* bias, int64_t tile0,
-                       int64_t count, int64_t channels, T* scratch, T* out) {
+template <class Form, class S>
+void transform_outputs(const Layer& t, const Tasks<Sum<S>>& tasks, const Sum<S>* sums, const S* bias, int64_t tile0,
+                       int64_t count, int64_t channels, Sum<S>* scratch, S* out) {
+  using T = Sum<S>;
   constexpr int64_t L = kLanes<T>;
   const int64_t point = tasks.sum_point();
   using Rows = Numbers<Form::rows, Form::height>;
@@ -83,13 +84,13 @@ void transform_outputs(const Layer& t, const Tasks<T>& tasks, const T* sums, con
   for_runs<T>(t, tile0, count, channels, [&](const Run& run, int64_t c, int64_t lanes) {
     const Vec<T> plus = bias ? load_first(bias + c, lanes) : Vec<T>{};
     const int64_t height = smaller(Form::height, t.out_size[0] - run.h), columns = run.count * Form::width;
-    T* image = out + run.n * t.out.image + c * t.out.channel;
+    S* image = out + run.n * t.out.image + c * t.out.channel;
     const T* from = sums + c / tasks.width * Form::points * point + run.first * tasks.width + c % tasks.width;
     const auto get = [&](int i, int j) { return load(from + (i * Form::columns + j) * point); };
     if (t.layout == Layout::channels_last) {
       for (int64_t tile = 0; tile < run.count; ++tile, from += tasks.width) {
         const int64_t w = run.w + tile * Form::width, width = smaller(Form::width, t.out_size[1] - w);
-        T* to = image + run.h * t.out.row + w * t.out.pixel;
+        S* to = image + run.h * t.out.row + w * t.out.pixel;
         transform<Rows, Columns, T>(get, [&](int i, int j, Vec<T> y) {
           if (i < height && j < width) store_first(to + i * t.out.row + j * t.out.pixel, y + plus, lanes);
         });
@@ -106,8 +107,9 @@ void transform_outputs(const Layer& t, const Tasks<T>& tasks, const T* sums, con
   });
 }
 
-template <class Form, class T, Pass pass>
-void correlate(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspace, int64_t begin, int64_t end) {
+template <class Form, class S, Pass pass>
+void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace, int64_t begin, int64_t end) {
+  using T = Sum<S>;
   const Layer t(g, pass);
   const Tasks<T> tasks(t);
   T* v = workspace;
@@ -121,10 +123,10 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspace
     const int64_t group = task / tasks.tile_blocks / tasks.blocks, rows = smaller(tasks.rows(), t.rows - row0);
     for (int64_t c0 = 0; c0 < t.channels; c0 += tasks.depth) {
       const int64_t depth = smaller(tasks.depth, t.channels - c0);
-      const T* in = o.a + (group * t.channels + c0) * t.in.channel;
+      const S* in = o.a + (group * t.channels + c0) * t.in.channel;
       transform_tiles<InputPoints<Form::rows>, InputPoints<Form::columns>>(
           t, in, tile0, count, depth, tasks.input_point(), tasks.depth, scratch, v);
-      const T* weight = o.b + group * t.weight_group + row0 * t.weight_row + c0 * t.weight_channel;
+      const S* weight = o.b + group * t.weight_group + row0 * t.weight_row + c0 * t.weight_channel;
       Factors<T> factors{v, u, sums, tasks.input_point(), tasks.filter_point(), tasks.sum_point(), tasks.depth};
       for (int64_t row = 0; row < rows; row += tasks.width, factors.sums += Form::points * tasks.sum_point()) {
         if (kept != task / tasks.tile_blocks)
@@ -172,16 +174,16 @@ bool yields(const Conv2dGeometry& g, Pass pass) {
 
 template <class S, Pass pass>
 Conv2dRun<S> run() {
-  if constexpr (std::is_same_v<S, float>) {
+  if constexpr (std::is_same_v<Sum<S>, float>) {
     return {[](const Conv2dGeometry& g) {
               const Layer t(g, pass);
-              return t.transposed ? winograd_transposed<S>().tasks(g) : Tasks<S>(t).total;
+              return t.transposed ? winograd_transposed<S>().tasks(g) : Tasks<float>(t).total;
             },
             [](const Conv2dGeometry& g) {
               const Layer t(g, pass);
-              return t.transposed ? winograd_transposed<S>().workspace(g) : Tasks<S>(t).workspace();
+              return t.transposed ? winograd_transposed<S>().workspace(g) : Tasks<float>(t).workspace();
             },
-            [](const Conv2dGeometry& g, const Conv2dOperands<S>& o, S* workspace, int64_t begin, int64_t end) {
+            [](const Conv2dGeometry& g, const Conv2dOperands<S>& o, float* workspace, int64_t begin, int64_t end) {
               const Layer t(g, pass);
               if (t.transposed) return winograd_transposed<S>().run(g, o, workspace, begin, end);
               with_form(t.taps, t.tile,
@@ -194,7 +196,7 @@ Conv2dRun<S> run() {
 
 template <class S>
 Conv2dRun<S> grad_weight_run() {
-  if constexpr (std::is_same_v<S, float>) {
+  if constexpr (std::is_same_v<Sum<S>, float>) {
     return winograd_grad_weight<S>();
   } else {
     return {};

@@ -81,26 +81,27 @@ void multiply(const Tasks<T>& tasks, int64_t rows, int64_t tiles, const T* u, co
 }
 
 /// From sums[point][k][c] to the filters of `rows` output channels and `channels` input channels.
-template <class Form, class T>
-void write_filters(const Layer& t, const Tasks<T>& tasks, const T* sums, int64_t rows, int64_t channels, T* out) {
+template <class Form, class T, class S>
+void write_filters(const Layer& t, const Tasks<T>& tasks, const T* sums, int64_t rows, int64_t channels, S* out) {
   constexpr int64_t L = kLanes<T>, taps = Form::taps;
   for (int64_t k = 0; k < rows; ++k)
     for (int64_t c = 0; c < channels; c += L) {
       const T* from = sums + k * tasks.width + c;
-      T* filter = out + k * t.weight_row + c * t.weight_channel;
+      S* filter = out + k * t.weight_row + c * t.weight_channel;
       const int64_t lanes = smaller(L, channels - c);
       transform<Numbers<Form::rows, taps>, Numbers<Form::columns, taps>, T>(
           [&](int i, int j) { return load(from + (i * Form::columns + j) * tasks.sum_point()); },
           [&](int i, int j, Vec<T> w) {
-            T* to = filter + (i * taps + j) * t.weight_tap;
+            S* to = filter + (i * taps + j) * t.weight_tap;
             if (t.weight_channel == 1) return store_first(to, w, lanes);
-            for (int64_t lane = 0; lane < lanes; ++lane) to[lane * t.weight_channel] = w[lane];
+            for (int64_t lane = 0; lane < lanes; ++lane) to[lane * t.weight_channel] = rounded<S>(w[lane]);
           });
     }
 }
 
-template <class Form, class T>
-void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspace, int64_t begin, int64_t end) {
+template <class Form, class S>
+void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace, int64_t begin, int64_t end) {
+  using T = Sum<S>;
   const Layer x(g, Pass::grad_weight), y = gradient_of(x);
   const Tasks<T> tasks(x);
   T* v = workspace;
@@ -117,8 +118,8 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspa
     const int64_t c0 = block % tasks.panels * tasks.width, channels = smaller(tasks.width, x.channels - c0);
     const int64_t k0 = block / tasks.panels % tasks.blocks * tasks.rows, rows = smaller(tasks.rows, x.rows - k0);
     const int64_t group = block / tasks.panels / tasks.blocks;
-    const T* gy = o.a + (group * x.rows + k0) * y.in.channel;
-    const T* in = o.b + (group * x.channels + c0) * x.in.channel;
+    const S* gy = o.a + (group * x.rows + k0) * y.in.channel;
+    const S* in = o.b + (group * x.channels + c0) * x.in.channel;
     const int64_t first = tasks.tile_blocks * part / tasks.parts * kBlockTiles;
     const int64_t end_tile = smaller(tasks.tile_blocks * (part + 1) / tasks.parts * kBlockTiles, x.all_tiles);
     for (int64_t tile = first; tile < end_tile; tile += kBlockTiles) {
@@ -129,26 +130,32 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspa
           x, in, tile, count, channels, tasks.input_point(), tasks.width, scratch, v);
       multiply(tasks, rows, count, u, v, sums, tile > first);
     }
-    T* out = (tasks.parts > 1 ? o.parts + part * numbers : o.out) + group * x.weight_group + k0 * x.weight_row +
-             c0 * x.weight_channel;
-    write_filters<Form>(x, tasks, sums, rows, channels, out);
+    const int64_t first_filter = group * x.weight_group + k0 * x.weight_row + c0 * x.weight_channel;
+    if (tasks.parts > 1) {
+      write_filters<Form>(x, tasks, sums, rows, channels, o.parts + part * numbers + first_filter);
+    } else {
+      write_filters<Form>(x, tasks, sums, rows, channels, o.out + first_filter);
+    }
   }
 }
 
 }  // namespace
 
-template <class T>
-Conv2dRun<T> winograd_grad_weight() {
+template <class S>
+Conv2dRun<S> winograd_grad_weight() {
+  using T = Sum<S>;
   return {[](const Conv2dGeometry& g) { return Tasks<T>(Layer(g, Pass::grad_weight)).total; },
           [](const Conv2dGeometry& g) { return Tasks<T>(Layer(g, Pass::grad_weight)).workspace(); },
-          [](const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspace, int64_t begin, int64_t end) {
+          [](const Conv2dGeometry& g, const Conv2dOperands<S>& o, T* workspace, int64_t begin, int64_t end) {
             const Layer t(g, Pass::grad_weight);
             with_form(t.taps, t.tile, [&](auto form) { grad_weight<decltype(form)>(g, o, workspace, begin, end); });
           },
           [](const Conv2dGeometry& g) { return Tasks<T>(Layer(g, Pass::grad_weight)).parts; },
-          conv2d_channels_last<T>().grad_weight.add_parts};
+          conv2d_channels_last<S>().grad_weight.add_parts};
 }
 
 template Conv2dRun<float> winograd_grad_weight();
+template Conv2dRun<BFloat16> winograd_grad_weight();
+template Conv2dRun<Float16> winograd_grad_weight();
 
 }  // namespace cnnops::cpu::CNNOPS_ISA

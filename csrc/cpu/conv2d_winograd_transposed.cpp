@@ -99,9 +99,10 @@ struct Band {
 };
 
 /// Adds rows [row, row + count) of tiles, from sums[panel][point][tile][lane], to the outputs.
-template <class Form, class T>
-void add_tiles(const Layer& t, const Tasks<T>& tasks, const Band& band, const int64_t* padding, const T* sums,
-               const T* bias, int64_t row, int64_t count, int64_t channels, T* open, T* lines, T* out) {
+template <class Form, class S>
+void add_tiles(const Layer& t, const Tasks<Sum<S>>& tasks, const Band& band, const int64_t* padding, const Sum<S>* sums,
+               const S* bias, int64_t row, int64_t count, int64_t channels, Sum<S>* open, Sum<S>* lines, S* out) {
+  using T = Sum<S>;
   constexpr int64_t L = kLanes<T>, overlap = Form::taps - 1, height = Form::height, width = Form::width;
   const int64_t point = tasks.sum_point(), line = tasks.line();
   T* done = lines + Form::rows * line;
@@ -128,7 +129,7 @@ void add_tiles(const Layer& t, const Tasks<T>& tasks, const Band& band, const in
       const bool begins = r % t.tiles[0] == 0 || r == band.first, ends = r % t.tiles[0] == t.tiles[0] - 1;
       const int64_t left = smaller(t.out_size[1], tasks.columns - padding[1]);
       const int64_t from_row = larger(0, band.top - h), to_row = smaller(ends ? Form::rows : height, band.bottom - h);
-      T* image = out + r / t.tiles[0] * t.out.image + c * t.out.channel;
+      S* image = out + r / t.tiles[0] * t.out.image + c * t.out.channel;
       for (int64_t w = 0; w < tasks.columns; ++w) {
         Vec<T> m[Form::rows], x[Form::rows];
         for (int q = 0; q < Form::rows; ++q) m[q] = load(lines + q * line + w * L);
@@ -139,7 +140,7 @@ void add_tiles(const Layer& t, const Tasks<T>& tasks, const Band& band, const in
         if (t.layout == Layout::contiguous) {
           for (int q = 0; q < Form::rows; ++q) store(done + q * line + w * L, x[q] + plus);
         } else if (w >= padding[1] && w - padding[1] < left) {
-          T* to = image + h * t.out.row + (w - padding[1]) * t.out.pixel;
+          S* to = image + h * t.out.row + (w - padding[1]) * t.out.pixel;
           for (int q = 0; q < Form::rows; ++q)
             if (q >= from_row && q < to_row) store_first(to + q * t.out.row, x[q] + plus, lanes);
         }
@@ -151,8 +152,9 @@ void add_tiles(const Layer& t, const Tasks<T>& tasks, const Band& band, const in
   }
 }
 
-template <class Form, class T>
-void grad_input(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspace, int64_t begin, int64_t end) {
+template <class Form, class S>
+void grad_input(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace, int64_t begin, int64_t end) {
+  using T = Sum<S>;
   const Layer t(g, Pass::grad_input);
   const Tasks<T> tasks(t, g.n);
   T* z = workspace;
@@ -174,7 +176,7 @@ void grad_input(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspac
         transform_tiles<Points<Form::rows, Form::height, false>, Points<Form::columns, Form::width, false>>(
             t, o.a + (group * t.channels + k0) * t.in.channel, r * t.tiles[1], tiles, depth, tasks.gradient_point(),
             tasks.depth, scratch, z);
-        const T* weight = o.b + group * t.weight_group + row0 * t.weight_row + k0 * t.weight_channel;
+        const S* weight = o.b + group * t.weight_group + row0 * t.weight_row + k0 * t.weight_channel;
         Factors<T> factors{z, u, sums, tasks.gradient_point(), tasks.filter_point(), tasks.sum_point(), tasks.depth};
         for (int64_t c = 0; c < rows; c += tasks.width, factors.sums += Form::points * tasks.sum_point()) {
           if (kept != block)
@@ -192,19 +194,22 @@ void grad_input(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspac
 
 }  // namespace
 
-template <class T>
-Conv2dRun<T> winograd_transposed() {
+template <class S>
+Conv2dRun<S> winograd_transposed() {
+  using T = Sum<S>;
   return {[](const Conv2dGeometry& g) { return Tasks<T>(Layer(g, Pass::grad_input), g.n).total; },
           [](const Conv2dGeometry& g) {
             const Layer t(g, Pass::grad_input);
             return Tasks<T>(t, g.n).workspace(t);
           },
-          [](const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspace, int64_t begin, int64_t end) {
+          [](const Conv2dGeometry& g, const Conv2dOperands<S>& o, T* workspace, int64_t begin, int64_t end) {
             const Layer t(g, Pass::grad_input);
             with_form(t.taps, t.tile, [&](auto form) { grad_input<decltype(form)>(g, o, workspace, begin, end); });
           }};
 }
 
 template Conv2dRun<float> winograd_transposed();
+template Conv2dRun<BFloat16> winograd_transposed();
+template Conv2dRun<Float16> winograd_transposed();
 
 }  // namespace cnnops::cpu::CNNOPS_ISA

@@ -88,7 +88,7 @@ static inline Vec<Sum<S>> widen(Packed<S> packed) {
 #elif defined(__F16C__)
     return (Vec<float>)_mm256_cvtph_ps((__m128i)packed);
 #else
-    Vec<float> v;
+    Vec<float> v{};
     for (int i = 0; i < kLanes<float>; ++i) v[i] = value(Float16{packed[i]});
     return v;
 #endif

@@ -154,9 +154,10 @@ static inline void for_runs(const Layer& t, int64_t begin, int64_t count, int64_
 }
 
 /// to[i][j][lane] = what rows [h, h + rows) x columns [w, w + columns) of the first `lanes` planes show; contiguous.
-template <class T>
-static inline void copy_patch(const Layer& t, const T* image, int64_t h, int64_t w, int64_t rows, int64_t columns,
-                              int64_t lanes, T* to) {
+template <class S>
+static inline void copy_patch(const Layer& t, const S* image, int64_t h, int64_t w, int64_t rows, int64_t columns,
+                              int64_t lanes, Sum<S>* to) {
+  using T = Sum<S>;
   constexpr int64_t L = kLanes<T>;
   for (int64_t i = 0; i < rows; ++i, to += columns * L) {
     const int64_t row = t.pixel(h + i, 0);
@@ -164,13 +165,13 @@ static inline void copy_patch(const Layer& t, const T* image, int64_t h, int64_t
       for (int64_t j = 0; j < columns; ++j) store(to + j * L, Vec<T>{});
       continue;
     }
-    const T* from = image + row * t.in.row;
+    const S* from = image + row * t.in.row;
     const int64_t width = smaller(t.in_size[1], larger(t.seen[1], 0));
     for (int64_t j = 0; j < columns; j += L) {
       const int64_t count = smaller(L, columns - j);
       Vec<T> square[L]{};
       for (int64_t lane = 0; lane < lanes; ++lane) {
-        const T* plane = from + lane * t.in.channel;
+        const S* plane = from + lane * t.in.channel;
         square[lane] = load_inside(plane, width, w + j, count);
         __builtin_prefetch(plane + t.tile[0] * t.in.row + w + j);  // of the tiles below
       }
@@ -181,32 +182,32 @@ static inline void copy_patch(const Layer& t, const T* image, int64_t h, int64_t
     for (int64_t j = 0; j < columns; ++j) {
       const int64_t column = t.pixel(w + j, 1);
       if (column < 0 || column == w + j) continue;
-      for (int64_t lane = 0; lane < lanes; ++lane) to[j * L + lane] = from[lane * t.in.channel + column];
+      for (int64_t lane = 0; lane < lanes; ++lane) to[j * L + lane] = value(from[lane * t.in.channel + column]);
     }
   }
 }
 
 /// The inverse: rows [h, h + rows) x columns [w, w + width) of the image, from rows of `columns`.
-template <class T>
-static inline void copy_back(const Layer& t, const T* from, int64_t h, int64_t w, int64_t rows, int64_t width,
-                             int64_t columns, int64_t lanes, T* image) {
-  constexpr int64_t L = kLanes<T>;
+template <class S>
+static inline void copy_back(const Layer& t, const Sum<S>* from, int64_t h, int64_t w, int64_t rows, int64_t width,
+                             int64_t columns, int64_t lanes, S* image) {
+  constexpr int64_t L = kLanes<Sum<S>>;
   for (int64_t i = 0; i < rows; ++i, from += columns * L) {
-    T* to = image + (h + i) * t.out.row + w;
+    S* to = image + (h + i) * t.out.row + w;
     for (int64_t j = 0; j < width; j += L) {
       const int64_t count = smaller(L, width - j);
-      Vec<T> square[L]{};
+      Vec<Sum<S>> square[L]{};
       for (int64_t lane = 0; lane < count; ++lane) square[lane] = load(from + (j + lane) * L);
-      transpose<T>(square);
+      transpose<Sum<S>>(square);
       for (int64_t lane = 0; lane < lanes; ++lane) store_first(to + lane * t.out.channel + j, square[lane], count);
     }
   }
 }
 
 /// to[channel][tap][lane] = the weights of `lanes` produced and `count` summed channels, at most a vector of each.
-template <class T>
-static inline void copy_filters(const Layer& t, const T* from, int64_t lanes, int64_t count, T* to) {
-  constexpr int64_t L = kLanes<T>;
+template <class S>
+static inline void copy_filters(const Layer& t, const S* from, int64_t lanes, int64_t count, Sum<S>* to) {
+  constexpr int64_t L = kLanes<Sum<S>>;
   const int64_t taps = t.taps * t.taps;
   if (t.weight_row == 1) {
     for (int64_t c = 0; c < count; ++c)
@@ -222,13 +223,13 @@ static inline void copy_filters(const Layer& t, const T* from, int64_t lanes, in
   for (int64_t s = 0; s < squares; ++s)
     for (int64_t r = 0; r < length; r += L) {
       const int64_t columns = smaller(L, length - r);
-      Vec<T> square[L]{};
+      Vec<Sum<S>> square[L]{};
       for (int64_t lane = 0; lane < lanes; ++lane) {
-        const T* filter = from + s * square_step + lane * t.weight_row + r;
+        const S* filter = from + s * square_step + lane * t.weight_row + r;
         square[lane] = load_first(filter, columns);
         __builtin_prefetch(filter + L * t.weight_row);  // of the next vector of produced channels
       }
-      transpose<T>(square);
+      transpose<Sum<S>>(square);
       for (int64_t i = 0; i < columns; ++i) store(to + (s * to_square + (r + i) * to_lane) * L, square[i]);
     }
 }
@@ -240,13 +241,14 @@ struct Line {
 
 /// to[point][tile][channel]: `point` numbers from point to point, `stride` from tile to tile. Columns come first: where
 /// patches overlap, a column is transformed for both.
-template <class Rows, class Columns, class T>
-static inline void transform_tiles(const Layer& t, const T* in, int64_t tile0, int64_t count, int64_t channels,
-                                   int64_t point, int64_t stride, T* scratch, T* to) {
+template <class Rows, class Columns, class S>
+static inline void transform_tiles(const Layer& t, const S* in, int64_t tile0, int64_t count, int64_t channels,
+                                   int64_t point, int64_t stride, Sum<S>* scratch, Sum<S>* to) {
+  using T = Sum<S>;
   constexpr int64_t L = kLanes<T>, height = Rows::from, width = Columns::from;
   for_runs<T>(t, tile0, count, channels, [&](const Run& run, int64_t c, int64_t lanes) {
     const int64_t h = run.h + t.offset[0], w = run.w + t.offset[1], columns = (run.count - 1) * t.tile[1] + width;
-    const T* image = in + run.n * t.in.image + c * t.in.channel;
+    const S* image = in + run.n * t.in.image + c * t.in.channel;
     T* lines = scratch + kMostPatch * kRunColumns * L;
     const auto transform_column = [&](int64_t j, const auto& load) {
       Vec<T> column[height], points[Rows::to];
@@ -269,14 +271,14 @@ static inline void transform_tiles(const Layer& t, const T* in, int64_t tile0, i
       const int64_t left = larger(0, -w), right = smaller(t.seen[1], t.in_size[1]) - w;  // columns that are pixels
       for (int64_t j = 0; j < columns; ++j) {
         if (inside && j >= left && j < right) {
-          const T* pixel = image + (w + j) * t.in.pixel;
+          const S* pixel = image + (w + j) * t.in.pixel;
           transform_column(j, [&](int i) {
             __builtin_prefetch(pixel + rows[i].at + t.tile[1] * t.in.pixel);
             return load(pixel + rows[i].at);
           });
         } else {
           const int64_t column = t.pixel(w + j, 1);
-          const T* pixel = image + larger(column, 0) * t.in.pixel;
+          const S* pixel = image + larger(column, 0) * t.in.pixel;
           transform_column(j, [&](int i) { return load_first(pixel + rows[i].at, column < 0 ? 0 : rows[i].lanes); });
         }
       }
@@ -309,9 +311,10 @@ struct ChannelPanels {
 };
 
 /// to[point][c][lane], for a panel of `rows` produced channels: `point` numbers from point to point.
-template <class Form, class T>
-static inline void transform_filters(const Layer& t, const T* weight, int64_t rows, int64_t channels, int64_t width,
-                                     int64_t point, T* scratch, T* to) {
+template <class Form, class S>
+static inline void transform_filters(const Layer& t, const S* weight, int64_t rows, int64_t channels, int64_t width,
+                                     int64_t point, Sum<S>* scratch, Sum<S>* to) {
+  using T = Sum<S>;
   constexpr int64_t L = kLanes<T>, taps = Form::taps, all = taps * taps;
   const int64_t step = t.mirrored ? -L : L;
   for (int64_t row = 0; row < width; row += L)
@@ -388,9 +391,9 @@ template <class T>
 constexpr int64_t kScratch = kLanes<T> * (2 * kMostPatch * kRunColumns + 25 * kLanes<T>);
 
 /// The gradient of the input in its transposed form, and the gradient of the weight.
-template <class T>
-Conv2dRun<T> winograd_transposed();
-template <class T>
-Conv2dRun<T> winograd_grad_weight();
+template <class S>
+Conv2dRun<S> winograd_transposed();
+template <class S>
+Conv2dRun<S> winograd_grad_weight();
 
 }  // namespace cnnops::cpu::CNNOPS_ISA
