@@ -104,12 +104,13 @@ class Build(BuildExtension):
 
     def finalize_options(self):
         super().finalize_options()
-        # A folder that stays, also for editable installs, so that only what changed is compiled again.
+        # Folders that stay, also for editable installs, so that only what changed is compiled again. Kernels know
+        # nothing of torch and Python: theirs is one for all.
         python = f"cp{sys.version_info.major}{sys.version_info.minor}"
         self.build_temp = str(ROOT / "build" / f"{python}-torch{torch.__version__}-{'cuda' if NVCC else 'cpu'}")
 
     def build_extension(self, ext):
-        ext.extra_objects = self.build_kernels(Path(self.build_temp) / "kernels")
+        ext.extra_objects = self.build_kernels(ROOT / "build" / "kernels")
         super().build_extension(ext)
 
     def run(self):

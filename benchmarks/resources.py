@@ -1,6 +1,6 @@
 """What CUDA kernels take of a GPU, as the compiler says: ``python -m benchmarks.resources [FOLDER] [--write-docs]``.
 
-FOLDER is where setup.py compiled the kernels, by default the last build with CUDA; no GPU is needed. Prints registers
+FOLDER is where setup.py compiled the kernels, by default build/kernels; no GPU is needed. Prints registers
 by kernel and architecture, the most of any instantiation, and fails if one of them spills registers, has a stack frame
 (an array in memory that should have been in registers) or more static shared memory than every architecture has.
 --write-docs puts the table into docs/kernels_cuda.md.
@@ -107,20 +107,13 @@ def table(kernels: list[Kernel]) -> str:
     return markdown(["source", "kernel", "instantiations", *(f"sm_{a}" for a in architectures)], rows, left=2)
 
 
-def last_build() -> Path:
-    folders = sorted(ROOT.glob("build/*-cuda/kernels"), key=lambda folder: folder.stat().st_mtime)
-    if not folders:
-        raise FileNotFoundError("there is no build with CUDA under build/: make build CNNOPS_CUDA=1")
-    return folders[-1]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.resources", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", nargs="?", type=Path)
+    parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "build" / "kernels")
     parser.add_argument("--write-docs", action="store_true")
     options = parser.parse_args()
     try:
-        kernels = collect(options.folder or last_build())
+        kernels = collect(options.folder)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(str(error))
     print(table(kernels))
