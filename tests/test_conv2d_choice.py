@@ -5,6 +5,7 @@ from math import ceil, prod
 
 import pytest
 import torch
+import torch.nn.functional as TF
 from cases import CONV2D
 from helpers import ALGORITHMS, DEVICES, PASSES, accepts, conv2d_operands, run_pass
 from torch.autograd import grad
@@ -47,22 +48,38 @@ def yields(name, which, case, accepting):
         filters, size = case.weight_shape[0] // case.groups, prod(case.weight_shape[1:])
         return which == "grad_weight" and filters >= 64 and size >= 256 and case.kernel != (1, 1)
     if name == "winograd":
+        if case.dilation != (1, 1):
+            return 2 * seen_taps(case) < 3 * winograd_products(case, which)
         products = prod(case.kernel) * prod(case.output_shape[2:])
-        return which == "grad_input" and 3 * products < 2 * winograd_products(case)
+        return which == "grad_input" and 3 * products < 2 * winograd_products(case, which)
     return False
 
 
-def winograd_products(case):
+def seen_taps(case):
+    """Pairs of an output and a tap that see a pixel of the plane."""
+    x, w = torch.ones(1, 1, *case.input_shape[2:]), torch.ones(1, 1, *case.kernel)
+    return TF.conv2d(x, w, None, case.stride, case.padding, case.dilation).sum().item()
+
+
+def winograd_products(case, which):
     """Of a plane's gradient: from tiles over the input, or from those over the output if that makes a tenth fewer."""
     taps = case.kernel[0]
     forms = [(4, 4)] if taps == 3 else [(2, 2), (2, 4)]
 
     def fewest(size):
         """Products, and tiles in a row."""
-        tilings = [(h + taps - 1, w + taps - 1, ceil(size[0] / h), ceil(size[1] / w)) for h, w in forms]
+        tilings = [(h + taps - 1, w + taps - 1, *map(tiles, size, case.dilation, (h, w))) for h, w in forms]
         return min((prod(tiling), tiling[3]) for tiling in tilings)
 
+    def tiles(size, dilation, outputs):
+        """Of all phases, which have as many as the first."""
+        return min(dilation, size) * ceil(ceil(size / dilation) / outputs)
+
     (plain, _), (transposed, across) = fewest(case.input_shape[2:]), fewest(case.output_shape[2:])
+    if which != "grad_input":
+        return transposed
+    if case.dilation != (1, 1):
+        return plain
     return transposed if across <= 24 and 10 * transposed < 9 * plain else plain
 
 

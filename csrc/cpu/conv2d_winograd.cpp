@@ -159,6 +159,8 @@ const char* refuses(const Conv2dGeometry& g, Pass pass) {
   for (int dim = 0; dim < 2; ++dim) {
     if (g.kernel[dim] != g.kernel[0] || g.stride[dim] != 1)
       return "its transforms are those of a square kernel with stride 1";
+    if (dim == 1 && g.layout == Layout::contiguous && g.dilation[dim] * (g.kernel[dim] + 3) > kRunColumns)
+      return "a row of its patch would show too many pixels of other phases";
     if (ceil_div((pass == Pass::grad_input ? g.in : g.out)[dim], g.dilation[dim]) < smallest_image(g, pass))
       return "the image is too small to share its filters";
   }
@@ -167,8 +169,21 @@ const char* refuses(const Conv2dGeometry& g, Pass pass) {
   return nullptr;
 }
 
-/// Few outputs leave the tiles at the border of a small image half empty: those who do without tiles are faster there.
+/// Pairs of an output and a tap that see a pixel, along an axis.
+int64_t seen_taps(const Conv2dGeometry& g, int dim) {
+  int64_t count = 0;
+  for (int64_t tap = 0; tap < g.kernel[dim]; ++tap) {
+    const int64_t first = tap * g.dilation[dim] - g.padding[dim];  // what output 0 sees
+    count += larger(0, smaller(g.out[dim], g.in[dim] - first) - larger(0, -first));
+  }
+  return count;
+}
+
+/// Few outputs leave the tiles at the border of a small image, or of a dilation's small phases, half empty: those who do
+/// without tiles are faster there.
 bool yields(const Conv2dGeometry& g, Pass pass) {
+  if (g.dilation[0] * g.dilation[1] > 1)
+    return 2 * seen_taps(g, 0) * seen_taps(g, 1) < 3 * fewest_products(g, pass).products();
   if (pass != Pass::grad_input) return false;
   const int64_t products = g.kernel[0] * g.kernel[1] * g.out[0] * g.out[1];
   return 3 * products < 2 * fewest_products(g, pass).products();

@@ -10,7 +10,7 @@
 
 namespace cnnops::cpu::CNNOPS_ISA {
 
-constexpr int64_t kRunTiles = 8;                                                   // neighbours, transformed together
+constexpr int64_t kRunTiles = 8;  // neighbours, transformed together, at most
 constexpr int64_t kMostPatch = 8, kRunColumns = (kRunTiles - 1) * 4 + kMostPatch;  // their pixels
 constexpr int64_t kLine = 16;         // numbers between two points: or they would share their places in the cache
 constexpr int kSums = 3 * kTileRows;  // vectors of sums in a register tile
@@ -89,6 +89,11 @@ struct Layer {
 
   /// How many outputs of its phase there are from output i on.
   int64_t left(int64_t i, int dim) const { return i < out_size[dim] ? ceil_div(out_size[dim] - i, apart[dim]) : 0; }
+  /// Tiles that are transformed together.
+  int64_t most_tiles() const {
+    const int64_t columns = layout == Layout::contiguous ? kRunColumns / apart[1] : kRunColumns;
+    return smaller(kRunTiles, (columns - (taps - 1)) / tile[1]);
+  }
   int64_t rows_of_tiles() const { return phases[0] * tiles[0]; }  // of an image
   /// The pixel that position i of an axis shows; -1 for none, or where it does not matter.
   int64_t pixel(int64_t i, int dim) const { return i < seen[dim] ? pixel_at(i, in_size[dim], border) : -1; }
@@ -97,7 +102,7 @@ struct Layer {
 /// Neighbours in a row of tiles: as many as are transformed at a time. (h, w) is the first one's first output, `first` its
 /// number within the task.
 struct Run {
-  int64_t n, h, w, count, first;
+  int64_t n, h, w, phase, count, first;  // the columns' phase
 };
 
 /// Calls f(run, c) for all runs of some tiles and all vectors of `channels` channels, in the order of memory.
@@ -108,9 +113,9 @@ static inline void for_runs(const Layer& t, int64_t begin, int64_t count, int64_
     for (int64_t first = 0; first < count;) {
       const int64_t tile = begin + first, w = tile % t.tiles[1], phase = tile / t.tiles[1];
       const int64_t row = phase / t.phases[1], h = row % t.rows_of_tiles();
-      const int64_t length = smaller(smaller(t.tiles[1] - w, count - first), kRunTiles);
+      const int64_t length = smaller(smaller(t.tiles[1] - w, count - first), t.most_tiles());
       const Run run{row / t.rows_of_tiles(), h / t.phases[0] * t.tile[0] * t.apart[0] + h % t.phases[0],
-                    w * t.tile[1] * t.apart[1] + phase % t.phases[1], length, first};
+                    w * t.tile[1] * t.apart[1] + phase % t.phases[1], phase % t.phases[1], length, first};
       for (int64_t c = c0; c < c1; c += kLanes<T>) f(run, c, smaller(kLanes<T>, c1 - c));
       first += length;
     }
@@ -119,25 +124,8 @@ static inline void for_runs(const Layer& t, int64_t begin, int64_t count, int64_
   for (int64_t c = 0; c < channels; c += kLanes<T>) runs(c, smaller(c + kLanes<T>, channels));
 }
 
-/// Lane j is row[start + j*step] where that lies in [0, size) and j < count, zero elsewhere.
-template <class S>
-static inline Vec<Sum<S>> load_apart(const S* row, int64_t size, int64_t start, int64_t step, int64_t count) {
-  using T = Sum<S>;
-  constexpr int64_t L = kLanes<T>;
-  if (step == 1) return load_inside(row, size, start, count);
-  if (step == 2) {
-    const int64_t reach = 2 * count - 1;
-    return even_places<T>(load_inside(row, size, start, smaller(reach, L)),
-                          load_inside(row, size, start + L - 1, larger(reach - L + 1, 0)),
-                          std::make_integer_sequence<int, int(L)>());
-  }
-  Vec<T> v{};
-  for (int64_t j = 0; j < count; ++j)
-    if (start + j * step >= 0 && start + j * step < size) v[j] = value(row[start + j * step]);
-  return v;
-}
-
-/// to[i][j][lane] = what `rows` rows from h on x `columns` columns from w on of the first `lanes` planes show; contiguous.
+/// to[i][j][lane] = what `rows` rows of a phase, from h on, x columns [w, w + columns) of the first `lanes` planes show;
+/// contiguous.
 template <class S>
 static inline void copy_patch(const Layer& t, const S* image, int64_t h, int64_t w, int64_t rows, int64_t columns,
                               int64_t lanes, Sum<S>* to) {
@@ -156,16 +144,16 @@ static inline void copy_patch(const Layer& t, const S* image, int64_t h, int64_t
       Vec<T> square[L]{};
       for (int64_t lane = 0; lane < lanes; ++lane) {
         const S* plane = from + lane * t.in.channel;
-        square[lane] = load_apart(plane, width, w + j * t.apart[1], t.apart[1], count);
-        __builtin_prefetch(plane + t.tile[0] * t.apart[0] * t.in.row + w + j * t.apart[1]);  // of the tiles below
+        square[lane] = load_inside(plane, width, w + j, count);
+        __builtin_prefetch(plane + t.tile[0] * t.apart[0] * t.in.row + w + j);  // of the tiles below
       }
       transpose<T>(square);
       for (int64_t lane = 0; lane < count; ++lane) store(to + (j + lane) * L, square[lane]);
     }
     if (t.border == Border::zeros) continue;
     for (int64_t j = 0; j < columns; ++j) {
-      const int64_t at = w + j * t.apart[1], column = t.pixel(at, 1);
-      if (column < 0 || column == at) continue;
+      const int64_t column = t.pixel(w + j, 1);
+      if (column < 0 || column == w + j) continue;
       for (int64_t lane = 0; lane < lanes; ++lane) to[j * L + lane] = value(from[lane * t.in.channel + column]);
     }
   }
@@ -175,21 +163,10 @@ static inline void copy_patch(const Layer& t, const S* image, int64_t h, int64_t
 template <class S>
 static inline void store_strided(S* p, int64_t step, Vec<Sum<S>> v, int64_t count) {
   if (step == 1) return store_first(p, v, count);
-#if defined(__AVX512F__)
-  if constexpr (std::is_same_v<S, float>) {
-    if (step == 2) {
-      constexpr auto lanes = std::make_integer_sequence<int, kLanes<S>>();
-      const uint32_t even = 0x55555555u & ((uint64_t(1) << (2 * count)) - 1), high = even >> kLanes<S>;
-      _mm512_mask_storeu_epi32(p, __mmask16(even), (__m512i)between_zeros<S>(v, lanes, false));
-      if (high) _mm512_mask_storeu_epi32(p + kLanes<S>, __mmask16(high), (__m512i)between_zeros<S>(v, lanes, true));
-      return;
-    }
-  }
-#endif
   for (int64_t j = 0; j < count; ++j) p[j * step] = rounded<S>(v[j]);
 }
 
-/// The inverse: `rows` rows from h on x `width` columns from w on of the image, from rows of `columns`.
+/// The inverse: `rows` rows and `width` columns of a phase, from (h, w) on, from rows of `columns`.
 template <class S>
 static inline void copy_back(const Layer& t, const Sum<S>* from, int64_t h, int64_t w, int64_t rows, int64_t width,
                              int64_t columns, int64_t lanes, S* image) {
@@ -249,6 +226,11 @@ static inline void transform_tiles(const Layer& t, const S* in, int64_t tile0, i
                                    int64_t point, int64_t stride, Sum<S>* scratch, Sum<S>* to) {
   using T = Sum<S>;
   constexpr int64_t L = kLanes<T>, height = Rows::from, width = Columns::from;
+  struct Pixels {
+    const S* image;
+    int64_t h, w, count;
+    bool operator==(const Pixels&) const = default;
+  } copied{};
   for_runs<T>(t, tile0, count, channels, [&](const Run& run, int64_t c, int64_t lanes) {
     const int64_t h = run.h + t.offset[0], w = run.w + t.offset[1], columns = (run.count - 1) * t.tile[1] + width;
     const S* image = in + run.n * t.in.image + c * t.in.channel;
@@ -260,9 +242,12 @@ static inline void transform_tiles(const Layer& t, const S* in, int64_t tile0, i
       for (int i = 0; i < Rows::to; ++i) store(lines + (i * kRunColumns + j) * L, points[i]);
     };
     if (t.layout == Layout::contiguous) {
-      copy_patch(t, image, h, w, height, columns, lanes, scratch);
+      const Pixels pixels{image, h, w - run.phase, columns * t.apart[1]};  // of all phases
+      if (pixels != copied) copy_patch(t, image, h, pixels.w, height, pixels.count, lanes, scratch);
+      copied = pixels;
       for (int64_t j = 0; j < columns; ++j)
-        transform_column(j, [&](int i) { return load(scratch + (i * columns + j) * L); });
+        transform_column(
+            j, [&](int i) { return load(scratch + (i * pixels.count + j * t.apart[1] + run.phase) * L); });
     } else {
       Line rows[height];
       bool inside = lanes == L;
