@@ -20,8 +20,11 @@
 // beside large ones may err by 20 eps times its own sum of absolute values. Tiles of 4x4 would take fewer products for
 // 5x5 kernels, 64 for 16 outputs, but err by 2e-6 and more.
 //
-// Refuses all but float32, kernels other than 3x3 and 5x5, strides, dilations, and where `direct` is faster: few
-// channels, or small images. The gradient of the weight is in conv2d_winograd_grad_weight.cpp.
+// With a dilation d an image is d*d images of its own, one for each phase (winograd_forms.h), and so are its tiles: their
+// pixels are read and written d apart, where they stand.
+//
+// Refuses all but float32, kernels other than 3x3 and 5x5, strides, and where `direct` is faster: few channels, or small
+// images or phases. The gradient of the weight is in conv2d_winograd_grad_weight.cpp.
 #include "winograd.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {

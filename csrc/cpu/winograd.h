@@ -2,7 +2,8 @@
 // channels, tiles, filters, products.
 //
 // Vectors lie along channels in channels_last tensors: tiles are read and written where they stand. In the contiguous
-// layout a run of tiles goes through a scratch array, transposed. That also fills in the border.
+// layout a run of tiles goes through a scratch array, transposed. That also fills in the border. With a dilation it holds
+// the pixels of all phases of a row (winograd_forms.h): each run of tiles picks those of its own.
 #pragma once
 
 #include "channels_last.h"
@@ -45,9 +46,9 @@ struct Layer {
   bool mirrored, transposed;
   int64_t channels, rows, groups;  // summed over and produced, of one group
   const int64_t *in_size, *out_size;
-  int64_t taps, tile[2];       // along each axis
-  int64_t apart[2];            // the pixels of a tile and of its patch
-  int64_t offset[2], seen[2];  // inputs from `seen` on are seen by nobody
+  int64_t taps, tile[2];        // along each axis
+  int64_t apart[2];             // the pixels of a tile and of its patch
+  int64_t offset[2], seen[2];   // inputs from `seen` on are seen by nobody
   int64_t phases[2], tiles[2];  // of an image; of a phase
   int64_t all_tiles, points;
   Strides in, out;
@@ -114,8 +115,12 @@ static inline void for_runs(const Layer& t, int64_t begin, int64_t count, int64_
       const int64_t tile = begin + first, w = tile % t.tiles[1], phase = tile / t.tiles[1];
       const int64_t row = phase / t.phases[1], h = row % t.rows_of_tiles();
       const int64_t length = smaller(smaller(t.tiles[1] - w, count - first), t.most_tiles());
-      const Run run{row / t.rows_of_tiles(), h / t.phases[0] * t.tile[0] * t.apart[0] + h % t.phases[0],
-                    w * t.tile[1] * t.apart[1] + phase % t.phases[1], phase % t.phases[1], length, first};
+      const Run run{row / t.rows_of_tiles(),
+                    h / t.phases[0] * t.tile[0] * t.apart[0] + h % t.phases[0],
+                    w * t.tile[1] * t.apart[1] + phase % t.phases[1],
+                    phase % t.phases[1],
+                    length,
+                    first};
       for (int64_t c = c0; c < c1; c += kLanes<T>) f(run, c, smaller(kLanes<T>, c1 - c));
       first += length;
     }
@@ -246,8 +251,7 @@ static inline void transform_tiles(const Layer& t, const S* in, int64_t tile0, i
       if (pixels != copied) copy_patch(t, image, h, pixels.w, height, pixels.count, lanes, scratch);
       copied = pixels;
       for (int64_t j = 0; j < columns; ++j)
-        transform_column(
-            j, [&](int i) { return load(scratch + (i * pixels.count + j * t.apart[1] + run.phase) * L); });
+        transform_column(j, [&](int i) { return load(scratch + (i * pixels.count + j * t.apart[1] + run.phase) * L); });
     } else {
       Line rows[height];
       bool inside = lanes == L;

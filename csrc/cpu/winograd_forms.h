@@ -55,8 +55,9 @@ static inline Tiling fewest_products(const Conv2dGeometry& g, Pass pass) {
   if (pass != Pass::grad_input) return best(g.out, false);
   const Tiling plain = best(g.in, false), transposed = best(g.out, true);
   const bool dilated = g.dilation[0] * g.dilation[1] > 1;
-  return !dilated && transposed.count[1] <= kMostAcross && 10 * transposed.products() < 9 * plain.products() ? transposed
-                                                                                                           : plain;
+  return !dilated && transposed.count[1] <= kMostAcross && 10 * transposed.products() < 9 * plain.products()
+             ? transposed
+             : plain;
 }
 
 }  // namespace cnnops::cpu::CNNOPS_ISA
