@@ -36,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     add("--save", type=Path, metavar="DIR", help="write bench.json, after every row, and bench.png")
     text = "only write docs/performance.md and the README's table; of further JSONs the table of groups alone"
     add("--write-docs", type=Path, nargs="+", metavar="JSON", help=text)
+    add("--page", default=report.MAIN_PAGE, metavar="NAME", help="write docs/NAME.md instead, of another machine")
     return parser
 
 
@@ -84,7 +85,7 @@ def main(arguments: list[str]) -> None:
         beside = options.write_docs[0].parent / "models.json"  # of python -m benchmarks.models
         section = models.page(json.loads(beside.read_text())) if beside.exists() else ""
         first, *others = [json.loads(path.read_text()) for path in options.write_docs]
-        report.write_docs(first, ROOT, section, others)
+        report.write_docs(first, ROOT, section, others, options.page)
         return
     loads = selected(options)
     if not loads:

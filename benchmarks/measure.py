@@ -230,12 +230,10 @@ def ours(row: dict) -> float:
 def machine() -> dict[str, str]:
     from cnnops.__main__ import facts
 
-    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     kept = all(os.environ.get(name) == value for name, value in KEEP_MEMORY.items())
     return {
         **facts(),
-        "processor": f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, "
-        f"{torch.backends.cpu.get_cpu_capability()}",
+        "processor": f"{_processor()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
         "oneDNN": "on" if torch.backends.mkldnn.is_available() else "off",
         "threads": str(torch.get_num_threads()),
         "memory": "kept by the allocator" if kept else "as it comes (glibc returns it to the system)",
@@ -246,8 +244,14 @@ def machine() -> dict[str, str]:
     }
 
 
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
+def _processor() -> str:
+    """Its name, and the numbers that tell it from others of this name."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    facts = {key.strip(): value.strip() for key, found, value in (line.partition(":") for line in lines) if found}
+    if "model name" not in facts:
+        return platform.processor()
+    return f"{facts['model name']} (family {facts.get('cpu family')}, model {facts.get('model')})"
 
 
 def _commit() -> str:

@@ -130,15 +130,19 @@ def machine(data: dict) -> str:
     return "; ".join([*said, m["date"], *["a quick look, not a measurement"] * data["quick"]])
 
 
+MAIN_PAGE = "performance"
 NO_GPU = "Not measured yet: `make gpu-check` measures, and `python -m benchmarks.gpu_check --write-docs` writes here.\n"
 
 
-def page(data: dict, whole_models: str = "", others: Sequence[dict] = (), before: str = "") -> str:
-    """docs/performance.md; of `others` the groups alone. What it said `before` of a GPU stays."""
+def page(
+    data: dict, whole_models: str = "", others: Sequence[dict] = (), before: str = "", name: str = MAIN_PAGE
+) -> str:
+    """A page named so; of `others` the groups alone. What docs/performance.md said `before` of a GPU stays."""
     limits, rows = data["ceilings"], data["results"]
     arithmetic = ", ".join(f"{dtype} {speed:.0f}" for dtype, speed in limits["flops"].items())
     copies = ", ".join(f"{int(size) / 2**20:.0f} MB {speed:.0f}" for size, speed in limits["copy"].items())
     sections = [_section(group, [row for row in rows if group.name in row["groups"]], limits) for group in GROUPS]
+    gpu = f"## On a GPU\n\n{block_of(before, 'gpu', NO_GPU)}\n" if name == MAIN_PAGE else ""
     return f"""# Performance
 
 Written from measurements by `python -m cnnops bench --write-docs`; `make bench` repeats them. Not to be edited.
@@ -160,15 +164,12 @@ through autograd.
 
 *mean* is the geometric mean of the group's ratios, *least* the least of them.
 
-![Ratios by group](performance.png)
+![Ratios by group]({name}.png)
 
 {whole_models}
 {chr(10).join(_conditions(other) for other in others)}
 {chr(10).join(section for section in sections if section)}
-## On a GPU
-
-{block_of(before, "gpu", NO_GPU)}
-"""
+{gpu}"""
 
 
 def _conditions(data: dict) -> str:
@@ -230,11 +231,15 @@ def readme(text: str, data: dict) -> str:
     return with_block(text, "bench", block)
 
 
-def write_docs(data: dict, root: Path, whole_models: str = "", others: Sequence[dict] = ()) -> None:
-    path = root / "docs" / "performance.md"
-    path.write_text(page(data, whole_models, others, path.read_text() if path.exists() else ""))
-    picture(data, root / "docs" / "performance.png")
-    (root / "README.md").write_text(readme((root / "README.md").read_text(), data))
+def write_docs(
+    data: dict, root: Path, whole_models: str = "", others: Sequence[dict] = (), name: str = MAIN_PAGE
+) -> None:
+    """docs/{name}.md with its picture; the README's table is the main page's."""
+    path = root / "docs" / f"{name}.md"
+    path.write_text(page(data, whole_models, others, path.read_text() if path.exists() else "", name))
+    picture(data, path.with_suffix(".png"))
+    if name == MAIN_PAGE:
+        (root / "README.md").write_text(readme((root / "README.md").read_text(), data))
 
 
 def picture(data: dict, path: Path) -> None:

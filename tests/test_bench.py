@@ -143,6 +143,15 @@ def test_documents(data, tmp_path):
     assert (tmp_path / "docs" / "performance.md").read_text().count("## The groups with AVX2 alone") == 1
 
 
+def test_another_machines_page_leaves_the_first_alone(data, tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "docs").mkdir()
+    report.write_docs(data, tmp_path, name="performance_avx2")  # needs no README either
+    assert {path.name for path in tmp_path.rglob("*.*")} == {"performance_avx2.md", "performance_avx2.png"}
+    page = (tmp_path / "docs" / "performance_avx2.md").read_text()
+    assert "](performance_avx2.png)" in page and "On a GPU" not in page
+
+
 def test_a_readme_without_a_block_is_an_error(data):
     with pytest.raises(ValueError, match="no block"):
         report.readme("nothing", data)
