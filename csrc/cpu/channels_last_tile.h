@@ -14,12 +14,12 @@ template <int V>
 constexpr int kRows = kSums / V < kMostRows ? kSums / V : kMostRows;
 
 /// to[m][V vectors] = sum over runs and their lengths of a[run][m][r*step] * b[run][r*b_step][V vectors], plus what `plus`
-/// has; written past the cache if that is wanted. What lies `ahead` of a's rows
-/// is fetched into the cache meanwhile.
+/// has; written past the cache if that is wanted. What lies ahead of a's rows, ahead[m] numbers of row m's, is fetched
+/// into the cache meanwhile.
 template <class T, int V, int M>
 void multiply_tile(int64_t runs, const int64_t* lengths, const T* const* a, int64_t step, const T* const* b,
                    T* const* to, const T* const* plus, int64_t b_step = V * kLanes<T>, bool past = false,
-                   int64_t ahead = 0) {
+                   const int64_t* ahead = nullptr) {
   constexpr int L = kLanes<T>;
   Vec<T> sum[M][V]{};
   for (int64_t i = 0; i < runs; ++i, a += M) {
@@ -28,7 +28,7 @@ void multiply_tile(int64_t runs, const int64_t* lengths, const T* const* a, int6
     const T* columns = b[i];
     for (int64_t r = 0; r < lengths[i] * step; r += step, columns += b_step) {
       if (ahead && r % L == 0) {
-        for (int m = 0; m < M; ++m) __builtin_prefetch(row[m] + r + ahead);
+        for (int m = 0; m < M; ++m) __builtin_prefetch(row[m] + r + ahead[m]);
       }
       Vec<T> column[V];
       for (int v = 0; v < V; ++v) column[v] = load(columns + v * L);

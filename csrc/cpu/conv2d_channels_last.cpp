@@ -16,25 +16,23 @@
 // gradient of a layer without padding, that is most of the work. (Where a window is short, or the border shows pixels,
 // what is outside is copied instead, as zeros or as what it shows.)
 //
-// For a 1x1 kernel at stride 1, output pixel p sees input pixel p: addresses are multiples then, and nothing is sorted.
-// Outputs too many for the caches are written past them, and of such inputs the next tile's are fetched ahead.
+// Through a 1x1 kernel each output sees one pixel, and nothing is sorted (channels_last_single.h). Outputs too many for the
+// caches are written past them.
 //
 // A task is a panel of channels for a block of pixels. Sums are made in blocks of steps, each from a fresh zero, that are
 // then added in order; the batch size decides how pixels are dealt to tasks, never how one sum is made. Zeros of the
 // border that are copied are multiplied: an infinite or NaN weight or gradient gives NaN there, where plain loops would
 // skip it. Refuses the contiguous layout.
+#include "channels_last_single.h"
 #include "channels_last_views.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
 
-constexpr int kTileMultiple = 24;        // a multiple of the number of rows of every tile
-constexpr int64_t kWeightBytes = 65536;  // packed weights of a block
-constexpr int64_t kFewPixels = 192;      // of a task, which has kMostPixels at most
+constexpr int kTileMultiple = 24;    // a multiple of the number of rows of every tile
+constexpr int64_t kFewPixels = 192;  // of a task, which has kMostPixels at most
 constexpr int64_t kGoodTasks = 32;
-constexpr int64_t kMuchInput = 16 << 20;  // bytes that are not in a cache when they are read
-constexpr int64_t kMostRuns = 64;         // of a block
-constexpr int64_t kAhead = 128;           // of weights that are in no cache, so many numbers are fetched ahead
+constexpr int64_t kMostRuns = 64;  // of a block
 
 /// A window as runs: rows of taps, or taps, whose channels are cut into equal pieces where they are many.
 struct Runs {
@@ -54,39 +52,6 @@ struct Runs {
   }
 };
 
-/// to[r][lane] = the weight of number r of the run for produced channel row0 + lane, zero from channel `rows` on.
-template <class S, int V>
-void pack_weights(const Windows& t, const S* weight, int64_t row0, const Run& run, Sum<S>* to) {
-  using T = Sum<S>;
-  constexpr int64_t L = kLanes<T>;
-  const bool far = t.rows * t.weight_row * int64_t(sizeof(S)) > kMuchInput;
-  for (int v = 0; v < V; ++v) {
-    const int64_t row = row0 + v * L, lanes = smaller(L, t.rows - row);
-    T* panel = to + v * L;
-    if (t.weight_row == 1) {
-      int64_t left = run.length;
-      for (int64_t tw = run.tw, c = run.c; left > 0; ++tw, c = 0) {
-        const S* from = weight + t.weight_of(run.th, tw) + row;
-        for (; c < t.channels && left > 0; ++c, --left, panel += V * L)
-          store(panel, load_first(from + c * t.weight_channel, lanes));
-      }
-    } else {  // a row of taps is consecutive in the filter, too
-      const S* from = weight + t.weight_of(run.th, run.tw) + row * t.weight_row + run.c;
-      for (int64_t r = 0; r < run.length; r += L) {
-        const int64_t count = smaller(L, run.length - r);
-        Vec<T> square[L];
-        for (int64_t i = 0; i < L; ++i)
-          square[i] = i < lanes ? load_first(from + i * t.weight_row + r, count) : Vec<T>{};
-        for (int64_t i = 0; i < L && far; ++i) __builtin_prefetch(from + i * t.weight_row + r + kAhead);
-        transpose<T>(square);
-        for (int64_t i = 0; i < count; ++i, panel += V * L) store(panel, square[i]);
-      }
-    }
-  }
-}
-
-template <class T>
-constexpr int64_t kWeights = kWeightBytes / int64_t(sizeof(T));
 template <class T>
 constexpr int64_t kCopies = kMostRows * kWeights<T> / kLanes<T>;
 template <class T>
@@ -208,68 +173,6 @@ void correlate_panel(const Windows& t, const Conv2dOperands<S>& o, int64_t row0,
   } while (i < runs.count);
 }
 
-/// Whether output pixel p sees input pixel p and no other, for all p.
-static bool is_flat(const Windows& t) {
-  return t.h.taps * t.w.taps == 1 && t.pixels() == t.h.in_size * t.w.in_size &&
-         t.pixels() == t.out_height * t.out_width && t.h.offset0 == 0 && t.w.offset0 == 0;
-}
-
-/// correlate_panel() for pixels [first, first + count) that are flat: their addresses are multiples.
-template <class T, int V>
-void correlate_flat(const Windows& t, const Conv2dOperands<T>& o, int64_t row0, int64_t first, int64_t count, bool past,
-                    bool fetch, T* weights) {
-  constexpr int64_t M = kRows<V>, L = kLanes<T>, kDepth = kWeights<T> / (V * L);
-  const int64_t channel = t.out_channel0 + row0, left = t.rows - row0;
-  const int64_t piece = ceil_div(t.channels, ceil_div(t.channels, kDepth));
-  const T* x = o.a + first * t.in_channels + t.in_channel0;
-  T* y = o.out + first * t.out_channels + channel;
-  alignas(64) T rest[M * V * L] = {};  // what has no place in y
-  for (int64_t c = 0; c < t.channels; c += piece) {
-    const int64_t depth = smaller(piece, t.channels - c);
-    const bool last = c + depth == t.channels;
-    pack_weights<T, V>(t, o.b, row0, {0, 0, c, depth, c, true}, weights);
-    const T* const columns = weights;
-    const auto tile = [&](int64_t p, auto rows) {
-      const T *a[rows], *bias[rows];
-      T* to[rows];
-      const int64_t inside = smaller(rows, count - p);
-      for (int64_t m = 0; m < rows; ++m) {
-        a[m] = x + (p + smaller(m, inside - 1)) * t.in_channels + c;
-        to[m] = left >= V * L && m < inside ? y + (p + m) * t.out_channels : rest + m * V * L;
-        bias[m] = o.bias + channel;
-      }
-      if (left >= V * L) {
-        multiply_tile<T, V, rows>(1, &depth, a, 1, &columns, to,
-                                  c > 0    ? to
-                                  : o.bias ? bias
-                                           : nullptr,
-                                  V * L, past && depth == t.channels && inside == rows,
-                                  fetch ? rows * t.in_channels : 0);
-        return;
-      }
-      multiply_tile<T, V, rows>(1, &depth, a, 1, &columns, to, nullptr);
-      for (int64_t m = 0; m < inside; ++m)
-        for (int64_t j = 0; j < left; j += L) {
-          T* const out = y + (p + m) * t.out_channels + j;
-          const int64_t lanes = smaller(L, left - j);
-          Vec<T> v = load(to[m] + j);
-          if (c > 0) v = load_first(out, lanes) + v;
-          if (last && o.bias) v = v + load_first(o.bias + channel + j, lanes);
-          store_first(out, v, lanes);
-        }
-    };
-    for (int64_t p = 0; p < count;) {
-      if (count - p > M / 2) {
-        tile(p, std::integral_constant<int, int(M)>());
-        p += M;
-      } else {
-        tile(p, std::integral_constant<int, int(M) / 2>());
-        p += M / 2;
-      }
-    }
-  }
-}
-
 /// Tasks are numbered (group, block of pixels, panel of channels, class): classes have unlike numbers of taps, and each
 /// thread should get of all. Their number is even if there are several blocks.
 template <class T>
@@ -329,8 +232,19 @@ void correlate(const Conv2dGeometry& g, Pass pass, const Tasks<Sum<S>>& tasks, c
     if (count <= 0) continue;  // a smaller class than class 0
     const bool past = large && (t.out_channel0 + row0) % kLanes<T> == 0;
     if constexpr (std::is_same_v<S, T>) {
-      if (is_flat(t)) {
-        with_vectors<T>(rows, [&](auto v) { correlate_flat<T, v>(t, o, row0, first, count, past, fetch, workspace); });
+      if (is_single(t)) {
+        const auto go = [&](const auto& seen, const auto& made) {
+          with_vectors<T>(
+              rows, [&](auto v) { correlate_single<T, v>(t, o, row0, count, past, fetch, seen, made, workspace); });
+        };
+        if (in_order(t)) {
+          const int64_t step = t.in_channels, out_step = t.out_channels, from = first * step + t.in_channel0;
+          go([=](int64_t p) { return from + p * step; }, [=](int64_t p) { return (first + p) * out_step; });
+        } else {
+          int64_t seen[kMostPixels], made[kMostPixels];
+          find_single(t, first, count, seen, made);
+          go([&](int64_t p) { return seen[p]; }, [&](int64_t p) { return made[p]; });
+        }
         continue;
       }
     }

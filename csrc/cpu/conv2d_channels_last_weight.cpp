@@ -6,9 +6,12 @@
 //
 // By taps: what all pixels see through one tap is x again, moved and cut off at its border. So for each tap gw is the
 // product of two matrices, pixels x output channels and pixels x input channels, which lie in memory ready for the tile:
-// its rows are channels of one, its vectors channels of the other, the steps go through pixels. For a 1x1 kernel nothing
-// is copied; otherwise the pixels that see through the tap are put together in blocks, and what would see the border is
-// not there to be multiplied. (Where channels are few, or the border shows pixels, whole windows are copied instead.)
+// its rows are channels of one, its vectors channels of the other, the steps go through pixels. For a 1x1 kernel they are
+// read where they stand, unless pixels are so far apart, a multiple of 512 bytes, that a cache has few places for them;
+// otherwise the pixels that see through the tap are put together in blocks, and what would see the border is not there to
+// be multiplied. (Where channels are few, or the border shows pixels, whole windows are copied instead.) While a block is
+// multiplied, the next one's pixels are fetched into the cache.
+//
 // A task is a block of the product. If such blocks would be few and pixels are many, the sums are made in parts, each a
 // task of its own, that are added up in their order at the end.
 //
@@ -27,9 +30,34 @@ namespace {
 
 // ---- by taps ----
 
+constexpr int64_t kManyRows = 128;       // for which it pays to copy columns
+constexpr int64_t kMuchInput = 8 << 20;  // bytes that are not in a cache when they are read
+
+template <class T>
+constexpr int64_t kLine = 64 / int64_t(sizeof(T));  // numbers of a line of the cache
+
+/// A distance between pixels of at least `numbers` by which many of them fit in a cache: an odd number of lines.
+template <class T>
+int64_t spread(int64_t numbers) {
+  return round_up(numbers, 2 * kLine<T>) + kLine<T>;
+}
+
+/// Whether pixels so far apart share so few places in a cache that they are better copied for so many rows of tiles.
+template <class T>
+bool crowded(int64_t step, int64_t rows) {
+  return step % (8 * kLine<T>) == 0 && rows >= kManyRows;
+}
+
+/// Starts loading so many numbers.
+template <class S>
+void fetch(const S* from, int64_t numbers) {
+  constexpr int64_t line = 64 / int64_t(sizeof(S));
+  for (int64_t i = 0; i < numbers; i += line) __builtin_prefetch(from + i, 0, 2);
+}
+
 template <class T>
 constexpr int64_t kProductWorkspace =
-    kBlockPixels * (kBlockRows + kBlockColumns<T>)+(kBlockRows + kMostRows) * kBlockColumns<T>;
+    kBlockPixels * (kBlockRows + kBlockColumns<T> + 4 * kLine<T>)+(kBlockRows + kMostRows) * kBlockColumns<T>;
 
 /// Only the outputs that see the image through one tap, and only that tap.
 static void narrow(Axis& axis, int64_t tap, Border border) {
@@ -60,23 +88,36 @@ void sum_block(const Conv2dGeometry& g, const Windows& t, const Conv2dOperands<S
   const int64_t pitch = round_up(block.columns, kPanel);
   const int64_t x0 = turned ? block.row0 : block.column0, xs = turned ? block.rows : block.columns;
   const int64_t gy0 = turned ? block.column0 : block.row0, gys = turned ? block.columns : block.rows;
-  const int64_t x_pitch = turned ? block.rows : pitch, gy_pitch = turned ? pitch : block.rows;
+  const int64_t x_pitch = spread<T>(turned ? block.rows : pitch), gy_pitch = spread<T>(turned ? pitch : block.rows);
 
-  // A side that is a matrix in memory already is read where it stands.
+  // A side that is a matrix in memory already is read where it stands, if a cache can hold it as it stands.
   const bool all_outputs = std::is_same_v<S, T> && t.pixels() == g.out[0] * g.out[1];
-  const bool gy_stands = all_outputs && (!turned || t.out_channel0 + gy0 + pitch <= g.k);
-  const bool x_stands = all_outputs && by_tap && g.stride[0] * g.stride[1] == 1 && t.pixels() == g.in[0] * g.in[1] &&
-                        t.border == Border::zeros && (turned || t.in_channel0 + x0 + pitch <= g.c);
+  const auto stands = [&](int64_t step, bool left) {
+    return all_outputs && !crowded<T>(step, left ? kManyRows : block.rows);
+  };
+  const bool gy_stands = stands(g.k, !turned) && (!turned || t.out_channel0 + gy0 + pitch <= g.k);
+  const bool x_stands = stands(g.c, turned) && by_tap && g.stride[0] * g.stride[1] == 1 &&
+                        t.pixels() == g.in[0] * g.in[1] && t.border == Border::zeros &&
+                        (turned || t.in_channel0 + x0 + pitch <= g.c);
   T *gy_copy = workspace, *x_copy = gy_copy + kBlockPixels * gy_pitch;
 
   if (block.first == block.last) {
     for (int64_t i = 0; i < block.rows * pitch; i += L) store(sums + i, Vec<T>{});
   }
-  for (int64_t p0 = block.first, count; p0 < block.last; p0 += count) {
-    count = ceil_div(block.last - p0, ceil_div(block.last - p0, kBlockPixels));
+  const int64_t numbers = g.n * (g.out[0] * g.out[1] * g.k + g.in[0] * g.in[1] * g.c);
+  const bool ahead = by_tap && numbers * int64_t(sizeof(S)) > kMuchInput;
+  Pixel<S> found[2][kBlockPixels], *pixels = found[0], *next = found[1];
+  const auto find = [&](int64_t p0, Pixel<S>* to) {
+    const int64_t left = block.last - p0;
+    if (left == 0) return int64_t(0);
+    const int64_t count = ceil_div(left, ceil_div(left, kBlockPixels));
+    if (ahead || !gy_stands || !x_stands) find_pixels(t, o.b, p0, count, to);
+    return count;
+  };
+  int64_t count = find(block.first, pixels), next_count;
+  for (int64_t p0 = block.first; p0 < block.last; p0 += count, count = next_count, std::swap(pixels, next)) {
+    next_count = find(p0 + count, next);
     Side<T> gy{gy_copy, gy_pitch}, x{x_copy, x_pitch};
-    Pixel<S> pixels[kBlockPixels];
-    if (!gy_stands || !x_stands) find_pixels(t, o.b, p0, count, pixels);
     if constexpr (std::is_same_v<S, T>) {
       if (gy_stands) gy = {o.a + p0 * g.k + t.out_channel0 + gy0, g.k};
       if (x_stands) x = {o.b + p0 * g.c + t.in_channel0 + x0, g.c};
@@ -92,10 +133,22 @@ void sum_block(const Conv2dGeometry& g, const Windows& t, const Conv2dOperands<S
       }
     }
 
+    // The next block's numbers, some before each tile.
+    const int64_t tiles = ceil_div(block.columns, kPanel) * ceil_div(block.rows, M);
+    int64_t fetched = 0, turn = 0;
+    const auto fetch_next = [&] {
+      for (const int64_t until = smaller(next_count, next_count * ++turn / tiles + 1); fetched < until; ++fetched) {
+        const Pixel<S>& pixel = next[fetched];
+        fetch(o.a + pixel.out * g.k + t.out_channel0 + gy0, gys);
+        fetch(pixel.image + pixel.at + x0, xs);
+      }
+    };
+
     const Side<T> left = turned ? x : gy, right = turned ? gy : x;
     for (int64_t j = 0; j < block.columns; j += kPanel) {
       const T* b = right.from + j;
       const auto tile = [&](int64_t r, auto rows) {
+        if (ahead) fetch_next();
         const T* a[rows];
         T* to[rows];
         for (int64_t m = 0; m < rows; ++m) {
@@ -122,7 +175,7 @@ void grad_weight_by_taps(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Su
                          int64_t end) {
   using T = Sum<S>;
   const Products<T> all(g);
-  T* sums = workspace + kBlockPixels * (kBlockRows + kBlockColumns<T>);
+  T* sums = workspace + kBlockPixels * (kBlockRows + kBlockColumns<T> + 4 * kLine<T>);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t part = task % all.parts, columns = task / all.parts % all.column_blocks;
     const int64_t rows = task / all.parts / all.column_blocks % all.row_blocks;

@@ -91,9 +91,13 @@ void sum_block(const Planes<T>& rows, const Planes<T>& columns, int64_t height, 
           const T* from = rows.at(stretches[i].n, stretches[i].h, stretches[i].w);
           for (int64_t m = 0; m < tall; ++m) a[i * tall + m] = from + smaller(r + m, block.rows - 1) * rows.plane;
         }
-        for (int64_t m = 0; m < tall; ++m) to[m] = sums + (r + m) * pitch + j;
+        int64_t ahead[tall];
+        for (int64_t m = 0; m < tall; ++m) {
+          to[m] = sums + (r + m) * pitch + j;
+          ahead[m] = tall * rows.plane;
+        }
         multiply_tile<T, V, tall>(count, lengths, a, rows.step, b, to, p0 == block.first ? nullptr : to, kPanel, false,
-                                  j == 0 ? tall * rows.plane : 0);
+                                  j == 0 ? ahead : nullptr);
       };
       for (int64_t r = 0; r < block.rows;) {
         if (block.rows - r > M / 2) {

@@ -1,0 +1,133 @@
+// Convolution of channels_last tensors where each output sees one pixel, through the only tap of a 1x1 kernel; and how
+// weights are packed, for these and for others.
+//
+// A tile reads its pixels where they stand, with strides as well as without. Of inputs too many for the caches the next
+// tile's are fetched ahead: where strides leave pixels out, no processor expects the next one's place.
+#pragma once
+
+#include "channels_last_tile.h"
+
+namespace cnnops::cpu::CNNOPS_ISA {
+
+constexpr int64_t kWeightBytes = 65536;   // packed weights of a block
+constexpr int64_t kMuchInput = 16 << 20;  // bytes that are not in a cache when they are read
+constexpr int64_t kAhead = 128;           // of weights that are in no cache, so many numbers are fetched ahead
+template <class T>
+constexpr int64_t kWeights = kWeightBytes / int64_t(sizeof(T));
+
+/// to[r][lane] = the weight of number r of the run for produced channel row0 + lane, zero from channel `rows` on.
+template <class S, int V>
+void pack_weights(const Windows& t, const S* weight, int64_t row0, const Run& run, Sum<S>* to) {
+  using T = Sum<S>;
+  constexpr int64_t L = kLanes<T>;
+  const bool far = t.rows * t.weight_row * int64_t(sizeof(S)) > kMuchInput;
+  for (int v = 0; v < V; ++v) {
+    const int64_t row = row0 + v * L, lanes = smaller(L, t.rows - row);
+    T* panel = to + v * L;
+    if (t.weight_row == 1) {
+      int64_t left = run.length;
+      for (int64_t tw = run.tw, c = run.c; left > 0; ++tw, c = 0) {
+        const S* from = weight + t.weight_of(run.th, tw) + row;
+        for (; c < t.channels && left > 0; ++c, --left, panel += V * L)
+          store(panel, load_first(from + c * t.weight_channel, lanes));
+      }
+    } else {  // a row of taps is consecutive in the filter, too
+      const S* from = weight + t.weight_of(run.th, run.tw) + row * t.weight_row + run.c;
+      for (int64_t r = 0; r < run.length; r += L) {
+        const int64_t count = smaller(L, run.length - r);
+        Vec<T> square[L];
+        for (int64_t i = 0; i < L; ++i)
+          square[i] = i < lanes ? load_first(from + i * t.weight_row + r, count) : Vec<T>{};
+        for (int64_t i = 0; i < L && far; ++i) __builtin_prefetch(from + i * t.weight_row + r + kAhead);
+        transpose<T>(square);
+        for (int64_t i = 0; i < count; ++i, panel += V * L) store(panel, square[i]);
+      }
+    }
+  }
+}
+
+/// Whether every output sees one pixel, through the only tap.
+static inline bool is_single(const Windows& t) {
+  const auto inside = [](const Axis& axis) {
+    return axis.offset0 >= 0 && axis.offset0 + (axis.count - 1) * axis.in_step < axis.in_size;
+  };
+  return t.h.taps * t.w.taps == 1 && inside(t.h) && inside(t.w);
+}
+
+/// Whether then output p sees pixel p, for all p.
+static inline bool in_order(const Windows& t) {
+  return t.pixels() == t.h.in_size * t.w.in_size && t.pixels() == t.out_height * t.out_width;
+}
+
+/// Where the pixels that outputs [first, first + count) see begin, and these themselves.
+static inline void find_single(const Windows& t, int64_t first, int64_t count, int64_t* seen, int64_t* made) {
+  const int64_t step = t.w.in_step * t.in_channels, out_step = t.w.step * t.out_channels;
+  for (int64_t p = 0; p < count;) {
+    const int64_t j = (first + p) % t.w.count, row = (first + p) / t.w.count, n = row / t.h.count, i = row % t.h.count;
+    const int64_t h = n * t.h.in_size + i * t.h.in_step + t.h.offset0;
+    const int64_t out = n * t.out_height + t.h.first + i * t.h.step;
+    int64_t from = (h * t.w.in_size + j * t.w.in_step + t.w.offset0) * t.in_channels + t.in_channel0;
+    int64_t to = (out * t.out_width + t.w.first + j * t.w.step) * t.out_channels;
+    for (const int64_t end = smaller(count, p + t.w.count - j); p < end; ++p, from += step, to += out_step) {
+      seen[p] = from;
+      made[p] = to;
+    }
+  }
+}
+
+/// correlate_panel() for `count` outputs that see one pixel each: seen(p) and made(p) say where these begin.
+template <class T, int V, class Seen, class Made>
+void correlate_single(const Windows& t, const Conv2dOperands<T>& o, int64_t row0, int64_t count, bool past, bool fetch,
+                      const Seen& seen, const Made& made, T* weights) {
+  constexpr int64_t M = kRows<V>, L = kLanes<T>, kDepth = kWeights<T> / (V * L);
+  const int64_t channel = t.out_channel0 + row0, left = t.rows - row0;
+  const int64_t piece = ceil_div(t.channels, ceil_div(t.channels, kDepth));
+  alignas(64) T rest[M * V * L] = {};  // what has no place in y
+  for (int64_t c = 0; c < t.channels; c += piece) {
+    const int64_t depth = smaller(piece, t.channels - c);
+    const bool last = c + depth == t.channels;
+    pack_weights<T, V>(t, o.b, row0, {0, 0, c, depth, c, true}, weights);
+    const T* const columns = weights;
+    const auto tile = [&](int64_t p, auto rows) {
+      const T *a[rows], *bias[rows];
+      T* to[rows];
+      const int64_t inside = smaller(rows, count - p);
+      int64_t ahead[rows];
+      for (int64_t m = 0; m < rows; ++m) {
+        a[m] = o.a + seen(p + smaller(m, inside - 1)) + c;
+        to[m] = left >= V * L && m < inside ? o.out + made(p + m) + channel : rest + m * V * L;
+        bias[m] = o.bias + channel;
+        if (fetch) ahead[m] = o.a + seen(smaller(p + rows + m, count - 1)) + c - a[m];
+      }
+      if (left >= V * L) {
+        multiply_tile<T, V, rows>(1, &depth, a, 1, &columns, to,
+                                  c > 0    ? to
+                                  : o.bias ? bias
+                                           : nullptr,
+                                  V * L, past && depth == t.channels && inside == rows, fetch ? ahead : nullptr);
+        return;
+      }
+      multiply_tile<T, V, rows>(1, &depth, a, 1, &columns, to, nullptr);
+      for (int64_t m = 0; m < inside; ++m)
+        for (int64_t j = 0; j < left; j += L) {
+          T* const out = o.out + made(p + m) + channel + j;
+          const int64_t lanes = smaller(L, left - j);
+          Vec<T> v = load(to[m] + j);
+          if (c > 0) v = load_first(out, lanes) + v;
+          if (last && o.bias) v = v + load_first(o.bias + channel + j, lanes);
+          store_first(out, v, lanes);
+        }
+    };
+    for (int64_t p = 0; p < count;) {
+      if (count - p > M / 2) {
+        tile(p, std::integral_constant<int, int(M)>());
+        p += M;
+      } else {
+        tile(p, std::integral_constant<int, int(M) / 2>());
+        p += M / 2;
+      }
+    }
+  }
+}
+
+}  // namespace cnnops::cpu::CNNOPS_ISA
