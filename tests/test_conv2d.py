@@ -408,6 +408,20 @@ def test_dot_products_come_before_direct():
         assert cnnops.ops.conv2d_algorithm(t.x, t.w, **case.arguments, which=which) == "dot_products"
 
 
+@every_pass
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
+@pytest.mark.parametrize("name", ["two-layer-2", "vgg-14", "vgg-56", "alexnet-5x5"])
+def test_transforms_come_before_what_widens(name, dtype, which):
+    """And before dot products, if there are many channels and an image that is not small, or for gradients of 5x5."""
+    case = by_name[name]
+    many = name == "vgg-56" or (name == "alexnet-5x5" and which != "forward")
+    dot_products = dtype == torch.bfloat16 and not refused_by_processor("dot_products")
+    for memory_format in torch.contiguous_format, torch.channels_last:
+        t = conv2d_operands(case).to(dtype).formatted(memory_format)
+        chosen = cnnops.ops.conv2d_algorithm(t.x, t.w, **case.arguments, which=which)
+        assert chosen == ("winograd" if many or not dot_products else "dot_products")
+
+
 # --- what is not a number ---
 
 

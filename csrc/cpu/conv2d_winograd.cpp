@@ -20,7 +20,11 @@
 // beside large ones may err by 20 eps times its own sum of absolute values. Tiles of 4x4 would take fewer products for
 // 5x5 kernels, 64 for 16 outputs, but err by 2e-6 and more.
 //
-// Refuses all but float32, kernels other than 3x3 and 5x5, strides, dilations, and where `direct` is faster: few
+// The 16-bit floats are widened as they are read and rounded once, as they are written: all between is float32's, whose
+// errors are far below their own rounding. Where bfloat16 has an instruction of its own, that is mostly left to
+// `dot_products`.
+//
+// Refuses float64, kernels other than 3x3 and 5x5, strides, dilations, and where `direct` is faster: few
 // channels, or small images. The gradient of the weight is in conv2d_winograd_grad_weight.cpp.
 #include "winograd.h"
 
@@ -153,7 +157,7 @@ int64_t smallest_image(const Conv2dGeometry& g, Pass pass) {
 template <class S>
 const char* refuses(const Conv2dGeometry& g, Pass pass) {
   if (g.kernel[0] != 3 && g.kernel[0] != 5) return "its transforms are those of 3x3 and 5x5 kernels";
-  if (!std::is_same_v<S, float>) return "its transforms round more than float64 or the 16-bit types are asked for";
+  if (!std::is_same_v<Sum<S>, float>) return "its transforms round more than float64 is asked for";
   for (int dim = 0; dim < 2; ++dim) {
     if (g.kernel[dim] != g.kernel[0] || g.stride[dim] != 1 || g.dilation[dim] != 1)
       return "its transforms are those of a square kernel with stride and dilation 1";
@@ -165,8 +169,17 @@ const char* refuses(const Conv2dGeometry& g, Pass pass) {
   return nullptr;
 }
 
+/// Where one instruction multiplies and adds twice as many bfloat16 numbers, transforms still pay for many channels and
+/// images large enough to share the filters', and for the gradients of 5x5 kernels.
+bool beats_dot_products(const Conv2dGeometry& g, Pass pass) {
+  const int64_t channels = smaller(g.c, g.k) / g.groups, image = smaller(g.out[0], g.out[1]);
+  return (channels >= 64 && image >= 24) || (pass != Pass::forward && g.kernel[0] == 5 && image >= 20);
+}
+
 /// Few outputs leave the tiles at the border of a small image half empty: those who do without tiles are faster there.
+template <class S>
 bool yields(const Conv2dGeometry& g, Pass pass) {
+  if (!beats_dot_products(g, pass) && !conv2d_dot_products<S>().refuses(g, pass)) return true;
   if (pass != Pass::grad_input) return false;
   const int64_t products = g.kernel[0] * g.kernel[1] * g.out[0] * g.out[1];
   return 3 * products < 2 * fewest_products(g, pass).products();
@@ -208,13 +221,13 @@ Conv2dRun<S> grad_weight_run() {
 template <class S>
 Conv2dAlgorithm<Conv2dRun<S>> conv2d_winograd() {
   return {"winograd",
-          "3x3 and 5x5 kernels by about a third of the multiplications; float32",
+          "3x3 and 5x5 kernels by about a third of the multiplications; not float64",
           refuses<S>,
           run<S, Pass::forward>(),
           run<S, Pass::grad_input>(),
           grad_weight_run<S>(),
           false,
-          yields};
+          yields<S>};
 }
 
 template Conv2dAlgorithm<Conv2dRun<float>> conv2d_winograd();
