@@ -164,6 +164,14 @@ def assert_whole(got: Tensor, expected: Tensor, fractions=False):
     assert_equal(got, expected)
 
 
+def assert_rounded_once(got: Tensor, exact: Tensor, fractions=False):
+    """Whole numbers, but for the rounding to `got`'s dtype; after `fractions`, a tie may go either way."""
+    if not fractions:
+        return assert_equal(got, exact.to(got.dtype))
+    assert got.shape == exact.shape
+    assert (got.cpu() >= (exact - 1e-2).to(got.dtype)).all() and (got.cpu() <= (exact + 1e-2).to(got.dtype)).all()
+
+
 def assert_rounds_well(got: Tensor, expected: Tensor, magnitude: Tensor, terms=1, fractions=False):
     """`got` is `expected` up to the rounding that its dtype allows; `magnitude` is the sum over absolute values."""
     assert got.shape == expected.shape

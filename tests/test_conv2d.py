@@ -344,6 +344,22 @@ def test_grad_input_is_the_transposed_convolution(device, algorithm):
             assert_equal(torch.ops.cnnops.conv2d_grad_input(gy, w, *rest), expected)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("channels", [(8, 8), (16, 8), (16, 4), (64, 16), (32, 32)], ids=str)
+@every_algorithm
+def test_the_bias_of_a_transposed_convolution_of_groups(device, algorithm, channels, stride):
+    """A group makes more channels than it sees, or less: its numbers of the bias are those of what it makes."""
+    x, w = numbers(2, channels[0], 7, 9, whole=True), numbers(*channels, 3, 3, whole=True)
+    b = numbers(2 * channels[1], whole=True) + 100
+    expected = TF.conv_transpose2d(x, w, b, stride, 1, 0, 2).float()
+    for layout in torch.contiguous_format, torch.channels_last:
+        x, w, b = (v.to(device, torch.float32) for v in (x, w, b))
+        x, w = x.contiguous(memory_format=layout), w.contiguous(memory_format=layout)
+        with or_refusal(algorithm):
+            y = F.conv_transpose2d(x, w, b, stride, 1, 0, 2, algorithm=algorithm)
+            assert_whole(y, expected, algorithm in ("winograd", "auto"))
+
+
 @every_dtype
 @every_algorithm
 def test_empty_batch(device, algorithm, dtype):
@@ -390,6 +406,20 @@ def test_dot_products_come_before_direct():
     for which in PASSES:
         t = conv2d_operands(case).to(torch.bfloat16)
         assert cnnops.ops.conv2d_algorithm(t.x, t.w, **case.arguments, which=which) == "dot_products"
+
+
+@every_pass
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
+@pytest.mark.parametrize("name", ["two-layer-2", "vgg-14", "vgg-56", "alexnet-5x5"])
+def test_transforms_come_before_what_widens(name, dtype, which):
+    """And before dot products, if there are many channels and an image that is not small, or for gradients of 5x5."""
+    case = by_name[name]
+    many = name == "vgg-56" or (name == "alexnet-5x5" and which != "forward")
+    dot_products = dtype == torch.bfloat16 and not refused_by_processor("dot_products")
+    for memory_format in torch.contiguous_format, torch.channels_last:
+        t = conv2d_operands(case).to(dtype).formatted(memory_format)
+        chosen = cnnops.ops.conv2d_algorithm(t.x, t.w, **case.arguments, which=which)
+        assert chosen == ("winograd" if many or not dot_products else "dot_products")
 
 
 # --- what is not a number ---

@@ -101,6 +101,16 @@ def test_conv2d_channels_last(case, dtype, which, instruction_set):
     assert_law_holds(conv2d_subject(which, case, t, run_pass))
 
 
+@pytest.mark.parametrize("which", PASSES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=name_of)
+@pytest.mark.parametrize("case", named(CONV2D, ["keras-2", "lecture-3", "channels-prime-5x5-wide"]), ids=str)
+def test_conv2d_16_bit_transforms(case, memory_format, dtype, which, instruction_set):
+    """By name: processors with an instruction for bfloat16 may choose that."""
+    t = conv2d_operands(case).to(dtype).formatted(memory_format)
+    assert_law_holds(conv2d_subject(which, case, t, lambda *args: run_pass(*args, "winograd")))
+
+
 every_format = pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=name_of)
 
 

@@ -5,13 +5,13 @@
 // an image, or some small images, are turned round into a buffer (turn.h), and so are the weights of a block of channels;
 // there the other layout's kernel computes, and its result is turned back. A number is turned once for as many multiply-adds as
 // there are taps and output channels: for a few dozens of channels that is little against what im2col's packing of every
-// tap costs.
+// tap costs. The 16-bit floats are widened as they are turned: once for all taps.
 //
 // A strip is an image with so many rows, fewer or no rows of border above, and a gradient's strip is one of x's. A task is a
 // strip for a block of produced channels (forward, grad_input), or a block of the weights for all strips, whose sums are
 // added in order (grad_weight). If such blocks are few, the strips are dealt to parts, tasks of their own.
 //
-// Refuses what is channels_last, 16-bit numbers, few channels, borders that show pixels, filters and rows that overflow its
+// Refuses what is channels_last, few channels, borders that show pixels, filters and rows that overflow its
 // buffers, and 1x1 kernels, which are a plain matrix product, but for the gradient of the input with strides.
 #include "channels_last.h"
 #include "conv2d_planar.h"
@@ -21,10 +21,10 @@ namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
 
 constexpr int64_t kStripPixels = 1000;  // of a strip's results at most: less than two of the parts of a sum
-template <class S>
-constexpr int64_t kStripNumbers = (3 << 20) / int64_t(sizeof(S));  // of a strip, of all channels
-template <class S>
-constexpr int64_t kFilterNumbers = (7 << 19) / int64_t(sizeof(S));  // of a task's weights
+template <class T>
+constexpr int64_t kStripNumbers = (3 << 20) / int64_t(sizeof(T));  // of a strip, of all channels
+template <class T>
+constexpr int64_t kFilterNumbers = (7 << 19) / int64_t(sizeof(T));  // of a task's weights
 constexpr int64_t kGradientNumbers = 160 << 10;                     // of a task's gradients of weights
 constexpr int64_t kMostChannels = 128, kGoodChannels = 64, kFewChannels = 32, kLeastChannels = 16;  // of a block
 constexpr int64_t kFewTasks = 4, kPartNumbers = 1 << 19;  // of all parts together
@@ -36,7 +36,7 @@ const Conv2dAlgorithm<Conv2dRun<S>>& channels_last() {
 }
 
 /// How images are cut into strips of `rows` rows of results and put together in groups of `images`.
-template <class S>
+template <class T>
 struct Strips {
   int64_t rows, per_image, images, groups;
 
@@ -47,7 +47,7 @@ struct Strips {
     const int64_t *in = backward ? g.out : g.in, *out = backward ? g.in : g.out;
     const int64_t width = larger(1, out[1]);
     rows = larger(1, smaller(out[0], kStripPixels / width));
-    while (rows > 1 && numbers(g, pass, rows, in_channels) > kStripNumbers<S>) --rows;
+    while (rows > 1 && numbers(g, pass, rows, in_channels) > kStripNumbers<T>) --rows;
     per_image = ceil_div(out[0], rows);
     rows = larger(1, ceil_div(out[0], larger(1, per_image)));
     const int64_t image = larger(1, in[0] * in[1] * in_channels);
@@ -74,8 +74,8 @@ struct Strip {
   int64_t n, h0, h1, o0, o1;
   Conv2dGeometry geometry;
 
-  template <class S>
-  Strip(const Conv2dGeometry& g, Pass pass, const Strips<S>& strips, int64_t group, int64_t strip, int64_t c,
+  template <class T>
+  Strip(const Conv2dGeometry& g, Pass pass, const Strips<T>& strips, int64_t group, int64_t strip, int64_t c,
         int64_t k) {
     const int64_t reach = (g.kernel[0] - 1) * g.dilation[0];
     const auto clamp = [](int64_t i, int64_t size) { return larger(0, smaller(i, size)); };
@@ -107,7 +107,7 @@ struct Strip {
 /// Turns a strip's rows, `count` from `first` on, of `channels` channels from `channel0` on of all `all`.
 template <class S>
 void turn_rows(const S* from, const Strip& s, int64_t all, const int64_t* size, int64_t first, int64_t count,
-               int64_t channel0, int64_t channels, S* to) {
+               int64_t channel0, int64_t channels, Sum<S>* to) {
   const int64_t plane = size[0] * size[1];
   for (int64_t n = 0; n < s.geometry.n; ++n)
     turn(from + ((s.n + n) * all + channel0) * plane + first * size[1], plane, count * size[1], channels, channels,
@@ -117,10 +117,10 @@ void turn_rows(const S* from, const Strip& s, int64_t all, const int64_t* size, 
 // ---- forward and grad_input ----
 
 /// Tasks are numbered (group, block of produced channels, group of images, strip).
-template <class S>
+template <class T>
 struct Tasks {
   int64_t channels, rows, taps;  // summed over and produced, of a group
-  Strips<S> strips;
+  Strips<T> strips;
   int64_t block, blocks, total;
 
   Tasks(const Conv2dGeometry& g, Pass pass)
@@ -130,7 +130,7 @@ struct Tasks {
         strips(g, pass, channels) {
     // An element's order of summation depends on the block, so the block does not look at the batch; strips may.
     block = smaller(kMostChannels, rows);
-    while (block > kLeastChannels && (block * taps * channels > kFilterNumbers<S> ||
+    while (block > kLeastChannels && (block * taps * channels > kFilterNumbers<T> ||
                                       (g.groups * ceil_div(rows, block) < kFewTasks && block > kGoodChannels)))
       block = ceil_div(block, 2 * kLeastChannels) * kLeastChannels;
     blocks = ceil_div(rows, larger(1, block));
@@ -142,29 +142,31 @@ struct Tasks {
   }
 };
 
-/// Numbers of the buffers: what is read, what is made, weights.
-template <class S>
+/// Numbers of the buffers: what is read, what is made, weights, what is added to it.
+template <class T>
 struct Buffers {
-  int64_t in, out, filters;
-  Buffers(const Conv2dGeometry& g, Pass pass, const Tasks<S>& t) {
+  int64_t in, out, filters, bias;
+  Buffers(const Conv2dGeometry& g, Pass pass, const Tasks<T>& t) {
     const int64_t* size = pass == Pass::forward ? g.out : g.in;
     const int64_t* in_size = pass == Pass::forward ? g.in : g.out;
-    in = larger(Strips<S>::numbers(g, pass, t.strips.rows, t.channels),
+    in = larger(Strips<T>::numbers(g, pass, t.strips.rows, t.channels),
                 t.strips.images > 1 ? t.strips.images * in_size[0] * in_size[1] * t.channels : 0);
     in = round_up(in, 64);
-    out = round_up(t.strips.images * t.strips.rows * size[1] * t.block + kLanes<Sum<S>>, 64);
+    out = round_up(t.strips.images * t.strips.rows * size[1] * t.block + kLanes<T>, 64);
     filters = round_up(t.block * t.taps * t.channels, 64);
+    bias = round_up(t.block, 64);
   }
-  /// In numbers of the workspace.
-  int64_t total() const { return round_up(ceil_div((in + out + filters) * sizeof(S), sizeof(Sum<S>)), 64); }
+  int64_t total() const { return in + out + filters + bias; }
 };
 
 template <class S, Pass pass>
 void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace, int64_t begin, int64_t end) {
   constexpr bool forward = pass == Pass::forward;
-  const Tasks<S> t(g, pass);
-  const Buffers<S> buffers(g, pass, t);
-  S *const in = reinterpret_cast<S*>(workspace), *const out = in + buffers.in, *const filters = out + buffers.out;
+  using T = Sum<S>;
+  const Tasks<T> t(g, pass);
+  const Buffers<T> buffers(g, pass, t);
+  T *const in = workspace, *const out = in + buffers.in, *const filters = out + buffers.out;
+  T* const bias = filters + buffers.filters;
   const int64_t c_group = g.c / g.groups, k_group = g.k / g.groups;
   int64_t turned = -1;
   for (int64_t task = begin; task < end; ++task) {
@@ -173,6 +175,7 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* work
     const int64_t row0 = block % t.blocks * t.block, rows = smaller(t.block, t.rows - row0);
     if (turned != block) {
       turned = block;
+      if (o.bias) copy_numbers(o.bias + group * t.rows + row0, rows, bias);
       const int64_t c0 = forward ? 0 : row0, cs = forward ? c_group : rows;
       const int64_t k0 = group * k_group + (forward ? row0 : 0), ks = forward ? rows : k_group;
       for (int64_t k = 0; k < ks; ++k)
@@ -185,13 +188,7 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* work
       turn_rows(o.a, s, g.c, g.in, s.h0, s.h1 - s.h0, group * c_group, c_group, in);
     else
       turn_rows(o.a, s, g.k, g.out, s.o0, s.o1 - s.o0, group * k_group, k_group, in);
-    Conv2dOperands<S> operands = o;
-    operands.a = in;
-    operands.b = filters;
-    operands.bias = o.bias ? o.bias + group * k_group + row0 : nullptr;
-    operands.out = out;
-    if constexpr (std::is_same_v<S, Sum<S>>)
-      channels_last_alone(s.geometry, pass, operands, workspace + buffers.total());
+    channels_last_alone<T>(s.geometry, pass, {in, filters, o.bias ? bias : nullptr, out}, workspace + buffers.total());
     const int64_t plane = size[0] * size[1];
     for (int64_t n = 0; n < s.geometry.n; ++n)
       turn_back(out + n * length * rows, rows, length, rows,
@@ -246,35 +243,33 @@ struct GradientBuffers {
 
 template <class S>
 void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace, int64_t begin, int64_t end) {
-  if constexpr (std::is_same_v<S, Sum<S>>) {
-    constexpr int64_t L = kLanes<S>;
-    const Gradients<S> t(g);
-    const GradientBuffers<S> buffers(g, t);
-    const Conv2dRun<S>& run = channels_last<S>().grad_weight;
-    S *const x = workspace, *const gy = x + buffers.x, *const sum = gy + buffers.gy,
-             *const sums = sum + buffers.numbers;
-    const int64_t c_group = g.c / g.groups, k_group = g.k / g.groups;
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t part = task % t.parts, block = task / t.parts;
-      const int64_t c0 = block % t.c_blocks * t.c, cs = smaller(t.c, c_group - c0);
-      const int64_t k0 = block / t.c_blocks % t.k_blocks * t.k, ks = smaller(t.k, k_group - k0);
-      const int64_t group = block / t.c_blocks / t.k_blocks;
-      for (int64_t i = 0; i < buffers.numbers; i += L) store(sums + i, Vec<S>{});
-      for (int64_t i = t.strips.count() * part / t.parts; i < t.strips.count() * (part + 1) / t.parts; ++i) {
-        const Strip s(g, Pass::grad_weight, t.strips, i / t.strips.per_image, i % t.strips.per_image, cs, ks);
-        turn_rows(o.a, s, g.k, g.out, s.o0, s.o1 - s.o0, group * k_group + k0, ks, gy);
-        turn_rows(o.b, s, g.c, g.in, s.h0, s.h1 - s.h0, group * c_group + c0, cs, x);
-        Conv2dOperands<S> operands = o;
-        operands.a = gy;
-        operands.b = x;
-        operands.out = sum;
-        run.run(s.geometry, operands, workspace + buffers.total(), 0, run.tasks(s.geometry));
-        for (int64_t j = 0; j < buffers.numbers; j += L) store(sums + j, load(sums + j) + load(sum + j));
-      }
-      S* const out = t.parts == 1 ? o.out : o.parts + part * g.k * c_group * t.taps;
-      for (int64_t k = 0; k < ks; ++k)
-        turn_back(sums + k * t.taps * cs, cs, t.taps, cs, out + ((group * k_group + k0 + k) * c_group + c0) * t.taps,
-                  t.taps);
+  using T = Sum<S>;
+  constexpr int64_t L = kLanes<T>;
+  const Gradients<T> t(g);
+  const GradientBuffers<T> buffers(g, t);
+  const Conv2dRun<T>& run = channels_last<T>().grad_weight;
+  T *const x = workspace, *const gy = x + buffers.x, *const sum = gy + buffers.gy, *const sums = sum + buffers.numbers;
+  const int64_t c_group = g.c / g.groups, k_group = g.k / g.groups;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t part = task % t.parts, block = task / t.parts;
+    const int64_t c0 = block % t.c_blocks * t.c, cs = smaller(t.c, c_group - c0);
+    const int64_t k0 = block / t.c_blocks % t.k_blocks * t.k, ks = smaller(t.k, k_group - k0);
+    const int64_t group = block / t.c_blocks / t.k_blocks;
+    for (int64_t i = 0; i < buffers.numbers; i += L) store(sums + i, Vec<T>{});
+    for (int64_t i = t.strips.count() * part / t.parts; i < t.strips.count() * (part + 1) / t.parts; ++i) {
+      const Strip s(g, Pass::grad_weight, t.strips, i / t.strips.per_image, i % t.strips.per_image, cs, ks);
+      turn_rows(o.a, s, g.k, g.out, s.o0, s.o1 - s.o0, group * k_group + k0, ks, gy);
+      turn_rows(o.b, s, g.c, g.in, s.h0, s.h1 - s.h0, group * c_group + c0, cs, x);
+      run.run(s.geometry, {gy, x, nullptr, sum}, workspace + buffers.total(), 0, run.tasks(s.geometry));
+      for (int64_t j = 0; j < buffers.numbers; j += L) store(sums + j, load(sums + j) + load(sum + j));
+    }
+    for (int64_t k = 0; k < ks; ++k) {
+      const T* from = sums + k * t.taps * cs;
+      const int64_t to = ((group * k_group + k0 + k) * c_group + c0) * t.taps;
+      if (t.parts == 1)
+        turn_back(from, cs, t.taps, cs, o.out + to, t.taps);
+      else
+        turn_back(from, cs, t.taps, cs, o.parts + part * g.k * c_group * t.taps + to, t.taps);
     }
   }
 }
@@ -283,7 +278,6 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* wo
 
 template <class S>
 const char* refuses(const Conv2dGeometry& g, Pass pass) {
-  if (!std::is_same_v<S, Sum<S>>) return "numbers of 16 bits would be turned first and widened for each tap";
   if (g.layout != Layout::contiguous) return "it turns planes round, and in channels_last there are none";
   if (is_connected(g) && pass != Pass::grad_input) return "a window as large as the image is a plain matrix product";
   if (g.border != Border::zeros) return "a strip's border shows pixels of other strips, unless it is zeros";
@@ -297,10 +291,11 @@ const char* refuses(const Conv2dGeometry& g, Pass pass) {
   if (pass == Pass::grad_weight) {
     if (taps * kLeastChannels * kLeastChannels > kGradientNumbers)
       return "a kernel of more than 640 taps passes its buffer";
-  } else if (taps * channels * kLeastChannels > kFilterNumbers<S>) {
+  } else if (taps * channels * kLeastChannels > kFilterNumbers<Sum<S>>) {
     return "filters of 16 channels pass its buffer of 3.5 MiB";
   }
-  if (Strips<S>::numbers(g, pass, 1, pass == Pass::grad_weight ? kMostChannels : channels) > kStripNumbers<S> ||
+  if (Strips<Sum<S>>::numbers(g, pass, 1, pass == Pass::grad_weight ? kMostChannels : channels) >
+          kStripNumbers<Sum<S>> ||
       larger(g.in[1], g.out[1]) > kStripPixels)
     return "what a row of results sees passes its buffer of 3 MiB";
   return nullptr;
@@ -308,9 +303,10 @@ const char* refuses(const Conv2dGeometry& g, Pass pass) {
 
 template <class S, Pass pass>
 Conv2dRun<S> correlation_run() {
-  return {[](const Conv2dGeometry& g) { return Tasks<S>(g, pass).total; },
+  return {[](const Conv2dGeometry& g) { return Tasks<Sum<S>>(g, pass).total; },
           [](const Conv2dGeometry& g) {
-            return Buffers<S>(g, pass, Tasks<S>(g, pass)).total() + channels_last<S>().run(pass).workspace(g);
+            return Buffers<Sum<S>>(g, pass, Tasks<Sum<S>>(g, pass)).total() +
+                   channels_last<Sum<S>>().run(pass).workspace(g);
           },
           correlate<S, pass>};
 }
@@ -324,11 +320,12 @@ Conv2dAlgorithm<Conv2dRun<S>> conv2d_turned() {
           refuses<S>,
           correlation_run<S, Pass::forward>(),
           correlation_run<S, Pass::grad_input>(),
-          {[](const Conv2dGeometry& g) { return Gradients<S>(g).total; },
+          {[](const Conv2dGeometry& g) { return Gradients<Sum<S>>(g).total; },
            [](const Conv2dGeometry& g) {
-             return GradientBuffers<S>(g, Gradients<S>(g)).total() + channels_last<S>().grad_weight.workspace(g);
+             return GradientBuffers<Sum<S>>(g, Gradients<Sum<S>>(g)).total() +
+                    channels_last<Sum<S>>().grad_weight.workspace(g);
            },
-           grad_weight<S>, [](const Conv2dGeometry& g) { return Gradients<S>(g).parts; },
+           grad_weight<S>, [](const Conv2dGeometry& g) { return Gradients<Sum<S>>(g).parts; },
            channels_last<S>().grad_weight.add_parts},
           false};  // its gradient of the weight errs up to 2.7 times as much as `direct` does in contiguous tensors
 }

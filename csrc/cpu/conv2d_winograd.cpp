@@ -23,8 +23,12 @@
 // With a dilation d an image is d*d images of its own, one for each phase (winograd_forms.h), and so are its tiles: their
 // pixels are read and written d apart, where they stand.
 //
-// Refuses all but float32, kernels other than 3x3 and 5x5, strides, and where `direct` is faster: few channels, or small
-// images or phases. The gradient of the weight is in conv2d_winograd_grad_weight.cpp.
+// The 16-bit floats are widened as they are read and rounded once, as they are written: all between is float32's, whose
+// errors are far below their own rounding. Where bfloat16 has an instruction of its own, that is mostly left to
+// `dot_products`.
+//
+// Refuses float64, kernels other than 3x3 and 5x5, strides, and where `direct` is faster: few channels, or small images or
+// phases. The gradient of the weight is in conv2d_winograd_grad_weight.cpp.
 #include "winograd.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
@@ -158,7 +162,7 @@ int64_t smallest_image(const Conv2dGeometry& g, Pass pass) {
 template <class S>
 const char* refuses(const Conv2dGeometry& g, Pass pass) {
   if (g.kernel[0] != 3 && g.kernel[0] != 5) return "its transforms are those of 3x3 and 5x5 kernels";
-  if (!std::is_same_v<S, float>) return "its transforms round more than float64 or the 16-bit types are asked for";
+  if (!std::is_same_v<Sum<S>, float>) return "its transforms round more than float64 is asked for";
   for (int dim = 0; dim < 2; ++dim) {
     if (g.kernel[dim] != g.kernel[0] || g.stride[dim] != 1)
       return "its transforms are those of a square kernel with stride 1";
@@ -170,6 +174,13 @@ const char* refuses(const Conv2dGeometry& g, Pass pass) {
   if (g.c / g.groups < kFewestChannels || g.k / g.groups < kFewestChannels)
     return "too few channels share what it transforms";
   return nullptr;
+}
+
+/// Where one instruction multiplies and adds twice as many bfloat16 numbers, transforms still pay for many channels and
+/// images large enough to share the filters', and for the gradients of 5x5 kernels.
+bool beats_dot_products(const Conv2dGeometry& g, Pass pass) {
+  const int64_t channels = smaller(g.c, g.k) / g.groups, image = smaller(g.out[0], g.out[1]);
+  return (channels >= 64 && image >= 24) || (pass != Pass::forward && g.kernel[0] == 5 && image >= 20);
 }
 
 /// Pairs of an output and a tap that see a pixel, along an axis.
@@ -184,7 +195,9 @@ int64_t seen_taps(const Conv2dGeometry& g, int dim) {
 
 /// Few outputs leave the tiles at the border of a small image, or of a dilation's small phases, half empty: those who do
 /// without tiles are faster there.
+template <class S>
 bool yields(const Conv2dGeometry& g, Pass pass) {
+  if (!beats_dot_products(g, pass) && !conv2d_dot_products<S>().refuses(g, pass)) return true;
   if (g.dilation[0] * g.dilation[1] > 1)
     return 2 * seen_taps(g, 0) * seen_taps(g, 1) < 3 * fewest_products(g, pass).products();
   if (pass != Pass::grad_input) return false;
@@ -228,13 +241,13 @@ Conv2dRun<S> grad_weight_run() {
 template <class S>
 Conv2dAlgorithm<Conv2dRun<S>> conv2d_winograd() {
   return {"winograd",
-          "3x3 and 5x5 kernels by about a third of the multiplications; float32",
+          "3x3 and 5x5 kernels by about a third of the multiplications; not float64",
           refuses<S>,
           run<S, Pass::forward>(),
           run<S, Pass::grad_input>(),
           grad_weight_run<S>(),
           false,
-          yields};
+          yields<S>};
 }
 
 template Conv2dAlgorithm<Conv2dRun<float>> conv2d_winograd();

@@ -167,6 +167,7 @@ struct Tasks {
 template <class T, Pass pass>
 void correlate(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspace, int64_t begin, int64_t end) {
   constexpr int64_t L = kLanes<T>;
+  const int64_t produced = pass == Pass::forward ? g.k : g.c;
   const Packing<T> pack(g, make_windows(g, pass, 0, 0));
   const Tasks<T> tasks(g, pass, pack);
   const Strips<T>& strips = tasks.strips;
@@ -189,7 +190,7 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspace
     gather_strip<pass>(g, s, pack, o.a, n, v0, v1, strips.in, memory.in);
     for (int64_t v = v0; v < v1; ++v) {
       for (int64_t lane = 0, k = v * pack.out; lane < L; ++lane)
-        memory.bias[lane] = o.bias && k + lane < g.k ? o.bias[k + lane] : T(0);
+        memory.bias[lane] = o.bias && k + lane < produced ? o.bias[k + lane] : T(0);
       correlate_tiles<T>({t, pack, memory.in + (v - v0) * strips.in, memory.bias, filters + v * tasks.filter,
                           memory.out + (v - v0) * strips.out},
                          points);

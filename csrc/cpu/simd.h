@@ -81,7 +81,14 @@ static inline Vec<Sum<S>> widen(Packed<S> packed) {
   if constexpr (std::is_same_v<S, Sum<S>>) {
     return packed;
   } else if constexpr (std::is_same_v<S, BFloat16>) {
-    return (Vec<float>)(__builtin_convertvector(packed, WordLanes) << 16);
+#if defined(__AVX512F__)  // GCC 12 would convert by halves
+    const auto words = _mm512_maskz_cvtepu16_epi32(__mmask16(-1), (__m256i)packed);
+#elif defined(__AVX2__)
+    const auto words = _mm256_cvtepu16_epi32((__m128i)packed);
+#else
+    const auto words = __builtin_convertvector(packed, WordLanes);
+#endif
+    return (Vec<float>)((WordLanes)words << 16);
   } else if constexpr (std::is_same_v<S, Float16>) {
 #if defined(__AVX512F__)
     return (Vec<float>)_mm512_maskz_cvtph_ps(__mmask16(-1), (__m256i)packed);  // unmasked, GCC 12 warns
@@ -261,30 +268,6 @@ static inline Vec<Sum<S>> load_strided(const S* p, int64_t step, int64_t count) 
   Vec<T> v{};
   for (int64_t j = 0; j < count; ++j) v[j] = value(p[j * step]);
   return v;
-}
-
-/// v's lanes from number `from` on, each followed by a zero.
-template <class T, int... lane>
-static inline Vec<T> between_zeros(Vec<T> v, std::integer_sequence<int, lane...>, bool upper) {
-  constexpr int L = kLanes<T>;
-  return upper ? __builtin_shufflevector(v, Vec<T>{}, (lane % 2 ? L : L / 2 + lane / 2)...)
-               : __builtin_shufflevector(v, Vec<T>{}, (lane % 2 ? L : lane / 2)...);
-}
-
-/// p[j*step] += v[j] for j < count; nothing beyond p[(count - 1)*step] is touched.
-template <class T>
-static inline void add_strided(T* p, int64_t step, Vec<T> v, int64_t count) {
-  constexpr int64_t L = kLanes<T>;
-  if (step == 1) {
-    store_first(p, load_first(p, count) + v, count);
-  } else if (step == 2) {
-    const int64_t reach = 2 * count - 1, low = smaller(reach, L), high = reach - low;
-    constexpr auto lanes = std::make_integer_sequence<int, int(L)>();
-    store_first(p, load_first(p, low) + between_zeros<T>(v, lanes, false), low);
-    if (high > 0) store_first(p + L, load_first(p + L, high) + between_zeros<T>(v, lanes, true), high);
-  } else {
-    for (int64_t j = 0; j < count; ++j) p[j * step] += v[j];
-  }
 }
 
 /// A number whose bits are all ones, as a mask's lane.
