@@ -15,7 +15,8 @@
 //
 // Six points are 0, a, -a, b, -b and infinity with a = 3/4, b = 3/2: every number of B and A is exact in float, and the
 // result errs half as much as with the usual 1 and 2. Eight are 0, 1/2, 1, 2 with both signs, and infinity. B depends on
-// the points alone. Columns may have another number of points than rows.
+// the points alone. Columns may have another number of points than rows. All is inlined by force: where GCC calls it instead,
+// as it does when types of stored numbers are many, vectors go through memory, and a layer takes up to 1.5 times as long.
 #pragma once
 
 #include "simd.h"
@@ -60,7 +61,7 @@ template <int patch>
 struct InputPoints {
   static constexpr int from = patch, to = patch, pairs = PointSet<patch>::pairs;
   template <class T>
-  static void at(const Vec<T>* x, Vec<T>* v) {
+  [[gnu::always_inline]] static void at(const Vec<T>* x, Vec<T>* v) {
     constexpr auto& points = kPoints<patch>;
     const auto ends = [&](const Vec<T>* x) {
       Vec<T> sum = x[2 * pairs];
@@ -90,7 +91,7 @@ template <int patch>
 struct InputGradients {
   static constexpr int from = patch, to = patch, pairs = PointSet<patch>::pairs;
   template <class T>
-  static void at(const Vec<T>* m, Vec<T>* x) {
+  [[gnu::always_inline]] static void at(const Vec<T>* m, Vec<T>* x) {
     constexpr auto& points = kPoints<patch>;
     Vec<T> sums[pairs], differences[pairs];
 #pragma GCC unroll 8
@@ -118,7 +119,7 @@ template <int patch, int count, bool scaled = true>
 struct Points {
   static constexpr int from = count, to = patch;
   template <class T>
-  static void at(const Vec<T>* w, Vec<T>* u) {
+  [[gnu::always_inline]] static void at(const Vec<T>* w, Vec<T>* u) {
     constexpr auto& points = kPoints<patch>;
     u[0] = scaled ? broadcast(T(1 / points.all[0])) * w[0] : w[0];
     u[patch - 1] = w[count - 1];
@@ -140,7 +141,7 @@ template <int patch, int count>
 struct Numbers {
   static constexpr int from = patch, to = count, last = PointSet<patch>::pairs - 1;
   template <class T>
-  static void at(const Vec<T>* m, Vec<T>* y) {
+  [[gnu::always_inline]] static void at(const Vec<T>* m, Vec<T>* y) {
     Vec<T> parts[2][last + 1];  // for even and odd powers
     y[0] = m[0];
 #pragma GCC unroll 8
