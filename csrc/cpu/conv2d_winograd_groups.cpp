@@ -15,18 +15,17 @@
 //
 // A task is a strip of one image for a block of vectors. A thread transforms the filters that it meets, and keeps them.
 // An output's rounding depends on all 6x6 inputs of its tile, also on those that it does not see. A NaN or infinity among
-// them makes all outputs of the tile NaN. Refuses grad_weight, all but float32, all but 3x3 kernels of stride and dilation
+// them makes all outputs of the tile NaN. Refuses all but float32, all but 3x3 kernels of stride and dilation
 // 1, groups of a quarter of a vector and less, in channels_last of half a vector, for which `depthwise` is as fast, groups
-// of more than a vector, small images, and layers whose filters pass its buffer.
-#include "turned_strips.h"
-#include "winograd_points.h"
+// of more than a vector, small images, and layers whose filters pass its buffer. The gradient of the weight is in
+// conv2d_winograd_groups_grad_weight.cpp, for groups of 5 to 32 channels.
+#include "winograd_groups.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
 
-constexpr int kPatch = 6, kProducts = kPatch * kPatch;
-constexpr int64_t kTile = 4, kTogether = kTileRows == 8 ? 16 : 8;  // tiles
-constexpr int64_t kMostFilters = 1 << 20;                          // numbers
+constexpr int64_t kTogether = kTileRows == 8 ? 16 : 8;  // tiles
+constexpr int64_t kMostFilters = 1 << 20;               // numbers
 constexpr int64_t kFewestOutputs = 6;
 
 /// The tiles of a strip, whose pixels are vectors.
@@ -46,36 +45,6 @@ void transform_filters(int64_t channels, const T* weights, T* filters) {
     transform<Points<kPatch, 3>, Points<kPatch, 3>, T>(
         [&](int h, int w) { return load(weights + (h * 3 + w) * L); },
         [&](int h, int w, Vec<T> x) { store(filters + ((h * kPatch + w) * channels + j) * L, x); });
-}
-
-/// points[i][m] = the transform of tile number m, whose first output is (h, w).
-template <class T>
-void transform_inputs(const TiledStrip<T>& strip, int64_t h, int64_t w, T* points) {
-  constexpr int64_t L = kLanes<T>;
-  const Windows& t = strip.t;
-  const int64_t row = t.w.in_size * L;
-  const int64_t h0 = h + t.h.offset0, w0 = w + t.w.offset0;
-  const auto put = [&](int i, int j, Vec<T> x) { store(points + (i * kPatch + j) * kTogether * L, x); };
-  if (h0 >= 0 && h0 + kPatch <= t.h.in_size && w0 >= 0 && w0 + kPatch <= t.w.in_size) {
-    const T* from = strip.in + h0 * row + w0 * L;
-    transform<InputPoints<kPatch>, InputPoints<kPatch>, T>([&](int i, int j) { return load(from + i * row + j * L); },
-                                                           put);
-    return;
-  }
-  // Beyond what the last output sees, an image shows nothing.
-  const auto shown = [&](const Axis& axis, int64_t i) {
-    return i < axis.count + axis.offset0 + 2 ? pixel_at(i, axis.in_size, t.border) : -1;
-  };
-  int64_t rows[kPatch], columns[kPatch];
-  for (int i = 0; i < kPatch; ++i) {
-    rows[i] = shown(t.h, h0 + i);
-    columns[i] = shown(t.w, w0 + i);
-  }
-  transform<InputPoints<kPatch>, InputPoints<kPatch>, T>(
-      [&](int i, int j) {
-        return rows[i] < 0 || columns[j] < 0 ? Vec<T>{} : load(strip.in + rows[i] * row + columns[j] * L);
-      },
-      put);
 }
 
 /// In place: points[i][m] = sum over j of what is picked of points[i][m] * filters[i][j], for M tiles.
@@ -102,11 +71,11 @@ void transform_outputs(const TiledStrip<T>& strip, int64_t h, int64_t w, const T
   constexpr int64_t L = kLanes<T>;
   const Windows& t = strip.t;
   const int64_t row = t.out_width * L;
-  const int64_t height = smaller(kTile, t.h.count - h), width = smaller(kTile, t.w.count - w);
+  const int64_t height = smaller(kOutputs, t.h.count - h), width = smaller(kOutputs, t.w.count - w);
   const Vec<T> bias = load(strip.bias);
   T* to = strip.out + h * row + w * L;
   const auto get = [&](int i, int j) { return load(points + (i * kPatch + j) * kTogether * L); };
-  transform<Numbers<kPatch, kTile>, Numbers<kPatch, kTile>, T>(get, [&](int i, int j, Vec<T> y) {
+  transform<Numbers<kPatch, kOutputs>, Numbers<kPatch, kOutputs>, T>(get, [&](int i, int j, Vec<T> y) {
     if (i < height && j < width) store(to + i * row + j * L, y + bias);
   });
 }
@@ -116,17 +85,19 @@ template <class T>
 void correlate_tiles(const TiledStrip<T>& strip, T* points) {
   constexpr int64_t L = kLanes<T>;
   int64_t first = 0;
-  const int64_t across = ceil_div(strip.t.w.count, kTile), last = ceil_div(strip.t.h.count, kTile) * across;
+  const int64_t across = ceil_div(strip.t.w.count, kOutputs), last = ceil_div(strip.t.h.count, kOutputs) * across;
   const auto each = [&](int64_t count, auto f) {
     for (int64_t m = 0; m < count; ++m) {
       const int64_t tile = first + m;
-      f(strip, tile / across * kTile, tile % across * kTile, points + m * L);
+      f(strip, tile / across * kOutputs, tile % across * kOutputs, points + m * L);
     }
   };
   const bool one = strip.pack.groups == 1;
   for (; first < last; first += kTogether) {
     const int64_t count = smaller(kTogether, last - first);
-    each(count, transform_inputs<T>);
+    each(count, [](const TiledStrip<T>& strip, int64_t h, int64_t w, T* to) {
+      transform_inputs(strip.t, strip.in, h, w, kTogether * L, to);
+    });
     const auto multiply_some = [&](auto M) {
       (one ? multiply<T, M, true> : multiply<T, M, false>)(strip.pack, strip.filters, points);
     };
@@ -149,7 +120,7 @@ struct Tasks {
   int64_t vectors, blocks, total;  // of a block; of all channels
   int64_t filter;                  // numbers of a vector's filters
   Tasks(const Conv2dGeometry& g, Pass pass, const Packing<T>& pack)
-      : strips(g, pass, kTile, kGoodNumbers * 4 / most_vectors(g, pack)),
+      : strips(g, pass, kOutputs, kGoodNumbers * 4 / most_vectors(g, pack)),
         vectors(ceil_div(pack.vectors, ceil_div(pack.vectors, most_vectors(g, pack)))),
         blocks(ceil_div(pack.vectors, vectors)),
         total(blocks * g.n * strips.count),
@@ -202,20 +173,23 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspace
 
 template <class S>
 const char* refuses(const Conv2dGeometry& g, Pass pass) {
-  constexpr int64_t L = kLanes<Sum<S>>;
-  const int64_t fewest = smaller(g.c, g.k) / g.groups, widest = larger(g.c, g.k) / g.groups;
-  if (pass == Pass::grad_weight) return "it has no gradient of the weight";
   if (!std::is_same_v<S, float>) return "its transforms round more than float64 or the 16-bit types are asked for";
-  if (g.groups == 1 || 4 * fewest <= L || widest > L)
-    return "its groups have more channels than a quarter of a vector has lanes, and no more than a vector";
-  if (g.layout == Layout::channels_last && 2 * fewest <= L)
-    return "in channels_last, groups of half a vector are computed as fast without transforms";
+  if (g.groups == 1) return "it is for groups";
   for (int dim = 0; dim < 2; ++dim) {
     if (g.kernel[dim] != 3 || g.stride[dim] != 1 || g.dilation[dim] != 1)
       return "its transforms are those of a 3x3 kernel with stride and dilation 1";
     if ((pass == Pass::grad_input ? g.in : g.out)[dim] < kFewestOutputs)
       return "the image is too small to share its filters";
   }
+  if (pass == Pass::grad_weight) {
+    if constexpr (std::is_same_v<S, float>) return winograd_groups_grad_weight_refuses<S>(g);
+  }
+  constexpr int64_t L = kLanes<Sum<S>>;
+  const int64_t fewest = smaller(g.c, g.k) / g.groups, widest = larger(g.c, g.k) / g.groups;
+  if (4 * fewest <= L || widest > L)
+    return "its groups have more channels than a quarter of a vector has lanes, and no more than a vector";
+  if (g.layout == Layout::channels_last && 2 * fewest <= L)
+    return "in channels_last, groups of half a vector are computed as fast without transforms";
   const Tasks<Sum<S>> tasks(g, pass, Packing<Sum<S>>(g, make_windows(g, pass, 0, 0)));
   const Strips<Sum<S>>& strips = tasks.strips;
   if (g.border != Border::zeros && strips.count > 1) return "the strips of its images have borders of zeros only";
@@ -223,6 +197,15 @@ const char* refuses(const Conv2dGeometry& g, Pass pass) {
     return "the rows under four rows of results pass its buffer of 2^18 numbers";
   if (tasks.filters() > kMostFilters) return "its transformed filters pass its buffer of 2^20 numbers";
   return nullptr;
+}
+
+template <class S>
+Conv2dRun<S> grad_weight_run() {
+  if constexpr (std::is_same_v<S, float>) {
+    return winograd_groups_grad_weight<S>();
+  } else {
+    return {};
+  }
 }
 
 template <class S, Pass pass>
@@ -242,7 +225,7 @@ Conv2dRun<S> run() {
 
 template <class S>
 Conv2dAlgorithm<Conv2dRun<S>> conv2d_winograd_groups() {
-  return {"winograd", "", refuses<S>, run<S, Pass::forward>(), run<S, Pass::grad_input>(), {}, false};
+  return {"winograd", "", refuses<S>, run<S, Pass::forward>(), run<S, Pass::grad_input>(), grad_weight_run<S>(), false};
 }
 
 template Conv2dAlgorithm<Conv2dRun<float>> conv2d_winograd_groups();
