@@ -27,6 +27,7 @@ namespace {
 constexpr int64_t kTogether = kTileRows == 8 ? 16 : 8;  // tiles
 constexpr int64_t kMostFilters = 1 << 20;               // numbers
 constexpr int64_t kFewestOutputs = 6;
+constexpr int64_t kSmallImage = 1 << 17;  // numbers
 
 /// The tiles of a strip, whose pixels are vectors.
 template <class T>
@@ -112,15 +113,18 @@ void correlate_tiles(const TiledStrip<T>& strip, T* points) {
   }
 }
 
-/// Tasks are numbered (n, strip, block of vectors): in channels_last so memory is walked in its own order. A thread makes the
-/// filters of a block when it first meets it.
+/// Tasks are numbered (block of vectors, n, strip): so a thread makes the filters of its own blocks only, and a block's stay
+/// in the second-level cache. But large images in channels_last are walked in their own order: (n, strip, block). A thread
+/// makes the filters of a block when it first meets it.
 template <class T>
 struct Tasks {
   Strips<T> strips;
+  bool by_block;
   int64_t vectors, blocks, total;  // of a block; of all channels
   int64_t filter;                  // numbers of a vector's filters
   Tasks(const Conv2dGeometry& g, Pass pass, const Packing<T>& pack)
       : strips(g, pass, kOutputs, kGoodNumbers * 4 / most_vectors(g, pack)),
+        by_block(g.layout == Layout::contiguous || larger(g.c, g.k) * g.in[0] * g.in[1] <= kSmallImage),
         vectors(ceil_div(pack.vectors, ceil_div(pack.vectors, most_vectors(g, pack)))),
         blocks(ceil_div(pack.vectors, vectors)),
         total(blocks * g.n * strips.count),
@@ -146,7 +150,9 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspace
   T* const made = filters + tasks.filters();
   for (int64_t block = 0; block < tasks.blocks; ++block) made[block] = 0;
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t block = task % tasks.blocks, n = task / tasks.blocks / strips.count;
+    const int64_t all_strips = g.n * strips.count;
+    const int64_t block = tasks.by_block ? task / all_strips : task % tasks.blocks;
+    const int64_t strip = tasks.by_block ? task % all_strips : task / tasks.blocks, n = strip / strips.count;
     const int64_t v0 = block * tasks.vectors, v1 = smaller(v0 + tasks.vectors, pack.vectors);
     for (int64_t v = v0; v < v1 && made[block] == 0; ++v) {  // the points' place serves for weights as they are
       const int64_t group = v * pack.groups;
@@ -155,7 +161,7 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspace
       transform_filters(pack.channels, points, filters + v * tasks.filter);
     }
     made[block] = 1;
-    const Strip s = make_strip(g, pass, strips, task / tasks.blocks % strips.count);
+    const Strip s = make_strip(g, pass, strips, strip % strips.count);
     const Windows t = turned_windows<T>(s.g, pass, 0);
     gather_strip<pass>(g, s, pack, o.a, n, v0, v1, strips.in, memory.in);
     for (int64_t v = v0; v < v1; ++v) {
