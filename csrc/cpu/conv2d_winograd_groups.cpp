@@ -15,10 +15,10 @@
 //
 // A task is a strip of one image for a block of vectors. A thread transforms the filters that it meets, and keeps them.
 // An output's rounding depends on all 6x6 inputs of its tile, also on those that it does not see. A NaN or infinity among
-// them makes all outputs of the tile NaN. Refuses all but float32, all but 3x3 kernels of stride and dilation
-// 1, groups of a quarter of a vector and less, in channels_last of half a vector, for which `depthwise` is as fast, groups
-// of more than a vector, small images, and layers whose filters pass its buffer. The gradient of the weight is in
-// conv2d_winograd_groups_grad_weight.cpp, for groups of 5 to 32 channels.
+// them makes all outputs of the tile NaN. Refuses all but float32, all but 3x3 kernels of stride and dilation 1, groups of
+// a quarter of a vector and less, in channels_last of half a vector, for which `depthwise` is as fast, groups of more than
+// a vector, small images, and layers whose filters pass its buffer. The gradient of the weight is in
+// conv2d_winograd_groups_grad_weight.cpp: that takes groups of 5 to 32 channels.
 #include "winograd_groups.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
@@ -27,7 +27,7 @@ namespace {
 constexpr int64_t kTogether = kTileRows == 8 ? 16 : 8;  // tiles
 constexpr int64_t kMostFilters = 1 << 20;               // numbers
 constexpr int64_t kFewestOutputs = 6;
-constexpr int64_t kSmallImage = 1 << 17;  // numbers
+constexpr int64_t kSmallImage = 1 << 17;  // numbers, of all channels
 
 /// The tiles of a strip, whose pixels are vectors.
 template <class T>
