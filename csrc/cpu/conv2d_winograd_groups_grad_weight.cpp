@@ -15,6 +15,9 @@
 // running on from strip to strip and from image to image, so that these stay in the first-level cache. A task is a few
 // vectors of channels, and walks all images: products are summed over the tiles that are transformed together, each from
 // a fresh zero, and those sums are added in order. A NaN or infinity reaches all taps of the filters that see its tile.
+// Refuses, besides what the file for the other passes does, groups of fewer than 5 channels, for which sums without
+// transforms are as fast, or more than 32, for which the general file's register tiles are wider; groups of more than a
+// vector that are not whole vectors; and too few groups to be tasks.
 #include "winograd_groups.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
