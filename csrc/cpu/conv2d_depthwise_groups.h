@@ -160,6 +160,19 @@ void pack_weights(const Windows& t, const Packing<T>& pack, const S* weight, int
     }
     return;
   }
+  if (t.weight_row == 1) {  // a group's lanes lie side by side
+    for (int64_t j = 0; j < t.channels; ++j)
+      for (int64_t th = 0; th < t.h.taps; ++th)
+        for (int64_t tw = 0; tw < t.w.taps; ++tw, to += L) {
+          const S* from = weight + t.weight_of(th, tw) + j * t.weight_channel;
+          store(to, load_some(from, pack.rows));
+          for (int64_t lane = pack.rows; lane < lanes; lane += pack.rows) {
+            from += group_weight;
+            store_first(to + lane, load_first(from, pack.rows), pack.rows);
+          }
+        }
+    return;
+  }
   for (int64_t j = 0; j < t.channels; ++j)
     for (int64_t th = 0; th < t.h.taps; ++th)
       for (int64_t tw = 0; tw < t.w.taps; ++tw, to += L) {

@@ -15,19 +15,19 @@
 //
 // A task is a strip of one image for a block of vectors. A thread transforms the filters that it meets, and keeps them.
 // An output's rounding depends on all 6x6 inputs of its tile, also on those that it does not see. A NaN or infinity among
-// them makes all outputs of the tile NaN. Refuses grad_weight, all but float32, all but 3x3 kernels of stride and dilation
-// 1, groups of a quarter of a vector and less, in channels_last of half a vector, for which `depthwise` is as fast, groups
-// of more than a vector, small images, and layers whose filters pass its buffer.
-#include "turned_strips.h"
-#include "winograd_points.h"
+// them makes all outputs of the tile NaN. Refuses all but float32, all but 3x3 kernels of stride and dilation 1, groups of
+// a quarter of a vector and less, in channels_last of half a vector, for which `depthwise` is as fast, groups of more than
+// a vector, small images, and layers whose filters pass its buffer. The gradient of the weight is in
+// conv2d_winograd_groups_grad_weight.cpp: that takes groups of 5 to 32 channels.
+#include "winograd_groups.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
 
-constexpr int kPatch = 6, kProducts = kPatch * kPatch;
-constexpr int64_t kTile = 4, kTogether = kTileRows == 8 ? 16 : 8;  // tiles
-constexpr int64_t kMostFilters = 1 << 20;                          // numbers
+constexpr int64_t kTogether = kTileRows == 8 ? 16 : 8;  // tiles
+constexpr int64_t kMostFilters = 1 << 20;               // numbers
 constexpr int64_t kFewestOutputs = 6;
+constexpr int64_t kSmallImage = 1 << 17;  // numbers, of all channels
 
 /// The tiles of a strip, whose pixels are vectors.
 template <class T>
@@ -46,36 +46,6 @@ void transform_filters(int64_t channels, const T* weights, T* filters) {
     transform<Points<kPatch, 3>, Points<kPatch, 3>, T>(
         [&](int h, int w) { return load(weights + (h * 3 + w) * L); },
         [&](int h, int w, Vec<T> x) { store(filters + ((h * kPatch + w) * channels + j) * L, x); });
-}
-
-/// points[i][m] = the transform of tile number m, whose first output is (h, w).
-template <class T>
-void transform_inputs(const TiledStrip<T>& strip, int64_t h, int64_t w, T* points) {
-  constexpr int64_t L = kLanes<T>;
-  const Windows& t = strip.t;
-  const int64_t row = t.w.in_size * L;
-  const int64_t h0 = h + t.h.offset0, w0 = w + t.w.offset0;
-  const auto put = [&](int i, int j, Vec<T> x) { store(points + (i * kPatch + j) * kTogether * L, x); };
-  if (h0 >= 0 && h0 + kPatch <= t.h.in_size && w0 >= 0 && w0 + kPatch <= t.w.in_size) {
-    const T* from = strip.in + h0 * row + w0 * L;
-    transform<InputPoints<kPatch>, InputPoints<kPatch>, T>([&](int i, int j) { return load(from + i * row + j * L); },
-                                                           put);
-    return;
-  }
-  // Beyond what the last output sees, an image shows nothing.
-  const auto shown = [&](const Axis& axis, int64_t i) {
-    return i < axis.count + axis.offset0 + 2 ? pixel_at(i, axis.in_size, t.border) : -1;
-  };
-  int64_t rows[kPatch], columns[kPatch];
-  for (int i = 0; i < kPatch; ++i) {
-    rows[i] = shown(t.h, h0 + i);
-    columns[i] = shown(t.w, w0 + i);
-  }
-  transform<InputPoints<kPatch>, InputPoints<kPatch>, T>(
-      [&](int i, int j) {
-        return rows[i] < 0 || columns[j] < 0 ? Vec<T>{} : load(strip.in + rows[i] * row + columns[j] * L);
-      },
-      put);
 }
 
 /// In place: points[i][m] = sum over j of what is picked of points[i][m] * filters[i][j], for M tiles.
@@ -102,11 +72,11 @@ void transform_outputs(const TiledStrip<T>& strip, int64_t h, int64_t w, const T
   constexpr int64_t L = kLanes<T>;
   const Windows& t = strip.t;
   const int64_t row = t.out_width * L;
-  const int64_t height = smaller(kTile, t.h.count - h), width = smaller(kTile, t.w.count - w);
+  const int64_t height = smaller(kOutputs, t.h.count - h), width = smaller(kOutputs, t.w.count - w);
   const Vec<T> bias = load(strip.bias);
   T* to = strip.out + h * row + w * L;
   const auto get = [&](int i, int j) { return load(points + (i * kPatch + j) * kTogether * L); };
-  transform<Numbers<kPatch, kTile>, Numbers<kPatch, kTile>, T>(get, [&](int i, int j, Vec<T> y) {
+  transform<Numbers<kPatch, kOutputs>, Numbers<kPatch, kOutputs>, T>(get, [&](int i, int j, Vec<T> y) {
     if (i < height && j < width) store(to + i * row + j * L, y + bias);
   });
 }
@@ -116,17 +86,19 @@ template <class T>
 void correlate_tiles(const TiledStrip<T>& strip, T* points) {
   constexpr int64_t L = kLanes<T>;
   int64_t first = 0;
-  const int64_t across = ceil_div(strip.t.w.count, kTile), last = ceil_div(strip.t.h.count, kTile) * across;
+  const int64_t across = ceil_div(strip.t.w.count, kOutputs), last = ceil_div(strip.t.h.count, kOutputs) * across;
   const auto each = [&](int64_t count, auto f) {
     for (int64_t m = 0; m < count; ++m) {
       const int64_t tile = first + m;
-      f(strip, tile / across * kTile, tile % across * kTile, points + m * L);
+      f(strip, tile / across * kOutputs, tile % across * kOutputs, points + m * L);
     }
   };
   const bool one = strip.pack.groups == 1;
   for (; first < last; first += kTogether) {
     const int64_t count = smaller(kTogether, last - first);
-    each(count, transform_inputs<T>);
+    each(count, [](const TiledStrip<T>& strip, int64_t h, int64_t w, T* to) {
+      transform_inputs(strip.t, strip.in, h, w, kTogether * L, to);
+    });
     const auto multiply_some = [&](auto M) {
       (one ? multiply<T, M, true> : multiply<T, M, false>)(strip.pack, strip.filters, points);
     };
@@ -141,15 +113,18 @@ void correlate_tiles(const TiledStrip<T>& strip, T* points) {
   }
 }
 
-/// Tasks are numbered (n, strip, block of vectors): in channels_last so memory is walked in its own order. A thread makes the
-/// filters of a block when it first meets it.
+/// Tasks are numbered (block of vectors, n, strip): so a thread makes the filters of its own blocks only, and a block's stay
+/// in the second-level cache. But large images in channels_last are walked in their own order: (n, strip, block). A thread
+/// makes the filters of a block when it first meets it.
 template <class T>
 struct Tasks {
   Strips<T> strips;
+  bool by_block;
   int64_t vectors, blocks, total;  // of a block; of all channels
   int64_t filter;                  // numbers of a vector's filters
   Tasks(const Conv2dGeometry& g, Pass pass, const Packing<T>& pack)
-      : strips(g, pass, kTile, kGoodNumbers * 4 / most_vectors(g, pack)),
+      : strips(g, pass, kOutputs, kGoodNumbers * 4 / most_vectors(g, pack)),
+        by_block(g.layout == Layout::contiguous || larger(g.c, g.k) * g.in[0] * g.in[1] <= kSmallImage),
         vectors(ceil_div(pack.vectors, ceil_div(pack.vectors, most_vectors(g, pack)))),
         blocks(ceil_div(pack.vectors, vectors)),
         total(blocks * g.n * strips.count),
@@ -176,7 +151,9 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspace
   T* const made = filters + tasks.filters();
   for (int64_t block = 0; block < tasks.blocks; ++block) made[block] = 0;
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t block = task % tasks.blocks, n = task / tasks.blocks / strips.count;
+    const int64_t all_strips = g.n * strips.count;
+    const int64_t block = tasks.by_block ? task / all_strips : task % tasks.blocks;
+    const int64_t strip = tasks.by_block ? task % all_strips : task / tasks.blocks, n = strip / strips.count;
     const int64_t v0 = block * tasks.vectors, v1 = smaller(v0 + tasks.vectors, pack.vectors);
     for (int64_t v = v0; v < v1 && made[block] == 0; ++v) {  // the points' place serves for weights as they are
       const int64_t group = v * pack.groups;
@@ -185,7 +162,7 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspace
       transform_filters(pack.channels, points, filters + v * tasks.filter);
     }
     made[block] = 1;
-    const Strip s = make_strip(g, pass, strips, task / tasks.blocks % strips.count);
+    const Strip s = make_strip(g, pass, strips, strip % strips.count);
     const Windows t = turned_windows<T>(s.g, pass, 0);
     gather_strip<pass>(g, s, pack, o.a, n, v0, v1, strips.in, memory.in);
     for (int64_t v = v0; v < v1; ++v) {
@@ -203,20 +180,23 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspace
 
 template <class S>
 const char* refuses(const Conv2dGeometry& g, Pass pass) {
-  constexpr int64_t L = kLanes<Sum<S>>;
-  const int64_t fewest = smaller(g.c, g.k) / g.groups, widest = larger(g.c, g.k) / g.groups;
-  if (pass == Pass::grad_weight) return "it has no gradient of the weight";
   if (!std::is_same_v<S, float>) return "its transforms round more than float64 or the 16-bit types are asked for";
-  if (g.groups == 1 || 4 * fewest <= L || widest > L)
-    return "its groups have more channels than a quarter of a vector has lanes, and no more than a vector";
-  if (g.layout == Layout::channels_last && 2 * fewest <= L)
-    return "in channels_last, groups of half a vector are computed as fast without transforms";
+  if (g.groups == 1) return "it is for groups";
   for (int dim = 0; dim < 2; ++dim) {
     if (g.kernel[dim] != 3 || g.stride[dim] != 1 || g.dilation[dim] != 1)
       return "its transforms are those of a 3x3 kernel with stride and dilation 1";
     if ((pass == Pass::grad_input ? g.in : g.out)[dim] < kFewestOutputs)
       return "the image is too small to share its filters";
   }
+  if (pass == Pass::grad_weight) {
+    if constexpr (std::is_same_v<S, float>) return winograd_groups_grad_weight_refuses<S>(g);
+  }
+  constexpr int64_t L = kLanes<Sum<S>>;
+  const int64_t fewest = smaller(g.c, g.k) / g.groups, widest = larger(g.c, g.k) / g.groups;
+  if (4 * fewest <= L || widest > L)
+    return "its groups have more channels than a quarter of a vector has lanes, and no more than a vector";
+  if (g.layout == Layout::channels_last && 2 * fewest <= L)
+    return "in channels_last, groups of half a vector are computed as fast without transforms";
   const Tasks<Sum<S>> tasks(g, pass, Packing<Sum<S>>(g, make_windows(g, pass, 0, 0)));
   const Strips<Sum<S>>& strips = tasks.strips;
   if (g.border != Border::zeros && strips.count > 1) return "the strips of its images have borders of zeros only";
@@ -224,6 +204,15 @@ const char* refuses(const Conv2dGeometry& g, Pass pass) {
     return "the rows under four rows of results pass its buffer of 2^18 numbers";
   if (tasks.filters() > kMostFilters) return "its transformed filters pass its buffer of 2^20 numbers";
   return nullptr;
+}
+
+template <class S>
+Conv2dRun<S> grad_weight_run() {
+  if constexpr (std::is_same_v<S, float>) {
+    return winograd_groups_grad_weight<S>();
+  } else {
+    return {};
+  }
 }
 
 template <class S, Pass pass>
@@ -243,7 +232,7 @@ Conv2dRun<S> run() {
 
 template <class S>
 Conv2dAlgorithm<Conv2dRun<S>> conv2d_winograd_groups() {
-  return {"winograd", "", refuses<S>, run<S, Pass::forward>(), run<S, Pass::grad_input>(), {}, false};
+  return {"winograd", "", refuses<S>, run<S, Pass::forward>(), run<S, Pass::grad_input>(), grad_weight_run<S>(), false};
 }
 
 template Conv2dAlgorithm<Conv2dRun<float>> conv2d_winograd_groups();

@@ -32,7 +32,7 @@ struct Direct {
   }
 };
 
-/// `winograd` is two files, one for groups of a vector's channels or less.
+/// `winograd` is two files, one for groups of few channels.
 template <class S>
 struct Winograd {
   using Row = Conv2dAlgorithm<Conv2dRun<S>>;

@@ -94,26 +94,33 @@ struct Memory {
   }
 };
 
-/// to[vector][pixel][lane] = the inputs of a strip of image n, of the vectors [v0, v1) of groups; `next` numbers lie between
-/// two vectors.
-template <Pass pass, class S>
-void gather_strip(const Conv2dGeometry& g, const Strip& s, const Packing<Sum<S>>& pack, const S* from, int64_t n,
-                  int64_t v0, int64_t v1, int64_t next, S* to) {
+/// Pixels [first, first + pixels) of image n, whose `size` is given, `in` channels to a vector: to[vector][pixel][lane] of
+/// the vectors [v0, v1), `next` numbers from one to the next.
+template <class S>
+void gather_pixels(Layout layout, const int64_t* size, int64_t channels, int64_t in, const S* from, int64_t n,
+                   int64_t first, int64_t pixels, int64_t v0, int64_t v1, int64_t next, S* to) {
   constexpr int64_t L = kLanes<Sum<S>>;
-  const int64_t* size = pass == Pass::grad_input ? g.out : g.in;
-  const int64_t pixels = (pass == Pass::grad_input ? s.g.out : s.g.in)[0] * size[1], first = s.in * size[1];
-  const int64_t plane = size[0] * size[1], channels = g.groups * pack.channels;
-  if (g.layout == Layout::contiguous) {
+  const int64_t plane = size[0] * size[1];
+  if (layout == Layout::contiguous) {
     for (int64_t v = v0, c; v < v1; ++v, to += next) {
-      c = v * pack.in;
-      turn(from + (n * channels + c) * plane + first, plane, pixels, smaller(pack.in, channels - c), L, to);
+      c = v * in;
+      turn(from + (n * channels + c) * plane + first, plane, pixels, smaller(in, channels - c), L, to);
     }
     return;
   }
   const S* x = from + (n * plane + first) * channels;
   for (int64_t p = 0; p < pixels; ++p, x += channels, to += L)
-    for (int64_t v = v0; v < v1; ++v)
-      store(to + (v - v0) * next, load_some(x + v * pack.in, smaller(L, channels - v * pack.in)));
+    for (int64_t v = v0; v < v1; ++v) store(to + (v - v0) * next, load_some(x + v * in, smaller(L, channels - v * in)));
+}
+
+/// The inputs of a strip of image n, of the vectors [v0, v1) of groups.
+template <Pass pass, class S>
+void gather_strip(const Conv2dGeometry& g, const Strip& s, const Packing<Sum<S>>& pack, const S* from, int64_t n,
+                  int64_t v0, int64_t v1, int64_t next, S* to) {
+  const int64_t* size = pass == Pass::grad_input ? g.out : g.in;
+  const int64_t rows = (pass == Pass::grad_input ? s.g.out : s.g.in)[0];
+  gather_pixels(g.layout, size, g.groups * pack.channels, pack.in, from, n, s.in * size[1], rows * size[1], v0, v1,
+                next, to);
 }
 
 /// The way back for its outputs.
