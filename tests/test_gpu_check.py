@@ -245,7 +245,7 @@ def test_cudnn_searches_in_a_thread_of_its_own(cuda_clock, monkeypatch, tmp_path
     monkeypatch.setattr(clock.CudaClock, "copies", lambda self, size: 1)
     monkeypatch.setattr(clock, "LONGEST_GRAPH", 2)
     monkeypatch.setattr(timings, "LEAST", 0)
-    options = SimpleNamespace(device="cuda", case=["two-layer-1-n64"], save=tmp_path, seconds=4)
+    options = SimpleNamespace(device="cuda", case=["two-layer-1-n64"], save=tmp_path, seconds=30)
     found = stage.Stage("timings", options)
     timings.run(found, options)
     rows = found.data["rows"]
