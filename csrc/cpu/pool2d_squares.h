@@ -84,7 +84,7 @@ static void backward_squares(const Pool2dGeometry& g, const Give& give, S* gx, i
   };
   for (int64_t row = begin / 2; 2 * row < end; ++row) {
     const bool both = 2 * row >= begin && 2 * row + 1 < end;
-    for_vectors<T>(outputs, both && L <= (end / 2 - row) * outputs, [&](int64_t o, auto count) {
+    for_vectors<T>(outputs, both && L <= (end / 2 - row) * outputs, [&](int64_t o, auto count) [[gnu::always_inline]] {
       const Square<T> square = give(row * outputs + o, count);
       for (int64_t kh = 0; kh < 2; ++kh) {
         if (!both && (2 * row + kh < begin || 2 * row + kh >= end)) continue;

@@ -153,10 +153,84 @@ static inline Vec<T> broadcast(T x) {
   return x - Vec<T>{};
 }
 
-#if defined(__AVX512F__)
+#if !defined(__AVX512F__)
+/// True in lanes [begin, end) of a vector of words as wide as T.
+template <class T>
+static inline auto lanes_between(int64_t begin, int64_t end) {
+  using Integer = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+  Vec<Integer> lane;
+  for (int i = 0; i < kLanes<Integer>; ++i) lane[i] = i;
+  return (lane >= Integer(begin)) & (lane < Integer(end));
+}
+
+typedef unsigned __int128 Bytes;
+
+/// The first `count` of at most 16 bytes, zeros after them: two words that overlap instead of a loop.
+static inline Bytes load_bytes(const void* p, int64_t count) {
+  const auto words = [=](auto word) {
+    constexpr int64_t size = sizeof word;
+    auto first = word, last = word;
+    __builtin_memcpy(&first, p, size);
+    __builtin_memcpy(&last, (const char*)p + count - size, size);
+    return Bytes(first) | Bytes(last) << 8 * (count - size);
+  };
+  if (count >= 8) return words(uint64_t());
+  if (count >= 4) return words(uint32_t());
+  if (count >= 2) return words(uint16_t());
+  return count == 1 ? *(const uint8_t*)p : 0;
+}
+
+static inline void store_bytes(void* p, Bytes bytes, int64_t count) {
+  const auto words = [=](auto word) {
+    constexpr int64_t size = sizeof word;
+    const auto first = decltype(word)(bytes), last = decltype(word)(bytes >> 8 * (count - size));
+    __builtin_memcpy(p, &first, size);
+    __builtin_memcpy((char*)p + count - size, &last, size);
+  };
+  if (count >= 8) {
+    words(uint64_t());
+  } else if (count >= 4) {
+    words(uint32_t());
+  } else if (count >= 2) {
+    words(uint16_t());
+  } else if (count == 1) {
+    *(uint8_t*)p = uint8_t(bytes);
+  }
+}
+#endif
+
+#if !defined(__AVX512F__)
+/// load_lanes() and store_first() of part of a vector: rare, and kept out of the loops that call them.
+template <class S>
+[[gnu::noinline]] static Vec<Sum<S>> load_some(const S* p, int64_t begin, int64_t end) {
+  if (begin >= end) return Vec<Sum<S>>{};
+  const Bytes bytes = load_bytes(p + begin, (end - begin) * sizeof(S)) << 8 * sizeof(S) * begin;
+  Packed<S> packed;
+  __builtin_memcpy(&packed, &bytes, sizeof packed);
+  return widen<S>(packed);
+}
+
+template <class S>
+[[gnu::noinline]] static void store_some(S* p, Vec<Sum<S>> v, int64_t count) {
+  const Packed<S> packed = narrow<S>(v);
+  Bytes bytes = 0;
+  __builtin_memcpy(&bytes, &packed, smaller(sizeof packed, sizeof bytes));
+  if constexpr (sizeof packed > sizeof bytes) {
+    constexpr int64_t half = sizeof bytes / sizeof(S);
+    if (count > half) {
+      __builtin_memcpy(p, &bytes, sizeof bytes);
+      __builtin_memcpy(&bytes, (const char*)&packed + sizeof bytes, sizeof bytes);
+      p += half, count -= half;
+    }
+  }
+  store_bytes(p, bytes, count * sizeof(S));
+}
+#endif
+
 /// Lanes [begin, end) of the vector at p, zeros elsewhere; nothing outside them is read.
 template <class S>
 static inline Vec<Sum<S>> load_lanes(const S* p, int64_t begin, int64_t end) {
+#if defined(__AVX512F__)
   const uint32_t lanes = (1u << end) - (1u << begin);
   if constexpr (sizeof(S) == 8) {
     return (Vec<S>)_mm512_maskz_loadu_epi64(__mmask8(lanes), p);
@@ -167,20 +241,26 @@ static inline Vec<Sum<S>> load_lanes(const S* p, int64_t begin, int64_t end) {
   } else {
     return widen<S>((Packed<S>)_mm_maskz_loadu_epi8(__mmask16(lanes), p));
   }
-}
+#else
+  if constexpr (sizeof(Packed<S>) <= sizeof(Bytes)) {
+    return load_some(p, begin, end);
+#if defined(__AVX2__)
+  } else if constexpr (sizeof(S) == 8) {
+    return (Vec<S>)_mm256_maskload_epi64((const long long*)p, (__m256i)lanes_between<S>(begin, end));
+  } else {
+    return (Vec<S>)_mm256_maskload_epi32((const int*)p, (__m256i)lanes_between<S>(begin, end));
 #endif
+  }
+#endif
+}
 
 /// The first `count` lanes from memory, zeros after them; nothing beyond them is read.
 template <class S>
 static inline Vec<Sum<S>> load_first(const S* p, int64_t count) {
-#if defined(__AVX512F__)
-  return load_lanes(p, 0, count);
-#else
+#if !defined(__AVX512F__)
   if (count == kLanes<Sum<S>>) return load(p);
-  Vec<Sum<S>> v{};
-  for (int64_t i = 0; i < count; ++i) v[i] = value(p[i]);
-  return v;
 #endif
+  return load_lanes(p, 0, count);
 }
 
 /// Lanes [begin, end) of the vector at p, `rest` elsewhere; nothing outside them is read.
@@ -197,9 +277,7 @@ static inline Vec<Sum<S>> load_between(const S* p, int64_t begin, int64_t end, S
   }
 #else
   if (end - begin == kLanes<T>) return load(p);
-  Vec<T> v = broadcast(rest);
-  for (int64_t i = begin; i < end; ++i) v[i] = value(p[i]);
-  return v;
+  return lanes_between<T>(begin, end) ? load_lanes(p, begin, end) : broadcast(rest);
 #endif
 }
 
@@ -244,7 +322,7 @@ static inline void store_first(S* p, Vec<Sum<S>> v, int64_t count) {
   }
 #else
   if (count == kLanes<Sum<S>>) return store(p, v);
-  for (int64_t i = 0; i < count; ++i) p[i] = rounded<S>(v[i]);
+  store_some(p, v, count);
 #endif
 }
 
@@ -300,16 +378,8 @@ template <class S>
 static inline Vec<Sum<S>> load_inside(const S* row, int64_t size, int64_t start, int64_t count) {
   using T = Sum<S>;
   if (start >= 0 && start + kLanes<T> <= size && count == kLanes<T>) return load(row + start);
-#if defined(__AVX512F__)
   const int64_t begin = smaller(larger(-start, 0), count), end = larger(smaller(size - start, count), begin);
   return load_lanes(row + start, begin, end);
-#else
-  Vec<T> v{};
-  for (int64_t j = 0; j < count; ++j) {
-    if (start + j >= 0 && start + j < size) v[j] = value(row[start + j]);
-  }
-  return v;
-#endif
 }
 
 /// to[i] = from[i] for i < count, widened.
