@@ -184,7 +184,9 @@ def test_in_place_with_a_negative_slope():
 # --- prelu's weight ---
 
 
-@pytest.mark.parametrize("shape", [(6,), (4, 3), (2, 3, 5), (2, 3, 5, 7), (2, 3, 2, 3, 4), (0, 3, 4), (2, 3, 0), ()])
+@pytest.mark.parametrize(
+    "shape", [(6,), (4, 3), (67, 43), (2, 3, 5), (2, 3, 5, 7), (2, 3, 2, 3, 4), (0, 3, 4), (2, 3, 0), ()]
+)
 @pytest.mark.parametrize("per_channel", [False, True])
 @every_dtype
 @every_device
@@ -237,7 +239,7 @@ def test_prelu_weight_gradient_rounds_well(device, dtype):
 @every_dtype
 @every_device
 @pytest.mark.parametrize(
-    "shape", [(2, 3, 5, 7), (1, 1, 1, 1), (3, 5), (2, 3, 70_001), (64, 2, 9, 9), (0, 4, 3), (5, 4, 0)]
+    "shape", [(2, 3, 5, 7), (1, 1, 1, 1), (3, 5), (131, 83), (2, 3, 70_001), (64, 2, 9, 9), (0, 4, 3), (5, 4, 0)]
 )
 def test_channel_sum(device, dtype, shape):
     x = numbers(*shape, whole=True)

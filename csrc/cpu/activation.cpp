@@ -174,99 +174,96 @@ void prelu_backward(const S* gy, const S* x, const S* w, int64_t channels, int64
   stores_done();
 }
 
-/// Eight numbers, whatever the processor's vectors hold: so a sum's order is the same on all, and random signs cost no
-/// mispredicted branches. Always passed by reference.
-typedef double Eight __attribute__((vector_size(64)));
-
-/// The first `count` numbers from memory, zeros after them.
+/// The first lanes from memory, in double, zeros after `count` of them.
 template <class S>
-void load_eight(const S* p, int64_t count, Eight& v) {
-  v = Eight{};
-  if (std::is_floating_point_v<S> && count >= 8) {
+Vec<double> load_doubles(const S* p, int64_t count) {
+  constexpr int lanes = kLanes<double>;
+  Vec<double> v{};
+  if (std::is_floating_point_v<S> && count >= lanes) {
     typedef std::conditional_t<std::is_floating_point_v<S>, S, float> Real;
-    typedef Real Stored __attribute__((vector_size(8 * sizeof(Real))));
+    typedef Real Stored __attribute__((vector_size(lanes * sizeof(Real))));
     Stored stored;
     __builtin_memcpy(&stored, p, sizeof stored);
-    v = __builtin_convertvector(stored, Eight);
+    v = __builtin_convertvector(stored, Vec<double>);
   } else {
-    for (int k = 0; k < 8; ++k)
+    for (int k = 0; k < lanes; ++k)
       if (k < count) v[k] = value(p[k]);
   }
+  return v;
 }
 
-/// Adds up the terms of `pixels` pixels, `channels` numbers each, in `groups` vectors of channels: those of even pixels and
+/// add(sum, ...) of the numbers at from[i]...
+template <class Add, class... From>
+void add_doubles(Vec<double>& sum, int64_t i, int64_t count, const Add& add, const From*... from) {
+  add(sum, load_doubles(from + i, count)...);
+}
+
+/// Adds up the terms of `pixels` pixels, `channels` numbers each, in `vectors` vectors of channels: those of even pixels and
 /// those of odd ones, so that additions need not wait for each other, and at last both. `room` numbers may be read.
-template <int groups, class S, class Add, class... From>
-void sum_pixels(int64_t pixels, int64_t channels, int64_t room, Eight* totals, const Add& add, const From*... from) {
-  Eight even[groups] = {}, odd[groups] = {};
-  const auto add_at = [&](Eight& sum, int64_t i) {
-    Eight numbers[sizeof...(From)];
-    Eight* next = numbers;
-    (load_eight(from + i, room - i, *next++), ...);
-    add(sum, numbers);
+template <int vectors, class Add, class... From>
+void sum_pixels(int64_t pixels, int64_t channels, int64_t room, double* totals, const Add& add, const From*... from) {
+  constexpr int64_t L = kLanes<double>;
+  Vec<double> even[vectors] = {}, odd[vectors] = {};
+  const auto add_pixel = [&](Vec<double>* sums, int64_t n) {
+    for (int64_t i = n * channels, j = 0; j < vectors; ++j, i += L) add_doubles(sums[j], i, room - i, add, from...);
   };
   int64_t n = 0;
   for (; n + 2 <= pixels; n += 2) {
-    for (int j = 0; j < groups; ++j) add_at(even[j], n * channels + j * 8);
-    for (int j = 0; j < groups; ++j) add_at(odd[j], (n + 1) * channels + j * 8);
+    add_pixel(even, n);
+    add_pixel(odd, n + 1);
   }
-  if (n < pixels)
-    for (int j = 0; j < groups; ++j) add_at(even[j], n * channels + j * 8);
-  for (int j = 0; j < groups; ++j) totals[j] += even[j] + odd[j];
+  if (n < pixels) add_pixel(even, n);
+  for (int j = 0; j < vectors; ++j) store(totals + j * L, load(totals + j * L) + (even[j] + odd[j]));
 }
 
-/// sums[c] = sum over n and i of the terms of the numbers at (n, c, i); add(sum, numbers) adds eight.
+/// sums[c] = sum over n and i of the terms of the numbers at (n, c, i); add(sum, numbers...) adds a vector's.
 template <class S, class Add, class... From>
 void sum_channels(int64_t n_count, int64_t channels, int64_t inner, S* sums, int64_t begin, int64_t end, const Add& add,
                   const From*... from) {
-  constexpr int64_t kChannels = 64, kPixels = 64;  // at a time
-  const auto add_at = [&](Eight& sum, int64_t i, int64_t count) {
-    Eight numbers[sizeof...(From)];
-    Eight* next = numbers;
-    (load_eight(from + i, count, *next++), ...);
-    add(sum, numbers);
-  };
+  constexpr int64_t kChannels = 64, kPixels = 64, L = kLanes<double>;  // at a time
   for (int64_t c = begin; c < end; c += kChannels) {
     const int64_t count = smaller(kChannels, end - c);
-    Eight total[kChannels / 8] = {};
+    double total[kChannels] = {};
     for (int64_t n = 0; n < n_count; n += inner == 1 ? kPixels : 1) {
       const int64_t first = (n * channels + c) * inner;
       if (inner == 1) {
         const int64_t pixels = smaller(kPixels, n_count - n), room = n_count * channels - first;
         int64_t j = 0;
-        for (; j + 32 <= count; j += 32)
-          sum_pixels<4, S>(pixels, channels, room - j, total + j / 8, add, (from + first + j)...);
-        for (; j < count; j += 8)
-          sum_pixels<1, S>(pixels, channels, room - j, total + j / 8, add, (from + first + j)...);
+        for (; j + 4 * L <= count; j += 4 * L)
+          sum_pixels<4>(pixels, channels, room - j, total + j, add, (from + first + j)...);
+        for (; j < count; j += L) sum_pixels<1>(pixels, channels, room - j, total + j, add, (from + first + j)...);
         continue;
       }
       for (int64_t j = 0; j < count; ++j) {
         const int64_t plane = first + j * inner;
-        Eight part{}, other{};
+        Vec<double> sixteen[16 / L] = {};
         int64_t i = 0;
-        for (; i + 16 <= inner; i += 16) {
-          add_at(part, plane + i, 8);
-          add_at(other, plane + i + 8, 8);
-        }
-        for (; i < inner; i += 8) add_at(part, plane + i, inner - i);
-        part += other;
-        total[j / 8][j % 8] +=
-            ((part[0] + part[4]) + (part[2] + part[6])) + ((part[1] + part[5]) + (part[3] + part[7]));
+        for (; i + 16 <= inner; i += 16)
+          for (int64_t k = 0; k < 16 / L; ++k) add_doubles(sixteen[k], plane + i + k * L, L, add, from...);
+        for (; i < inner; i += 8)
+          for (int64_t k = 0; k < 8 / L; ++k)
+            add_doubles(sixteen[k], plane + i + k * L, inner - i - k * L, add, from...);
+        double part[16];
+        for (int64_t k = 0; k < 16 / L; ++k) store(part + k * L, sixteen[k]);
+        for (int64_t half = 8; half > 0; half /= 2)
+          for (int64_t k = 0; k < half; ++k) part[k] += part[k + half];
+        total[j] += part[0];
       }
     }
-    for (int64_t j = 0; j < count; ++j) sums[c + j] = rounded<S>(Sum<S>(total[j / 8][j % 8]));
+    for (int64_t j = 0; j < count; ++j) sums[c + j] = rounded<S>(Sum<S>(total[j]));
   }
 }
 
 template <class S>
 void channel_sum(const S* x, int64_t n, int64_t channels, int64_t inner, S* sums, int64_t begin, int64_t end) {
-  sum_channels(n, channels, inner, sums, begin, end, [](Eight& sum, const Eight* x) { sum += x[0]; }, x);
+  sum_channels(n, channels, inner, sums, begin, end, [](Vec<double>& sum, Vec<double> x) { sum += x; }, x);
 }
 
 template <class S>
 void prelu_grad_weight(const S* gy, const S* x, int64_t n, int64_t channels, int64_t inner, S* sums, int64_t begin,
                        int64_t end) {
-  const auto add = [](Eight& sum, const Eight* of) { sum += of[1] > 0 ? Eight{} : of[0] * of[1]; };
+  using V = Vec<double>;
+  const auto add = [](V& sum, V gy, V x) { sum += x > 0 ? V{} : gy * x; };
   sum_channels(n, channels, inner, sums, begin, end, add, gy, x);
 }
 
