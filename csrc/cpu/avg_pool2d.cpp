@@ -2,9 +2,9 @@
 //
 //   y[n,c,oh,ow] = the sum of x over the window / divisor(oh, ow)
 //
-// A sum goes tap by tap in scan order, save that of an output found on its own whose window has rows as long as a
-// vector: it is taken in the lanes of one. (A window as wide as the image counts as one long row: so global pooling
-// reads a plane in one go.)
+// A sum goes tap by tap in scan order, but for two kinds of windows in contiguous layout: small ones side by side sum up
+// their columns first, and an output found on its own whose window has rows as long as a vector is summed in the lanes of
+// one. (A window as wide as the image counts as one long row: so global pooling reads a plane in one go.)
 #include "avg_pool2d.h"
 
 #include "pool2d_pixels.h"
@@ -82,6 +82,36 @@ void average_pixels(const Pool2dGeometry& g, Divisor d, const S* x, S* y, int64_
   if (past) stores_done();
 }
 
+/// Of windows side by side: sums up columns, in vectors, then each window's.
+template <class S>
+void average_columns(const Pool2dGeometry& g, const Divisor& d, const S* x, S* y, int64_t begin, int64_t end) {
+  using T = Sum<S>;
+  constexpr int64_t L = kLanes<T>, kColumns = 256;
+  const int64_t taps = g.kernel[1], most = kColumns / taps;
+  T columns[kColumns + L];
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t oh = task % g.out[0];
+    const Window rows = window_at(g, 0, oh);
+    const S* first = x + (task / g.out[0] * g.in[0] + rows.start) * g.in[1];
+    const T divisor = divisor_of<T>(g, d, oh, taps);
+    for (int64_t from = 0; from < g.out[1]; from += most) {
+      const int64_t outputs = smaller(most, g.out[1] - from), width = outputs * taps;
+      for (int64_t i = 0; i < width; i += L) {
+        const S* tap = first + from * taps + i;
+        Vec<T> sum{};
+        for (int64_t kh = rows.begin; kh < rows.end; ++kh)
+          sum += load_first(tap + kh * g.dilation[0] * g.in[1], smaller(width - i, L));
+        store(columns + i, sum);
+      }
+      for (int64_t ow = 0; ow < outputs; ++ow) {
+        T sum = columns[ow * taps];
+        for (int64_t kw = 1; kw < taps; ++kw) sum += columns[ow * taps + kw];
+        y[task * g.out[1] + from + ow] = rounded<S>(sum / divisor);
+      }
+    }
+  }
+}
+
 template <class S>
 void avg_pool2d(const Pool2dGeometry& given, Divisor d, const S* x, S* y, int64_t begin, int64_t end) {
   using T = Sum<S>;
@@ -90,6 +120,7 @@ void avg_pool2d(const Pool2dGeometry& given, Divisor d, const S* x, S* y, int64_
   if (goes_by_squares(g))
     return forward_squares(g, AlikeRule<S>{Division<T>(divisor_at<T>(g, d, 0, 0)), y}, x, begin, end);
   if (goes_by_rows(g)) return forward_rows(g, AverageRule<S>{g, d, y, full_windows(g, d, 1)}, x, begin, end);
+  if (lie_side_by_side(g) && g.kernel[1] < kLanes<T>) return average_columns(g, d, x, y, begin, end);
   for_groups<T>(g, begin, end, [&](auto sum, const Group& at) {
     using V = decltype(sum);
     const int64_t width = at.columns.end - at.columns.begin, rows = at.rows.end - at.rows.begin;

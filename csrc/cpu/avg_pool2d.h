@@ -82,6 +82,12 @@ struct Divisions {
   }
 };
 
+/// Whether no pixel of a row is seen by two columns of outputs, nor one between them by none; in contiguous layout.
+static inline bool lie_side_by_side(const Pool2dGeometry& g) {
+  return g.layout == Layout::contiguous && !g.adaptive && g.stride[1] == g.kernel[1] && g.padding[1] == 0 &&
+         g.dilation[1] == 1 && g.out[1] * g.kernel[1] <= g.in[1];
+}
+
 /// Adaptive windows that are all of one size are ordinary ones.
 static inline Pool2dGeometry simplest(Pool2dGeometry g) {
   if (!g.adaptive || g.in[0] % g.out[0] != 0 || g.in[1] % g.out[1] != 0) return g;

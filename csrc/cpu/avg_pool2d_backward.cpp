@@ -194,6 +194,24 @@ void average_backward_by_outputs(const Pool2dGeometry& g, const Divisor& d, Rang
   }
 }
 
+/// A row for windows side by side.
+template <class S>
+void average_backward_side_by_side(const Pool2dGeometry& g, const Divisor& d, Range full, Range rows, const S* gy,
+                                   S* gx) {
+  using T = Sum<S>;
+  constexpr int64_t L = kLanes<T>;
+  T columns[L];
+  S* const end = gx + g.in[1];
+  for (int64_t ow = 0; ow < g.out[1]; ow += L) {
+    store(columns, columns_at(g, d, full, rows, gy, ow));
+    for (int64_t j = 0; j < smaller(L, g.out[1] - ow); ++j) {
+      const S grad = rounded<S>(columns[j]);
+      for (int64_t kw = 0; kw < g.kernel[1]; ++kw) *gx++ = grad;
+    }
+  }
+  while (gx < end) *gx++ = S{};
+}
+
 /// The same for windows of 2x2 that do not overlap.
 template <class S>
 void average_backward_of_squares(const Pool2dGeometry& g, const Divisor& d, const S* gy, S* gx, int64_t begin,
@@ -244,6 +262,7 @@ void average_backward_of_rows(const Pool2dGeometry& g, Divisor d, const S* gy, S
   if (goes_by_squares(g)) return average_backward_of_squares(g, d, gy, gx, begin, end);
   if (goes_by_overlaps(g)) return backward_overlaps(g, AverageOverlaps<S>{g, d, gy}, gx, begin, end);
   if (goes_by_rows(g)) return average_backward_by_vectors(g, d, full, gy, gx, begin, end);
+  const bool side_by_side = lie_side_by_side(g);
   Range rows{0, 0};
   for (int64_t task = begin; task < end; ++task) {
     const int64_t ih = task % g.in[0];
@@ -253,6 +272,10 @@ void average_backward_of_rows(const Pool2dGeometry& g, Divisor d, const S* gy, S
     rows = outputs_over(g, 0, ih);
     if (task > begin && ih > 0 && rows.begin == before.begin && rows.end == before.end) {
       __builtin_memcpy(row, row - g.in[1], g.in[1] * sizeof(S));
+      continue;
+    }
+    if (side_by_side) {
+      average_backward_side_by_side(g, d, full, rows, plane, row);
       continue;
     }
     for (int64_t iw = 0; iw < g.in[1]; iw += kPixels)
