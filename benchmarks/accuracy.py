@@ -142,6 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__)
     parser.add_argument("--case", default="", metavar="TEXT", help="layers with this in their name; nothing is written")
     parser.add_argument("--dtype", nargs="+", default=[str(d).removeprefix("torch.") for d in DTYPES], metavar="DTYPE")
+    parser.add_argument("--page", default="accuracy", metavar="NAME", help="write docs/NAME.md, of another machine")
     options = parser.parse_args()
     layers = [case for case in cases.CONV2D if "mnist" in case.tags] + cases.BENCH_CONV2D
     layers = [replace(case, n=1) for case in layers if options.case in case.name]
@@ -153,7 +154,7 @@ def main() -> None:
     if options.case:
         print(text)
     else:
-        (ROOT / "docs" / "accuracy.md").write_text(text)
+        (ROOT / "docs" / f"{options.page}.md").write_text(text)
 
 
 if __name__ == "__main__":
