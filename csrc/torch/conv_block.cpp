@@ -6,7 +6,8 @@
 // memory that stays in the cache, and from there activated and pooled. A chunk is some images, or of a large image a
 // band of rows. Both are convolutions again, by the same kernels, of fewer images or of fewer rows with another padding
 // at the top. So all bits are those of the three operators one after the other (law 3); the size of a chunk may look at
-// what it likes.
+// what it likes. A thread makes whole chunks in its own cache, without waiting for others between the steps; where there
+// are too few for that, all threads share each.
 //
 // For the gradient the input, the weight, the output and the positions of its maxima are kept: an activation's slope at
 // a maximum can be told from the output. The gradient of the convolution's output exists while it is made use of. With
@@ -26,8 +27,9 @@
 namespace cnnops {
 namespace {
 
-// Bytes of a chunk: as the second-level cache holds them, or where winograd transforms filters for each chunk, the third.
-constexpr int64_t kChunk = int64_t(1) << 20, kWinogradChunk = int64_t(1) << 22, kLargestChunk = int64_t(1) << 23;
+// Bytes of a chunk: as the second-level cache holds them, but several times the filters, which are packed for each chunk;
+// where winograd transforms them, as the third-level cache does.
+constexpr int64_t kChunk = int64_t(1) << 18, kWinogradChunk = int64_t(1) << 22, kLargestChunk = int64_t(1) << 23;
 constexpr int64_t kTileRows = 4;  // of winograd, whose outputs of one tile share their rounding
 
 // ---- check and allocate ----
@@ -78,7 +80,8 @@ struct Chunk {
   int64_t first_row, end_row;  // of outputs, of each image
   int64_t first, end;          // rows of the convolution that they are made from
   Conv2dGeometry conv;
-  Pool2dGeometry pool;  // of one plane; in channels_last of one image
+  bool dense;           // Rows of outputs lie together, those of all planes.
+  Pool2dGeometry pool;  // of all that is dense, otherwise of a plane
 
   /// Bands start and end where the algorithm's tiles of outputs do, of so many rows.
   Chunk(const Conv2dGeometry& g, const Pool2dGeometry& p, int64_t images, int64_t row, int64_t rows, int64_t tile)
@@ -90,22 +93,57 @@ struct Chunk {
     conv.n = images;
     conv.out[0] = end - first;
     conv.padding[0] = g.padding[0] - first * g.stride[0];
-    pool.n = 1;
-    if (g.layout == Layout::contiguous) pool.c = 1;
+    dense = end_row - first_row == p.out[0] || g.layout == Layout::channels_last;
+    pool.n = images;
+    if (!dense) pool.n = pool.c = 1;
     pool.in[0] = end - first;
     pool.out[0] = end_row - first_row;
     pool.padding[0] = p.padding[0] + first - first_row * p.stride[0];
   }
 };
 
-/// Splits the numbers 0 to units * size over threads and calls run(unit, begin, end) for ranges within units.
-template <class Run>
-void split_units(int64_t units, int64_t size, int64_t grain, const Run& run) {
-  split(units * size, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t unit = begin / size; unit * size < end; ++unit)
-      run(unit, std::max<int64_t>(0, begin - unit * size), std::min(size, end - unit * size));
-  });
-}
+/// The chunks of a block, and how one is made.
+template <class S>
+struct Maker {
+  const Conv2dGeometry& g;
+  const Pool2dGeometry& p;
+  const Activation& activation;
+  const bool pools;
+  const cpu::Kernels<S>& kernels;
+  const cpu::Conv2dRun<S>& conv;
+  const Conv2dOperands<S> operands;  // whose output has no place yet
+  S* const y;
+  uint8_t* const positions;
+
+  /// divide(tasks, grain, run) calls run(begin, end) for parts of each step.
+  template <class Divide>
+  void operator()(const Chunk& chunk, int64_t n, const Divide& divide) const {
+    const Conv2dGeometry& c = chunk.conv;
+    const int64_t depth = g.layout == Layout::channels_last ? g.k : 1, planes = g.k / depth;  // of an image
+    const int64_t units = c.n * planes, unit = c.out[0] * c.out[1] * depth, all = units * unit;
+    const auto output = [&](int64_t i) { return ((n * planes + i) * p.out[0] + chunk.first_row) * p.out[1] * depth; };
+    const bool in_place = !pools && chunk.dense;
+    S* const made = in_place ? y + output(0) : static_cast<S*>(scratch(all * sizeof(S), Scratch::of_caller));
+    const Conv2dOperands<S> here{operands.a + n * g.c * g.in[0] * g.in[1], operands.b, operands.bias, made};
+    const int64_t tasks = conv.tasks(c), bytes = conv.workspace(c) * int64_t(sizeof(Sum<S>));
+    divide(tasks, grain_for(all * (g.c / g.groups) * g.kernel[0] * g.kernel[1] / tasks),
+           [&](int64_t begin, int64_t end) { conv.run(c, here, static_cast<Sum<S>*>(scratch(bytes)), begin, end); });
+    if (pools || in_place) {
+      divide(all, kGrain, [&](int64_t begin, int64_t end) { activation.run(kernels, made, made, begin, end); });
+    } else {
+      for (int64_t i = 0; i < units; ++i)
+        divide(unit, kGrain, [&](int64_t begin, int64_t end) {
+          activation.run(kernels, made + i * unit, y + output(i), begin, end);
+        });
+    }
+    if (!pools) return;
+    const int64_t parts = chunk.dense ? 1 : units, rows = units / parts * chunk.pool.out[0];
+    for (int64_t i = 0; i < parts; ++i)
+      divide(rows, grain_for(p.out[1] * depth * p.kernel[0] * p.kernel[1]), [&](int64_t begin, int64_t end) {
+        kernels.max_pool2d.forward(chunk.pool, made + i * unit, y + output(i), positions + output(i), begin, end);
+      });
+  }
+};
 
 template <class S>
 void run_chunks(const Prepared<int64_t>& prepared, const Block& block, const Tensor& x, const Tensor& w,
@@ -115,40 +153,33 @@ void run_chunks(const Prepared<int64_t>& prepared, const Block& block, const Ten
   const auto& kernels = cpu_kernels<S>();
   const auto& algorithm = choose_or_throw(kernels.conv2d, g, Pass::forward, block.conv.algorithm);
   if (g.n == 0) return;
-  const cpu::Conv2dRun<S>& conv = algorithm.forward;
+  const Maker<S> make{g,
+                      p,
+                      block.activation,
+                      block.pooling.has_value(),
+                      kernels,
+                      algorithm.forward,
+                      {data_of<S>(x), data_of<S>(w), bias.defined() ? data_of<S>(bias) : nullptr, nullptr},
+                      mutable_data_of<S>(prepared.out),
+                      mutable_data_of<uint8_t>(prepared.positions)};
   const bool winograd = same_name(algorithm.name, "winograd");
-  const int64_t tile = winograd ? kTileRows : 1;
-  const bool pools = block.pooling.has_value();
-  const int64_t depth = g.layout == Layout::channels_last ? g.k : 1, planes = g.k / depth;  // of an image
-  const Chunks chunks(g, p, sizeof(S), winograd ? kWinogradChunk : kChunk);
-  S* const y = mutable_data_of<S>(prepared.out);
-  uint8_t* const positions = mutable_data_of<uint8_t>(prepared.positions);
-  for (int64_t n = 0; n < g.n; n += chunks.images) {
-    for (int64_t row = 0; row < p.out[0]; row += chunks.rows) {
-      const Chunk chunk(g, p, std::min(chunks.images, g.n - n), row, chunks.rows, tile);
-      const Conv2dGeometry& c = chunk.conv;
-      const int64_t units = c.n * planes, unit = c.out[0] * c.out[1] * depth;
-      const auto output = [&](int64_t i) { return ((n * planes + i) * p.out[0] + row) * p.out[1] * depth; };
-      // Without pooling, rows that lie together are activated in place.
-      const bool in_place = !pools && (chunks.rows == p.out[0] || depth > 1);
-      S* const made = in_place ? y + output(0) : static_cast<S*>(scratch(units * unit * sizeof(S), Scratch::of_caller));
-      const Conv2dOperands<S> operands{data_of<S>(x) + n * g.c * g.in[0] * g.in[1], data_of<S>(w),
-                                       bias.defined() ? data_of<S>(bias) : nullptr, made};
-      const int64_t tasks = conv.tasks(c), bytes = conv.workspace(c) * int64_t(sizeof(Sum<S>));
-      const int64_t work = units * unit * (g.c / g.groups) * g.kernel[0] * g.kernel[1];
-      split(tasks, grain_for(work / tasks), [&](int64_t begin, int64_t end) {
-        conv.run(c, operands, static_cast<Sum<S>*>(scratch(bytes)), begin, end);
-      });
-      const bool dense = pools || in_place;  // or rows of planes
-      split_units(dense ? 1 : units, dense ? units * unit : unit, kGrain, [&](int64_t i, int64_t begin, int64_t end) {
-        block.activation.run(kernels, made + i * unit, dense ? made : y + output(i), begin, end);
-      });
-      if (!pools) continue;
-      const int64_t reads = p.out[1] * depth * p.kernel[0] * p.kernel[1];
-      split_units(units, chunk.pool.out[0], grain_for(reads), [&](int64_t i, int64_t begin, int64_t end) {
-        kernels.max_pool2d.forward(chunk.pool, made + i * unit, y + output(i), positions + output(i), begin, end);
-      });
+  const int64_t filters = w.numel() * int64_t(sizeof(S));
+  const Chunks chunks(g, p, sizeof(S), winograd ? kWinogradChunk : std::clamp(4 * filters, kChunk, kWinogradChunk));
+  const int64_t bands = (p.out[0] + chunks.rows - 1) / chunks.rows, count = g.n * bands;
+  const auto make_some = [&](int64_t begin, int64_t end, const auto& divide) {
+    for (int64_t i = begin, images; i < end; i += images) {
+      images = bands == 1 ? std::min(chunks.images, end - i) : 1;
+      const Chunk chunk(g, p, images, i % bands * chunks.rows, chunks.rows, winograd ? kTileRows : 1);
+      make(chunk, i / bands, divide);
     }
+  };
+  const int64_t threads = at::get_num_threads(), work = prepared.conv.out[0] * prepared.conv.out[1] * g.k;
+  if (count % threads == 0 || count >= 8 * threads) {
+    split(count, grain_for(work / bands), [&](int64_t begin, int64_t end) {
+      make_some(begin, end, [](int64_t tasks, int64_t, const auto& run) { run(0, tasks); });
+    });
+  } else {
+    make_some(0, count, [](int64_t tasks, int64_t grain, const auto& run) { split(tasks, grain, run); });
   }
 }
 
