@@ -7,7 +7,7 @@
 // band of rows. Both are convolutions again, by the same kernels, of fewer images or of fewer rows with another padding
 // at the top. So all bits are those of the three operators one after the other (law 3); the size of a chunk may look at
 // what it likes. A thread makes whole chunks in its own cache, without waiting for others between the steps; where there
-// are too few for that, all threads share each.
+// are too few for that, or filters to transform for each, all threads share a chunk.
 //
 // For the gradient the input, the weight, the output and the positions of its maxima are kept: an activation's slope at
 // a maximum can be told from the output. The gradient of the convolution's output exists while it is made use of. With
@@ -174,7 +174,7 @@ void run_chunks(const Prepared<int64_t>& prepared, const Block& block, const Ten
     }
   };
   const int64_t threads = at::get_num_threads(), work = prepared.conv.out[0] * prepared.conv.out[1] * g.k;
-  if (count % threads == 0 || count >= 8 * threads) {
+  if (!winograd && (count % threads == 0 || count >= 8 * threads)) {
     split(count, grain_for(work / bands), [&](int64_t begin, int64_t end) {
       make_some(begin, end, [](int64_t tasks, int64_t, const auto& run) { run(0, tasks); });
     });
