@@ -22,10 +22,10 @@
 // caches are written past them, if a panel's are whole lines of the cache; otherwise panels that follow each other put
 // lines together in the cache, and a tile fetches its share of them while it computes.
 //
-// A task is a set of panels for a block of pixels, of each class (../correlation.h): so all tasks are alike. Sums are made in blocks of steps, each from a fresh zero, that are
-// then added in order; the batch size decides how pixels are dealt to tasks, never how one sum is made. Zeros of the
-// border that are copied are multiplied: an infinite or NaN weight or gradient gives NaN there, where plain loops would
-// skip it. Refuses the contiguous layout.
+// A task is a set of panels for a block of pixels, of each class (../correlation.h): so all tasks are alike. Sums are made
+// in blocks of steps, each from a fresh zero, that are then added in order; the batch size decides how pixels are dealt to
+// tasks, never how one sum is made. Zeros of the border that are copied are multiplied: an infinite or NaN weight or
+// gradient gives NaN there, where plain loops would skip it. Refuses the contiguous layout.
 #include "channels_last_single.h"
 #include "channels_last_views.h"
 
