@@ -6,6 +6,7 @@
 #pragma once
 
 #include "channels_last_tile.h"
+#include "fetch.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 
@@ -100,7 +101,7 @@ void correlate_single(const Windows& t, const Conv2dOperands<T>& o, int64_t row0
         a[m] = o.a + seen(p + smaller(m, inside - 1)) + c;
         to[m] = left >= V * L && m < inside ? o.out + made(p + m) + channel : rest + m * V * L;
         bias[m] = o.bias + channel;
-        if (!past) fetch_to_write<V>(to[m]);
+        if (!past) fetch_to_write(to[m], V * L);
         if (fetch) ahead[m] = o.a + seen(smaller(p + rows + m, count - 1)) + c - a[m];
       }
       if (left >= V * L) {

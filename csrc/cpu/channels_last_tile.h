@@ -50,13 +50,6 @@ void multiply_tile(int64_t runs, const int64_t* lengths, const T* const* a, int6
     }
 }
 
-/// Fetches V vectors that will be written: a panel's share of a pixel is no whole lines of the cache.
-template <int V, class T>
-void fetch_to_write(T* to) {
-  for (int64_t i = 0; i < V * kLanes<T>; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(to + i, 1);
-  __builtin_prefetch(to + V * kLanes<T> - 1, 1);
-}
-
 /// How `columns` are cut into panels of about the same number of vectors.
 template <class T>
 struct Panels {

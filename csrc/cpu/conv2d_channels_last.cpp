@@ -104,7 +104,7 @@ void correlate_tile(const Windows& t, const Conv2dOperands<S>& o, int64_t row0, 
     if (left >= V * L) {
       for (int64_t m = 0; m < count; ++m) {
         to[m] = o.out + pixels[m].out * t.out_channels + channel;
-        if (!past) fetch_to_write<V>(to[m]);
+        if (!past) fetch_to_write(to[m], V * L);
       }
       for (int64_t m = 0; m < M; ++m) bias[m] = o.bias + channel;
       multiply_tile<T, V, M>(runs.count, runs.lengths, a, 1, runs.weights, to,
