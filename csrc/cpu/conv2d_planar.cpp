@@ -23,11 +23,13 @@
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
 
-constexpr int64_t kBlockBytes = 192 << 10;                // packed pixels of a task, if not more are summed
+constexpr int64_t kBlockBytes = (kVectorBytes == 64 ? 192 : 288)
+                                << 10;                    // packed pixels of a task, if not more are summed
 constexpr int64_t kMostColumns = 768, kFewColumns = 192;  // of a task
-constexpr int64_t kGoodTasks = 16;
+constexpr int64_t kManyColumns = 256;                     // of all tasks, for which weights are put side by side
+constexpr int64_t kGoodTasks = 16, kManyBlocks = 24;
 constexpr int64_t kChunk = 128;          // steps that are summed from a fresh zero
-constexpr int64_t kWeights = 1 << 18;    // numbers of packed weights
+constexpr int64_t kWeights = 1 << 19;    // numbers of packed weights
 constexpr int64_t kMostDepth = 1 << 13;  // channels that are summed over
 
 /// Rows whose weights are packed side by side: a vector of them, or a tile's.
@@ -65,9 +67,12 @@ struct Product {
   }
 };
 
-/// Whether the weights of an output channel are read where they stand.
-template <class S, Pass pass>
-constexpr bool kInPlace = pass == Pass::forward && std::is_same_v<S, Sum<S>>;
+/// Whether the weights of an output channel are read where they stand. To put them side by side costs little if they then
+/// serve many columns.
+template <class S>
+bool stands(Pass pass, int64_t columns) {
+  return pass == Pass::forward && std::is_same_v<S, Sum<S>> && (kVectorBytes == 64 || columns < kManyColumns);
+}
 
 /// Tasks are numbered (group, block of rows, block of columns).
 template <class T>
@@ -80,7 +85,10 @@ struct Tasks {
     const int64_t good = larger(smaller(kFewColumns, most), ceil_div(pixels, kGoodTasks));
     columns = smaller(most, round_up(good, panel));
     column_blocks = ceil_div(pixels, larger(1, columns));
-    if (column_blocks > 1) {  // all of about the same size, and an even number if that is near
+    if (column_blocks >= kManyBlocks) {
+      columns = round_up(ceil_div(pixels, column_blocks), panel);
+      column_blocks = ceil_div(pixels, columns);
+    } else if (column_blocks > 1) {  // all of about the same size, and an even number if that is near
       const auto size = [&](int64_t blocks) { return round_up(ceil_div(pixels, blocks), kLanes<T>); };
       int64_t blocks = round_up(column_blocks, 2);
       columns = size(blocks);
@@ -114,10 +122,13 @@ struct Ahead {
   int64_t step, every;
 };
 
-/// to[m][V vectors] = bias[m] + sum over r of a[m][r*step] * b[r][V vectors].
-template <class S, class T, int V, int M>
-void multiply_rows(int64_t depth, const T* const* a, int64_t step, const T* b, const T* bias, T* const* to, bool past,
-                   Ahead<S> ahead, int64_t rows_ahead) {
+/// to[m][V vectors] = bias[m] + sum over r of a[m][r] * b[r][V vectors]; if `in_place`, otherwise a's numbers lie side by
+/// side.
+template <class S, class T, bool in_place, int V, int M>
+[[gnu::noinline]]  // or GCC 12 keeps too little of it in registers
+void multiply_rows(int64_t depth, const T* const* a, const T* b, const T* bias, T* const* to, bool past,
+                   Ahead<S> ahead) {
+  constexpr int64_t step = in_place ? 1 : kSide<T>;
   constexpr int L = kLanes<T>;
   alignas(64) T so_far[M * V * L];
   const T* row[M];
@@ -133,8 +144,8 @@ void multiply_rows(int64_t depth, const T* const* a, int64_t step, const T* b, c
         ahead.from += ahead.step;
         fetch += ahead.every;
       }
-      if (rows_ahead && r % L == 0) {
-        for (int m = 0; m < M; ++m) __builtin_prefetch(row[m] + r + rows_ahead);
+      if (in_place && r % L == 0) {
+        for (int m = 0; m < M; ++m) __builtin_prefetch(row[m] + r + M * depth);
       }
       Vec<T> column[V];
       for (int v = 0; v < V; ++v) column[v] = load(b + v * L);
@@ -210,15 +221,26 @@ struct Panels {
   }
 };
 
-/// The weights of `rows` rows: each one's depth, or side by side.
+/// to[side of rows][r][row] = the weights of `rows` rows.
 template <class S, Pass pass>
 void pack_weights(const Product& t, const S* from, int64_t rows, Sum<S>* to) {
-  constexpr int64_t side = kSide<Sum<S>>;
-  if (pass == Pass::forward) return copy_numbers(from, rows * t.depth, to);
-  for (int64_t r = 0; r < t.depth; ++r, from += t.weight_depth)
-    for (int64_t m = 0; m < rows; m += side) {
-      __builtin_prefetch(from + m + 16 * t.weight_depth);
-      copy_numbers(from + m, smaller(side, rows - m), to + m * t.depth + r * side);
+  using T = Sum<S>;
+  constexpr int64_t side = kSide<T>, L = kLanes<T>;
+  if (pass == Pass::grad_input) {
+    for (int64_t r = 0; r < t.depth; ++r, from += t.weight_depth)
+      for (int64_t m = 0; m < rows; m += side) {
+        __builtin_prefetch(from + m + 16 * t.weight_depth);
+        copy_numbers(from + m, smaller(side, rows - m), to + m * t.depth + r * side);
+      }
+    return;
+  }
+  for (int64_t m = 0; m < rows; m += L)
+    for (int64_t r = 0; r < t.depth; r += L) {
+      const int64_t count = smaller(L, t.depth - r);
+      Vec<T> square[L];
+      for (int64_t i = 0; i < L; ++i) square[i] = load_first(from + smaller(m + i, rows - 1) * t.weight_row + r, count);
+      transpose<T>(square);
+      for (int64_t i = 0; i < count; ++i) store(to + m / side * side * t.depth + (r + i) * side + m % side, square[i]);
     }
 }
 
@@ -252,7 +274,7 @@ void pack_pixels(const Product& t, const S* in, const S* end, const Panels<Sum<S
 }
 
 /// M rows x V vectors of results, as far as there are so many rows, and where they belong.
-template <class S, Pass pass, int V, int M>
+template <class S, bool in_place, int V, int M>
 void correlate_tile(const Product& t, const Conv2dOperands<S>& o, const Sum<S>* const* a, int64_t channel, int64_t rows,
                     const Panel& panel, const Sum<S>* pixels, bool past, Ahead<S> ahead) {
   using T = Sum<S>;
@@ -270,8 +292,8 @@ void correlate_tile(const Product& t, const Conv2dOperands<S>& o, const Sum<S>* 
       if (!past && m < rows) fetch_to_write(place, smaller(V * L, first.count));
     }
   }
-  multiply_rows<S, T, V, M>(t.depth, a, pass == Pass::forward ? 1 : kSide<T>, pixels + panel.before * L * t.depth, bias,
-                            to, past && whole && rows == M, ahead, pass == Pass::forward ? M * t.depth : 0);
+  multiply_rows<S, T, in_place, V, M>(t.depth, a, pixels + panel.before * L * t.depth, bias, to,
+                                      past && whole && rows == M, ahead);
   if (whole) return;
   for (int64_t m = 0; m < rows; ++m)
     for (const Piece* piece = panel.pieces; piece < panel.pieces + panel.count; ++piece) {
@@ -283,10 +305,9 @@ void correlate_tile(const Product& t, const Conv2dOperands<S>& o, const Sum<S>* 
     }
 }
 
-template <class S, Pass pass>
+template <class S, Pass pass, bool in_place>
 void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace, int64_t begin, int64_t end) {
   using T = Sum<S>;
-  constexpr bool in_place = kInPlace<S, pass>;
   const Product t(g, pass);
   const Tasks<T> tasks(g, t, in_place);
   T *const weights = workspace, *const pixels = weights + kWeights;
@@ -312,8 +333,6 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* work
         const int64_t row = smaller(m0 + m, rows - 1);
         if constexpr (in_place) {
           a[m] = filters + row * t.depth;
-        } else if (pass == Pass::forward) {
-          a[m] = weights + row * t.depth;
         } else {
           a[m] = weights + row / kSide<T> * kSide<T> * t.depth + row % kSide<T>;
         }
@@ -323,8 +342,8 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* work
       const bool fetch = lines < (t.step == 1 ? 1 : 2 * t.step);
       for (const Panel* panel = first_panel; panel < last_panel; ++panel) {
         const S* const from = fetch && panel->next >= 0 ? in + panel->next + line : nullptr;
-        correlate_tile<S, pass, vectors, height>(t, o, a, group * t.rows + row0 + m0, smaller(height, rows - m0),
-                                                 *panel, pixels, past, {from, every * t.in_plane, every});
+        correlate_tile<S, in_place, vectors, height>(t, o, a, group * t.rows + row0 + m0, smaller(height, rows - m0),
+                                                     *panel, pixels, past, {from, every * t.in_plane, every});
       }
     };
     const auto columns_of_tiles = [&](const Panel* first_panel, const Panel* last_panel, auto vectors) {
@@ -363,8 +382,18 @@ const char* refuses(const Conv2dGeometry& g, Pass pass) {
 
 template <class S, Pass pass>
 Conv2dRun<S> correlation_run() {
-  return {[](const Conv2dGeometry& g) { return Tasks<Sum<S>>(g, Product(g, pass), kInPlace<S, pass>).total; },
-          [](const Conv2dGeometry&) { return kWorkspace<Sum<S>>; }, correlate<S, pass>};
+  return {[](const Conv2dGeometry& g) {
+            const Product t(g, pass);
+            return Tasks<Sum<S>>(g, t, stands<S>(pass, g.n * t.plane)).total;
+          },
+          [](const Conv2dGeometry&) { return kWorkspace<Sum<S>>; },
+          [](const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace, int64_t begin, int64_t end) {
+            if constexpr (pass == Pass::forward && std::is_same_v<S, Sum<S>>) {
+              if (stands<S>(pass, g.n * g.out[0] * g.out[1]))
+                return correlate<S, pass, true>(g, o, workspace, begin, end);
+            }
+            correlate<S, pass, false>(g, o, workspace, begin, end);
+          }};
 }
 
 }  // namespace
