@@ -6,14 +6,18 @@
 #pragma once
 
 #include "channels_last_tile.h"
+#include "fetch.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 
 constexpr int64_t kWeightBytes = 65536;   // packed weights of a block
+constexpr int64_t kKeptBytes = 3 << 19;   // packed weights of a set of panels, kept from task to task
 constexpr int64_t kMuchInput = 16 << 20;  // bytes that are not in a cache when they are read
 constexpr int64_t kAhead = 128;           // of weights that are in no cache, so many numbers are fetched ahead
 template <class T>
 constexpr int64_t kWeights = kWeightBytes / int64_t(sizeof(T));
+template <class T>
+constexpr int64_t kKept = kKeptBytes / int64_t(sizeof(T));
 
 /// to[r][lane] = the weight of number r of the run for produced channel row0 + lane, zero from channel `rows` on.
 template <class S, int V>
@@ -78,7 +82,7 @@ static inline void find_single(const Windows& t, int64_t first, int64_t count, i
 /// correlate_panel() for `count` outputs that see one pixel each: seen(p) and made(p) say where these begin.
 template <class T, int V, class Seen, class Made>
 void correlate_single(const Windows& t, const Conv2dOperands<T>& o, int64_t row0, int64_t count, bool past, bool fetch,
-                      const Seen& seen, const Made& made, T* weights) {
+                      const Seen& seen, const Made& made, bool packed, T* weights) {
   constexpr int64_t M = kRows<V>, L = kLanes<T>, kDepth = kWeights<T> / (V * L);
   const int64_t channel = t.out_channel0 + row0, left = t.rows - row0;
   const int64_t piece = ceil_div(t.channels, ceil_div(t.channels, kDepth));
@@ -86,8 +90,8 @@ void correlate_single(const Windows& t, const Conv2dOperands<T>& o, int64_t row0
   for (int64_t c = 0; c < t.channels; c += piece) {
     const int64_t depth = smaller(piece, t.channels - c);
     const bool last = c + depth == t.channels;
-    pack_weights<T, V>(t, o.b, row0, {0, 0, c, depth, c, true}, weights);
-    const T* const columns = weights;
+    if (!packed) pack_weights<T, V>(t, o.b, row0, {0, 0, c, depth, c, true}, weights);
+    const T* const columns = packed ? weights + c * V * L : weights;
     const auto tile = [&](int64_t p, auto rows) {
       const T *a[rows], *bias[rows];
       T* to[rows];
@@ -97,6 +101,7 @@ void correlate_single(const Windows& t, const Conv2dOperands<T>& o, int64_t row0
         a[m] = o.a + seen(p + smaller(m, inside - 1)) + c;
         to[m] = left >= V * L && m < inside ? o.out + made(p + m) + channel : rest + m * V * L;
         bias[m] = o.bias + channel;
+        if (!past) fetch_to_write(to[m], V * L);
         if (fetch) ahead[m] = o.a + seen(smaller(p + rows + m, count - 1)) + c - a[m];
       }
       if (left >= V * L) {

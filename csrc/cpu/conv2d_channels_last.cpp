@@ -8,8 +8,10 @@
 //
 // Forward, a pixel's channels under a tap are consecutive numbers, and where channels are few a whole row of taps is:
 // such a run is read where it stands. It is copied first, for one tile at a time, if its taps lie apart, or to widen
-// 16-bit numbers. Only the weights are rearranged, for a panel of at most four vectors of output channels: a block of
-// 64 KiB of them serves all pixels of the task before the next one is packed.
+// 16-bit numbers. Only the weights are rearranged, in panels of at most four vectors of output channels. A thread packs a
+// set of panels, 1.5 MiB at most, once for all of its tasks that want it; a task's pixels are so few that they stay in the
+// second-level cache while one panel after the other passes. (A panel larger than that is packed in blocks of 64 KiB, each
+// for all pixels of the task.)
 //
 // Pixels near a border of zeros see less than a window. A task sorts its pixels by the taps through which they see
 // anything, a tile holds pixels of one sort, and the taps that these miss are left out: with a wide dilation, or in the
@@ -17,22 +19,27 @@
 // what is outside is copied instead, as zeros or as what it shows.)
 //
 // Through a 1x1 kernel each output sees one pixel, and nothing is sorted (channels_last_single.h). Outputs too many for the
-// caches are written past them.
+// caches are written past them, if a panel's are whole lines of the cache; otherwise panels that follow each other put
+// lines together in the cache, and a tile fetches its share of them while it computes.
 //
-// A task is a panel of channels for a block of pixels. Sums are made in blocks of steps, each from a fresh zero, that are
-// then added in order; the batch size decides how pixels are dealt to tasks, never how one sum is made. Zeros of the
-// border that are copied are multiplied: an infinite or NaN weight or gradient gives NaN there, where plain loops would
-// skip it. Refuses the contiguous layout.
+// A task is a set of panels for a block of pixels, of each class (../correlation.h): so all tasks are alike. Sums are made
+// in blocks of steps, each from a fresh zero, that are then added in order; the batch size decides how pixels are dealt to
+// tasks, never how one sum is made. Zeros of the border that are copied are multiplied: an infinite or NaN weight or
+// gradient gives NaN there, where plain loops would skip it. Refuses the contiguous layout.
 #include "channels_last_single.h"
 #include "channels_last_views.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
 
-constexpr int kTileMultiple = 24;    // a multiple of the number of rows of every tile
-constexpr int64_t kFewPixels = 192;  // of a task, which has kMostPixels at most
-constexpr int64_t kGoodTasks = 32;
-constexpr int64_t kMostRuns = 64;  // of a block
+constexpr int kTileMultiple = 24;                     // a multiple of the number of rows of every tile
+constexpr int64_t kFewPixels = 192;                   // of a task, which has kMostPixels at most
+constexpr bool kWholeLines = kVectorBytes % 64 == 0;  // of the cache, in every panel: others are put together there
+constexpr int64_t kGoodTasks = 32, kGoodSets = 24;
+constexpr int64_t kPackedTogether = 16;                       // summed channels, of all panels
+constexpr int64_t kManyPixels = 1024;                         // for which weights may be packed by each thread
+constexpr int64_t kSeenBytes = 256 << 10, kLeastPixels = 48;  // what a task sees, to be read again by each panel
+constexpr int64_t kMostRuns = 64;                             // of a block
 
 /// A window as runs: rows of taps, or taps, whose channels are cut into equal pieces where they are many.
 struct Runs {
@@ -55,7 +62,7 @@ struct Runs {
 template <class T>
 constexpr int64_t kCopies = kMostRows * kWeights<T> / kLanes<T>;
 template <class T>
-constexpr int64_t kWorkspace = kWeights<T> + kCopies<T> + (kMostPixels + kTileMultiple) * kMostVectors * kLanes<T>;
+constexpr int64_t kWorkspace = kKept<T> + kCopies<T> + (kMostPixels + kTileMultiple) * kMostVectors * kLanes<T>;
 
 /// What pixels that see alike see of a block of runs, and the weights of it.
 template <class T>
@@ -95,7 +102,10 @@ void correlate_tile(const Windows& t, const Conv2dOperands<S>& o, int64_t row0, 
   for (int64_t m = 0; m < M; ++m) to[m] = tile + m * V * L;
   if constexpr (std::is_same_v<S, T>) {
     if (left >= V * L) {
-      for (int64_t m = 0; m < count; ++m) to[m] = o.out + pixels[m].out * t.out_channels + channel;
+      for (int64_t m = 0; m < count; ++m) {
+        to[m] = o.out + pixels[m].out * t.out_channels + channel;
+        if (!past) fetch_to_write(to[m], V * L);
+      }
       for (int64_t m = 0; m < M; ++m) bias[m] = o.bias + channel;
       multiply_tile<T, V, M>(runs.count, runs.lengths, a, 1, runs.weights, to,
                              !first   ? to
@@ -124,11 +134,11 @@ void correlate_tile(const Windows& t, const Conv2dOperands<S>& o, int64_t row0, 
 /// The produced channels [row0, row0 + V vectors) of some pixels.
 template <class S, int V>
 void correlate_panel(const Windows& t, const Conv2dOperands<S>& o, int64_t row0, const Pixel<S>* pixels,
-                     const Alike* sorts, int64_t kinds, bool past, Sum<S>* workspace) {
+                     const Alike* sorts, int64_t kinds, bool past, bool packed, Sum<S>* weights, Sum<S>* copies) {
   using T = Sum<S>;
   constexpr int64_t M = kRows<V>, L = kLanes<T>, kDepth = kWeights<T> / (V * L);
   static_assert(kDepth >= kShortRow && kTileMultiple % M == 0);
-  T *weights = workspace, *copies = weights + kWeights<T>, *sums = copies + kCopies<T>;
+  T* const sums = copies + kCopies<T>;
   const Runs runs(t, kDepth);
   int64_t i = 0;
   do {
@@ -137,7 +147,7 @@ void correlate_panel(const Windows& t, const Conv2dOperands<S>& o, int64_t row0,
     for (; i < runs.count && blocks < kMostRuns; ++i, ++blocks) {
       const Run run = runs(t, i);
       if (depth + run.length > kDepth) break;
-      pack_weights<S, V>(t, o.b, row0, run, weights + depth * V * L);
+      if (!packed) pack_weights<S, V>(t, o.b, row0, run, weights + depth * V * L);
       block[blocks] = run;
       starts[blocks] = depth;
       depth += run.length;
@@ -170,26 +180,55 @@ void correlate_panel(const Windows& t, const Conv2dOperands<S>& o, int64_t row0,
         }
       }
     }
+    if (packed) weights += depth * V * L;
   } while (i < runs.count);
 }
 
-/// Tasks are numbered (group, block of pixels, panel of channels, class): classes have unlike numbers of taps, and each
-/// thread should get of all. Their number is even if there are several blocks.
+/// Tasks are numbered (group, set of panels, block of pixels of each class). Weights that serve several tasks are packed
+/// once by a thread, for a set of panels as large as can be kept; where pixels are few, sets are small, so that threads need
+/// not pack the same.
 template <class T>
 struct Tasks {
   int64_t classes, blocks, pixels, total;
   Panels<T> panels;
+  int64_t set, sets;  // panels of a set
+  bool kept;
   Tasks(const Conv2dGeometry& g, Pass pass, int64_t good = kGoodTasks)
       : classes(cpu::CNNOPS_ISA::classes(g, pass)), panels((pass == Pass::forward ? g.k : g.c) / g.groups) {
     const int64_t most = g.n * make_windows(g, pass, 0, 0).pixels();  // class 0 has the most outputs
-    const int64_t others = g.groups * classes * panels.count;
-    blocks = ceil_div(most, smaller(larger(most * others / good, kFewPixels), kMostPixels));
+    const int64_t channels = larger(1, (pass == Pass::forward ? g.c : g.k) / g.groups);
+    const int64_t fit = kKept<T> / (channels * g.kernel[0] * g.kernel[1] * larger(1, panels.width));
+    kept = fit > 0;
+    sets = larger(1, ceil_div(panels.count, larger(1, fit)));
+    if (good > 1 && most * classes < kManyPixels) sets = larger(sets, smaller(panels.count, kGoodSets));
+    set = ceil_div(panels.count, sets);
+    sets = ceil_div(panels.count, larger(1, set));
+    const int64_t others = g.groups * sets;
+    int64_t wanted = smaller(larger(most * others / good, kFewPixels), kMostPixels);
+    if (set > 1) wanted = smaller(wanted, larger(kLeastPixels, kSeenBytes / int64_t(sizeof(T)) / channels));
+    blocks = ceil_div(most, wanted);
     if (blocks > 1 && others % 2 == 1) blocks = round_up(blocks, 2);
     with_vectors<T>(panels.width,
                     [&](auto v) { pixels = round_up(ceil_div(most, larger(blocks, 1)), larger(1, kRows<v> / 2)); });
     total = others * blocks;
   }
 };
+
+/// to[panel][r][V vectors] = the weights of `rows` produced channels from row0 on, for all that a class sums over. Where
+/// those of a summed channel lie together, panels take turns, so that none is fetched twice.
+template <class S>
+void pack_panels(const Windows& t, const S* weight, int64_t row0, int64_t rows, int64_t width, Sum<S>* to) {
+  const int64_t depth = t.h.taps * t.w.taps * t.channels;
+  const Runs runs(t, t.weight_row == 1 ? kPackedTogether : kWeights<Sum<S>> / width);
+  for (int64_t i = 0, before = 0; i < runs.count; ++i) {
+    const Run run = runs(t, i);
+    for (int64_t panel = 0; panel < rows; panel += width)
+      with_vectors<Sum<S>>(smaller(width, rows - panel), [&](auto v) {
+        pack_weights<S, v>(t, weight, row0 + panel, run, to + panel * depth + before * v * kLanes<Sum<S>>);
+      });
+    before += run.length;
+  }
+}
 
 /// What no tap reaches: the bias, or zero.
 template <class S>
@@ -213,6 +252,40 @@ void fill(const Windows& t, const Conv2dOperands<S>& o, int64_t row0, int64_t ro
   }
 }
 
+/// The outputs [first, first + count) of a class: each_panel(f) calls f(V, its first channel, its weights).
+template <class S, class EachPanel>
+void correlate_class(const Windows& t, const Conv2dOperands<S>& o, int64_t first, int64_t count, int64_t row0,
+                     int64_t rows, bool large, bool fetch, bool packed, const EachPanel& each_panel, Sum<S>* copies) {
+  using T = Sum<S>;
+  const bool aligned = large && (t.out_channel0 + row0) % kLanes<T> == 0, past = aligned && kWholeLines;
+  if constexpr (std::is_same_v<S, T>) {
+    if (is_single(t)) {
+      const auto go = [&](const auto& seen, const auto& made) {
+        each_panel([&](auto v, int64_t row, T* weights) {
+          correlate_single<T, v>(t, o, row, count, past, fetch, seen, made, packed, weights);
+        });
+      };
+      if (in_order(t)) {
+        const int64_t step = t.in_channels, out_step = t.out_channels, from = first * step + t.in_channel0;
+        go([=](int64_t p) { return from + p * step; }, [=](int64_t p) { return (first + p) * out_step; });
+      } else {
+        int64_t seen[kMostPixels], made[kMostPixels];
+        find_single(t, first, count, seen, made);
+        go([&](int64_t p) { return seen[p]; }, [&](int64_t p) { return made[p]; });
+      }
+      return;
+    }
+  }
+  Pixel<S> found[kMostPixels], pixels[kMostPixels];
+  find_pixels(t, o.a, first, count, found);
+  if (t.h.taps * t.w.taps == 0) return fill(t, o, row0, rows, found, count, aligned);
+  Alike sorts[kMostPixels];
+  const int64_t kinds = sort_pixels(t, found, count, pixels, sorts);
+  each_panel([&](auto v, int64_t row, T* weights) {
+    correlate_panel<S, v>(t, o, row, pixels, sorts, kinds, past, packed, weights, copies);
+  });
+}
+
 template <class S>
 void correlate(const Conv2dGeometry& g, Pass pass, const Tasks<Sum<S>>& tasks, const Conv2dOperands<S>& o,
                Sum<S>* workspace, int64_t begin, int64_t end) {
@@ -223,40 +296,28 @@ void correlate(const Conv2dGeometry& g, Pass pass, const Tasks<Sum<S>>& tasks, c
   const int64_t* in_size = pass == Pass::forward ? g.in : g.out;
   const int64_t inputs = g.n * in_size[0] * in_size[1] * (pass == Pass::forward ? g.c : g.k);
   const bool fetch = inputs * int64_t(sizeof(S)) > kMuchInput;
+  const int64_t width = tasks.panels.width;
+  T* const copies = workspace + kKept<T>;
+  int64_t packed = -1;
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t cls = task % tasks.classes, row0 = task / tasks.classes % tasks.panels.count * tasks.panels.width;
-    const int64_t block = task / tasks.classes / tasks.panels.count, first = block % tasks.blocks * tasks.pixels;
-    const Windows t = make_windows(g, pass, block / tasks.blocks, cls);
-    const int64_t count = smaller(tasks.pixels, g.n * t.pixels() - first);
-    const int64_t rows = smaller(tasks.panels.width, t.rows - row0);
-    if (count <= 0) continue;  // a smaller class than class 0
-    const bool past = large && (t.out_channel0 + row0) % kLanes<T> == 0;
-    if constexpr (std::is_same_v<S, T>) {
-      if (is_single(t)) {
-        const auto go = [&](const auto& seen, const auto& made) {
-          with_vectors<T>(
-              rows, [&](auto v) { correlate_single<T, v>(t, o, row0, count, past, fetch, seen, made, workspace); });
-        };
-        if (in_order(t)) {
-          const int64_t step = t.in_channels, out_step = t.out_channels, from = first * step + t.in_channel0;
-          go([=](int64_t p) { return from + p * step; }, [=](int64_t p) { return (first + p) * out_step; });
-        } else {
-          int64_t seen[kMostPixels], made[kMostPixels];
-          find_single(t, first, count, seen, made);
-          go([&](int64_t p) { return seen[p]; }, [&](int64_t p) { return made[p]; });
-        }
-        continue;
-      }
+    const int64_t first = task % tasks.blocks * tasks.pixels, panels = task / tasks.blocks, group = panels / tasks.sets;
+    const int64_t row0 = panels % tasks.sets * tasks.set * width;
+    const bool pack = packed != panels;
+    packed = panels;
+    T* weights = workspace;
+    for (int64_t cls = 0; cls < tasks.classes; ++cls) {
+      const Windows t = make_windows(g, pass, group, cls);
+      const int64_t depth = t.h.taps * t.w.taps * t.channels, count = smaller(tasks.pixels, g.n * t.pixels() - first);
+      const int64_t rows = smaller(tasks.set * width, t.rows - row0);
+      if (tasks.kept && pack) pack_panels(t, o.b, row0, rows, width, weights);
+      const auto each_panel = [&](const auto& compute) {
+        for (int64_t row = 0; row < rows; row += width)
+          with_vectors<T>(smaller(width, rows - row),
+                          [&](auto v) { compute(v, row0 + row, tasks.kept ? weights + row * depth : weights); });
+      };
+      if (count > 0) correlate_class(t, o, first, count, row0, rows, large, fetch, tasks.kept, each_panel, copies);
+      if (tasks.kept) weights += round_up(rows, kLanes<T>) * depth;
     }
-    Pixel<S> found[kMostPixels], pixels[kMostPixels];
-    find_pixels(t, o.a, first, count, found);
-    if (t.h.taps * t.w.taps == 0) {
-      fill(t, o, row0, rows, found, count, past);
-      continue;
-    }
-    Alike sorts[kMostPixels];
-    const int64_t kinds = sort_pixels(t, found, count, pixels, sorts);
-    with_vectors<T>(rows, [&](auto v) { correlate_panel<S, v>(t, o, row0, pixels, sorts, kinds, past, workspace); });
   }
   stores_done();
 }

@@ -17,16 +17,19 @@
 // each from a fresh zero, that are added in order. The gradient of the weight is in conv2d_planar_weight.cpp.
 #include "conv2d_planar.h"
 
+#include "fetch.h"
 #include "gemm.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
 
-constexpr int64_t kBlockBytes = 192 << 10;                // packed pixels of a task, if not more are summed
+constexpr int64_t kBlockBytes = (kVectorBytes == 64 ? 192 : 288)
+                                << 10;                    // packed pixels of a task, if not more are summed
 constexpr int64_t kMostColumns = 768, kFewColumns = 192;  // of a task
-constexpr int64_t kGoodTasks = 16;
+constexpr int64_t kManyColumns = 256;                     // of all tasks, for which weights are put side by side
+constexpr int64_t kGoodTasks = 16, kManyBlocks = 24;
 constexpr int64_t kChunk = 128;          // steps that are summed from a fresh zero
-constexpr int64_t kWeights = 1 << 18;    // numbers of packed weights
+constexpr int64_t kWeights = 1 << 19;    // numbers of packed weights
 constexpr int64_t kMostDepth = 1 << 13;  // channels that are summed over
 
 /// Rows whose weights are packed side by side: a vector of them, or a tile's.
@@ -35,7 +38,7 @@ constexpr int64_t kSide = kLanes<T> > kTileRows ? kLanes<T> : kTileRows;
 template <class T>
 constexpr int64_t kPixels = 2 * kTileColumns<T> * kMostDepth;
 template <class T>
-constexpr int64_t kWorkspace = kWeights + kPixels<T>;
+constexpr int64_t kWorkspace = kWeights + kPixels<T> + kLanes<T>;
 
 /// The product of one group: out[n][m][p] = sum over r of weight[m*row + r*channel] * in[n][r][p].
 struct Product {
@@ -64,9 +67,12 @@ struct Product {
   }
 };
 
-/// Whether the weights of an output channel are read where they stand.
-template <class S, Pass pass>
-constexpr bool kInPlace = pass == Pass::forward && std::is_same_v<S, Sum<S>>;
+/// Whether the weights of an output channel are read where they stand. To put them side by side costs little if they then
+/// serve many columns.
+template <class S>
+bool stands(Pass pass, int64_t columns) {
+  return pass == Pass::forward && std::is_same_v<S, Sum<S>> && (kVectorBytes == 64 || columns < kManyColumns);
+}
 
 /// Tasks are numbered (group, block of rows, block of columns).
 template <class T>
@@ -79,7 +85,10 @@ struct Tasks {
     const int64_t good = larger(smaller(kFewColumns, most), ceil_div(pixels, kGoodTasks));
     columns = smaller(most, round_up(good, panel));
     column_blocks = ceil_div(pixels, larger(1, columns));
-    if (column_blocks > 1) {  // all of about the same size, and an even number if that is near
+    if (column_blocks >= kManyBlocks) {
+      columns = round_up(ceil_div(pixels, column_blocks), panel);
+      column_blocks = ceil_div(pixels, columns);
+    } else if (column_blocks > 1) {  // all of about the same size, and an even number if that is near
       const auto size = [&](int64_t blocks) { return round_up(ceil_div(pixels, blocks), kLanes<T>); };
       int64_t blocks = round_up(column_blocks, 2);
       columns = size(blocks);
@@ -113,10 +122,13 @@ struct Ahead {
   int64_t step, every;
 };
 
-/// to[m][V vectors] = bias[m] + sum over r of a[m][r*step] * b[r][V vectors].
-template <class S, class T, int V, int M>
-void multiply_rows(int64_t depth, const T* const* a, int64_t step, const T* b, const T* bias, T* const* to, bool past,
-                   Ahead<S> ahead, int64_t rows_ahead) {
+/// to[m][V vectors] = bias[m] + sum over r of a[m][r] * b[r][V vectors]; if `in_place`, otherwise a's numbers lie side by
+/// side.
+template <class S, class T, bool in_place, int V, int M>
+[[gnu::noinline]]  // or GCC 12 keeps too little of it in registers
+void multiply_rows(int64_t depth, const T* const* a, const T* b, const T* bias, T* const* to, bool past,
+                   Ahead<S> ahead) {
+  constexpr int64_t step = in_place ? 1 : kSide<T>;
   constexpr int L = kLanes<T>;
   alignas(64) T so_far[M * V * L];
   const T* row[M];
@@ -132,8 +144,8 @@ void multiply_rows(int64_t depth, const T* const* a, int64_t step, const T* b, c
         ahead.from += ahead.step;
         fetch += ahead.every;
       }
-      if (rows_ahead && r % L == 0) {
-        for (int m = 0; m < M; ++m) __builtin_prefetch(row[m] + r + rows_ahead);
+      if (in_place && r % L == 0) {
+        for (int m = 0; m < M; ++m) __builtin_prefetch(row[m] + r + M * depth);
       }
       Vec<T> column[V];
       for (int v = 0; v < V; ++v) column[v] = load(b + v * L);
@@ -159,6 +171,10 @@ void multiply_rows(int64_t depth, const T* const* a, int64_t step, const T* b, c
   } while (r < depth);
 }
 
+/// Rows of a tile of V vectors: all have about as many sums.
+template <int V>
+constexpr int kHeight = kTileVectors * kTileRows / V < 12 ? kTileVectors * kTileRows / V : 12;
+
 /// Columns of a panel that lie in one image, from lane `lane` on.
 struct Piece {
   int64_t n, p, lane, count;
@@ -171,6 +187,7 @@ struct Panel {
   const Piece* pieces;
   const Stretch* stretches;
   int64_t count, stretch_count, vectors, before;  // vectors of it, and of all before it
+  int64_t next;                                   // what the next task's panel in this place sees, -1 if there is none
 };
 
 /// Consecutive columns as panels.
@@ -181,13 +198,14 @@ struct Panels {
   Stretch stretches[kMostColumns];
   int64_t count = 0;
 
-  Panels(const Product& t, int64_t first, int64_t columns) {
+  /// The next task's begin at `next`.
+  Panels(const Product& t, int64_t first, int64_t columns, int64_t next, int64_t all) {
     Piece* piece = pieces;
     Stretch* stretch = stretches;
     int64_t before = 0;
     for (int64_t column = 0; column < columns; ++count) {
       const int64_t width = smaller(columns - column, kTileColumns<T>), vectors = ceil_div(width, kLanes<T>);
-      panels[count] = {piece, stretch, 0, 0, vectors, before};
+      panels[count] = {piece, stretch, 0, 0, vectors, before, next + column < all ? t.seen(next + column) : -1};
       before += vectors;
       for (int64_t lane = 0; lane < width; ++panels[count].count, ++piece) {
         const int64_t n = (first + column) / t.plane, p = (first + column) % t.plane;
@@ -203,41 +221,60 @@ struct Panels {
   }
 };
 
-/// The weights of `rows` rows: each one's depth, or side by side.
+/// to[side of rows][r][row] = the weights of `rows` rows.
 template <class S, Pass pass>
 void pack_weights(const Product& t, const S* from, int64_t rows, Sum<S>* to) {
-  constexpr int64_t side = kSide<Sum<S>>;
-  if (pass == Pass::forward) return copy_numbers(from, rows * t.depth, to);
-  for (int64_t r = 0; r < t.depth; ++r, from += t.weight_depth)
-    for (int64_t m = 0; m < rows; m += side) {
-      __builtin_prefetch(from + m + 16 * t.weight_depth);
-      copy_numbers(from + m, smaller(side, rows - m), to + m * t.depth + r * side);
+  using T = Sum<S>;
+  constexpr int64_t side = kSide<T>, L = kLanes<T>;
+  if (pass == Pass::grad_input) {
+    for (int64_t r = 0; r < t.depth; ++r, from += t.weight_depth)
+      for (int64_t m = 0; m < rows; m += side) {
+        __builtin_prefetch(from + m + 16 * t.weight_depth);
+        copy_numbers(from + m, smaller(side, rows - m), to + m * t.depth + r * side);
+      }
+    return;
+  }
+  for (int64_t m = 0; m < rows; m += L)
+    for (int64_t r = 0; r < t.depth; r += L) {
+      const int64_t count = smaller(L, t.depth - r);
+      Vec<T> square[L];
+      for (int64_t i = 0; i < L; ++i) square[i] = load_first(from + smaller(m + i, rows - 1) * t.weight_row + r, count);
+      transpose<T>(square);
+      for (int64_t i = 0; i < count; ++i) store(to + m / side * side * t.depth + (r + i) * side + m % side, square[i]);
     }
+}
+
+/// `count` numbers, `step` apart, as whole vectors: those too many are overwritten by what is packed next. But nothing is
+/// read at `end` or beyond.
+template <class S>
+void copy_stretch(const S* from, int64_t step, int64_t count, const S* end, Sum<S>* to) {
+  constexpr int64_t L = kLanes<Sum<S>>;
+  for (int64_t j = 0; j < count; j += L, from += L * step)
+    store(to + j, load_strided(from, step, from + L * step <= end ? L : smaller(L, count - j)));
 }
 
 /// to[panel][r][V vectors], of what is summed over.
 template <class S>
-void pack_pixels(const Product& t, const S* in, const Panels<Sum<S>>& columns, Sum<S>* to) {
+void pack_pixels(const Product& t, const S* in, const S* end, const Panels<Sum<S>>& columns, Sum<S>* to) {
   constexpr int64_t L = kLanes<Sum<S>>;
-  for (int64_t r = 0; r < t.depth; ++r, in += t.in_plane)
-    for (int64_t i = 0; i < columns.count; ++i) {
-      const Panel& panel = columns.panels[i];
-      Sum<S>* line = to + (panel.before * t.depth + r * panel.vectors) * L;
-      for (const Stretch* s = panel.stretches; s < panel.stretches + panel.stretch_count; ++s) {
-        if (t.step == 1) {
-          copy_numbers(in + s->from, s->count, line + s->lane);
-          continue;
-        }
-        for (int64_t j = 0; j < s->count; j += L) {
-          const int64_t lanes = smaller(L, s->count - j);
-          store_first(line + s->lane + j, load_strided(in + s->from + j * t.step, t.step, lanes), lanes);
-        }
+  for (const Panel* panel = columns.panels; panel < columns.panels + columns.count; ++panel) {
+    const Stretch &first = *panel->stretches, *last = panel->stretches + panel->stretch_count;
+    with_vectors(panel->vectors, [&](auto vectors) {
+      const S* plane = in;
+      if (t.step == 1 && first.count == vectors * L) {
+        for (int64_t r = 0; r < t.depth; ++r, plane += t.in_plane, to += vectors * L)
+          for (int64_t v = 0; v < vectors; ++v) store(to + v * L, load(plane + first.from + v * L));
+      } else {
+        for (int64_t r = 0; r < t.depth; ++r, plane += t.in_plane, to += vectors * L)
+          for (const Stretch* s = &first; s < last; ++s)
+            copy_stretch(plane + s->from, t.step, s->count, end, to + s->lane);
       }
-    }
+    });
+  }
 }
 
 /// M rows x V vectors of results, as far as there are so many rows, and where they belong.
-template <class S, Pass pass, int V, int M>
+template <class S, bool in_place, int V, int M>
 void correlate_tile(const Product& t, const Conv2dOperands<S>& o, const Sum<S>* const* a, int64_t channel, int64_t rows,
                     const Panel& panel, const Sum<S>* pixels, bool past, Ahead<S> ahead) {
   using T = Sum<S>;
@@ -250,11 +287,13 @@ void correlate_tile(const Product& t, const Conv2dOperands<S>& o, const Sum<S>* 
     bias[m] = o.bias && m < rows ? value(o.bias[channel + m]) : T(0);
     to[m] = beside + m * V * L;
     if constexpr (std::is_same_v<S, T>) {
-      if (whole && m < rows) to[m] = o.out + first.n * t.out_image + (channel + m) * t.plane + first.p;
+      T* const place = o.out + first.n * t.out_image + (channel + m) * t.plane + first.p;
+      if (whole && m < rows) to[m] = place;
+      if (!past && m < rows) fetch_to_write(place, smaller(V * L, first.count));
     }
   }
-  multiply_rows<S, T, V, M>(t.depth, a, pass == Pass::forward ? 1 : kSide<T>, pixels + panel.before * L * t.depth, bias,
-                            to, past && whole && rows == M, ahead, pass == Pass::forward ? M * t.depth : 0);
+  multiply_rows<S, T, in_place, V, M>(t.depth, a, pixels + panel.before * L * t.depth, bias, to,
+                                      past && whole && rows == M, ahead);
   if (whole) return;
   for (int64_t m = 0; m < rows; ++m)
     for (const Piece* piece = panel.pieces; piece < panel.pieces + panel.count; ++piece) {
@@ -266,10 +305,9 @@ void correlate_tile(const Product& t, const Conv2dOperands<S>& o, const Sum<S>* 
     }
 }
 
-template <class S, Pass pass>
+template <class S, Pass pass, bool in_place>
 void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace, int64_t begin, int64_t end) {
   using T = Sum<S>;
-  constexpr bool in_place = kInPlace<S, pass>;
   const Product t(g, pass);
   const Tasks<T> tasks(g, t, in_place);
   T *const weights = workspace, *const pixels = weights + kWeights;
@@ -283,39 +321,44 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* work
     const S* const filters = o.b + group * t.rows * t.depth + row0 * t.weight_row;
     if (!in_place && packed != block) pack_weights<S, pass>(t, filters, rows, weights);
     packed = block;
-    const Panels<T> columns(t, column0, smaller(tasks.columns, all - column0));
+    const int64_t next = task + 1 < end ? column0 + tasks.columns : all;
+    const Panels<T> columns(t, column0, smaller(tasks.columns, all - column0), next, all);
     const S* const in = o.a + group * t.depth * t.in_plane;
-    pack_pixels(t, in, columns, pixels);
+    pack_pixels(t, in, o.a + g.n * t.in_image, columns, pixels);
 
     const int64_t every = smaller(ceil_div(rows, kTileRows), kMostEvery);
-    const auto tile = [&](const Panel& panel, int64_t m0, auto vectors, auto height) {
+    const auto tiles = [&](const Panel* first_panel, const Panel* last_panel, auto vectors, int64_t m0, auto height) {
       const T* a[height];
       for (int64_t m = 0; m < height; ++m) {
         const int64_t row = smaller(m0 + m, rows - 1);
         if constexpr (in_place) {
           a[m] = filters + row * t.depth;
-        } else if (pass == Pass::forward) {
-          a[m] = weights + row * t.depth;
         } else {
           a[m] = weights + row / kSide<T> * kSide<T> * t.depth + row % kSide<T>;
         }
       }
-      const int64_t next = column0 + tasks.columns + panel.before * kLanes<T>, turn = m0 / kTileRows;
-      const int64_t lines = turn / every;  // with strides, a panel sees more than its width
-      const bool fetch = task + 1 < end && next < all && lines < (t.step == 1 ? 1 : 2 * t.step);
-      const S* const from = in + t.seen(next) + turn % every * t.in_plane + lines * vectors * kLanes<T>;
-      correlate_tile<S, pass, vectors, height>(t, o, a, group * t.rows + row0 + m0, smaller(height, rows - m0), panel,
-                                               pixels, past, {fetch ? from : nullptr, every * t.in_plane, every});
+      const int64_t turn = m0 / height, lines = turn / every;  // with strides, a panel sees more than its width
+      const int64_t line = turn % every * t.in_plane + lines * vectors * kLanes<T>;
+      const bool fetch = lines < (t.step == 1 ? 1 : 2 * t.step);
+      for (const Panel* panel = first_panel; panel < last_panel; ++panel) {
+        const S* const from = fetch && panel->next >= 0 ? in + panel->next + line : nullptr;
+        correlate_tile<S, in_place, vectors, height>(t, o, a, group * t.rows + row0 + m0, smaller(height, rows - m0),
+                                                     *panel, pixels, past, {from, every * t.in_plane, every});
+      }
     };
-    for (int64_t m = 0; m < rows; m += kTileRows)
-      for (int64_t i = 0; i < columns.count; ++i)
-        with_vectors(columns.panels[i].vectors, [&](auto vectors) {
-          if (rows - m > kTileRows / 2) {
-            tile(columns.panels[i], m, vectors, std::integral_constant<int, kTileRows>());
-          } else {
-            tile(columns.panels[i], m, vectors, std::integral_constant<int, kTileRows / 2>());
-          }
-        });
+    const auto columns_of_tiles = [&](const Panel* first_panel, const Panel* last_panel, auto vectors) {
+      constexpr int M = kHeight<vectors>;
+      for (int64_t m = 0; m < rows; m += M) {
+        if (rows - m > M / 2) {
+          tiles(first_panel, last_panel, vectors, m, std::integral_constant<int, M>());
+        } else {
+          tiles(first_panel, last_panel, vectors, m, std::integral_constant<int, M / 2>());
+        }
+      }
+    };
+    const Panel* const last = columns.panels + columns.count - 1;  // which may be narrower
+    columns_of_tiles(columns.panels, last, std::integral_constant<int, kTileVectors>());
+    with_vectors(last->vectors, [&](auto vectors) { columns_of_tiles(last, last + 1, vectors); });
   }
   stores_done();
 }
@@ -339,8 +382,18 @@ const char* refuses(const Conv2dGeometry& g, Pass pass) {
 
 template <class S, Pass pass>
 Conv2dRun<S> correlation_run() {
-  return {[](const Conv2dGeometry& g) { return Tasks<Sum<S>>(g, Product(g, pass), kInPlace<S, pass>).total; },
-          [](const Conv2dGeometry&) { return kWorkspace<Sum<S>>; }, correlate<S, pass>};
+  return {[](const Conv2dGeometry& g) {
+            const Product t(g, pass);
+            return Tasks<Sum<S>>(g, t, stands<S>(pass, g.n * t.plane)).total;
+          },
+          [](const Conv2dGeometry&) { return kWorkspace<Sum<S>>; },
+          [](const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace, int64_t begin, int64_t end) {
+            if constexpr (pass == Pass::forward && std::is_same_v<S, Sum<S>>) {
+              if (stands<S>(pass, g.n * g.out[0] * g.out[1]))
+                return correlate<S, pass, true>(g, o, workspace, begin, end);
+            }
+            correlate<S, pass, false>(g, o, workspace, begin, end);
+          }};
 }
 
 }  // namespace
