@@ -26,6 +26,15 @@ constexpr int64_t kTaskFilters = 64, kTurnedPlaces = 96;
 constexpr int64_t kManyTaps = 64;       // for lines
 constexpr int64_t kManyPixelTaps = 96;  // their weights for 64 filters would fill the first-level cache
 
+/// Past the cache only whole vectors are written.
+template <class S>
+static inline void put_vector(S* y, Vec<Sum<S>> v, int64_t lanes, bool past) {
+  if constexpr (std::is_same_v<S, Sum<S>>) {
+    if (past) return store_past_cache(y, v);
+  }
+  lanes >= kLanes<Sum<S>> ? store(y, v) : store_first(y, v, lanes);
+}
+
 /// M filters x V vectors of places from `lines` on; the first `filters` and `places` of them are kept.
 template <class S, int M, int V>
 void planes_tile(int64_t taps, const int64_t* at, const Sum<S>* lines, const Sum<S>* weights, const S* bias, S* y,
@@ -46,19 +55,8 @@ void planes_tile(int64_t taps, const int64_t* at, const Sum<S>* lines, const Sum
   for (int m = 0; m < M; ++m) {
     if (m == filters) break;
     const Vec<T> added = broadcast(bias ? value(bias[m]) : T(0));
-    for (int v = 0; v < V; ++v) {
-      if constexpr (std::is_same_v<S, T>) {
-        if (past) {
-          store_past_cache(y + m * plane + v * L, sum[m][v] + added);
-          continue;
-        }
-      }
-      if (places >= (v + 1) * L) {
-        store(y + m * plane + v * L, sum[m][v] + added);
-      } else {
-        store_first(y + m * plane + v * L, sum[m][v] + added, larger(0, places - v * L));
-      }
-    }
+    for (int v = 0; v < V; ++v)
+      put_vector(y + m * plane + v * L, sum[m][v] + added, larger(0, places - v * L), past);
   }
 }
 
@@ -86,25 +84,14 @@ void pixels_tile(int64_t taps, const int64_t* at, const Sum<S>* const* seen_from
 #pragma GCC unroll 32  // early, or GCC keeps the sums in memory
   for (int m = 0; m < M; ++m) {
     if (m == places) break;
-    for (int v = 0; v < V; ++v) {
-      if constexpr (std::is_same_v<S, T>) {
-        if (past) {
-          store_past_cache(y + m * filters + v * L, sum[m][v] + added[v]);
-          continue;
-        }
-      }
-      if (v < V - 1 || lanes == L) {
-        store(y + m * filters + v * L, sum[m][v] + added[v]);
-      } else {
-        store_first(y + m * filters + v * L, sum[m][v] + added[v], lanes);
-      }
-    }
+    for (int v = 0; v < V; ++v)
+      put_vector(y + m * filters + v * L, sum[m][v] + added[v], v < V - 1 ? L : lanes, past);
   }
 }
 
 template <class T>
 int64_t packed_filters(int64_t filters) {
-  return round_up(filters, larger(kTileRows, kMostVectors * kLanes<T>));
+  return round_up(filters, larger(kPlaneFilters, kMostVectors * kLanes<T>));
 }
 
 /// to[t][lane] = the weight of filter `lane` for number t, zero beyond `filters`. By lines, t is a tap of a line.
@@ -117,26 +104,24 @@ void pack_filters(const Conv2dGeometry& g, bool lines, const S* weight, int64_t 
   }
 }
 
-/// Planes of outputs from `filters` numbers of each place.
+/// Planes of outputs from `filters` numbers of each place, a cache's line at a time.
 template <class S>
 void turn(const Sum<S>* from, int64_t width, int64_t places, int64_t filters, const S* bias, S* y, int64_t plane,
           bool past) {
   using T = Sum<S>;
   constexpr int64_t L = kLanes<T>;
-  for (int64_t q = 0; q < places; q += L)
+  constexpr int V = kLineVectors;
+  for (int64_t q = 0; q < places; q += V * L)
     for (int64_t k = 0; k < filters; k += L) {
-      Vec<T> square[L];
-      for (int64_t i = 0; i < L; ++i) square[i] = load(from + (q + i) * width + k);
-      transpose<T>(square);
+      Vec<T> squares[V][L];
+      for (int v = 0; v < V; ++v) {
+        for (int64_t i = 0; i < L; ++i) squares[v][i] = load(from + (q + v * L + i) * width + k);
+        transpose<T>(squares[v]);
+      }
       for (int64_t i = 0; i < smaller(L, filters - k); ++i) {
-        const Vec<T> sums = square[i] + broadcast(bias ? value(bias[k + i]) : T(0));
-        if constexpr (std::is_same_v<S, T>) {
-          if (past) {
-            store_past_cache(y + (k + i) * plane + q, sums);
-            continue;
-          }
-        }
-        store_first(y + (k + i) * plane + q, sums, smaller(L, places - q));
+        const Vec<T> added = broadcast(bias ? value(bias[k + i]) : T(0));
+        for (int v = 0; v < V && q + v * L < places; ++v)
+          put_vector(y + (k + i) * plane + q + v * L, squares[v][i] + added, smaller(L, places - q - v * L), past);
       }
     }
 }
@@ -165,7 +150,8 @@ void forward(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* worksp
     const int64_t filters = smaller(kTaskFilters, g.k - k0), places = band.places(),
                   first = band.oh * g.out[1] + band.ow;
     const S *bias = o.bias ? o.bias + k0 : nullptr, *image = o.a + n * g.c * g.in[0] * g.in[1];
-    const Panels<T> panels(filters, taps < kManyPixelTaps ? kMostVectors : 2);
+    const bool narrow = taps >= kManyPixelTaps || (kMostVectors % kLineVectors > 0 && filters > kMostVectors * L);
+    const Panels<T> panels(filters, narrow ? 2 : kMostVectors);
     if (k0 != packed) {
       const S* from = o.b + k0 * taps;
       if (lines) {
@@ -189,13 +175,12 @@ void forward(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* worksp
       }
       copy_lines(g, bands, band, image, 0, g.c * g.kernel[1], row, x);
       for (int64_t q = 0; q < places;) {
-        const int64_t vectors = smaller(3, ceil_div(places - q, L)), start = tile_start(q, places, vectors * L);
+        const int64_t vectors = smaller(kPlaneVectors, ceil_div(places - q, L)), start = tile_start(q, places, vectors * L);
         for_filters(filters, [&](int64_t k, auto m) {
-          const auto run = vectors == 1   ? planes_tile<S, m, 1>
-                           : vectors == 2 ? planes_tile<S, m, 2>
-                                          : planes_tile<S, m, 3>;
-          run(taps, at, x + start, weights + k * taps, bias ? bias + k : nullptr, y + k * plane + start, plane,
-              smaller(m, filters - k), places - start, stream);
+          with_count<kPlaneVectors>(vectors, [&](auto v) {
+            planes_tile<S, m, v>(taps, at, x + start, weights + k * taps, bias ? bias + k : nullptr,
+                                 y + k * plane + start, plane, smaller(m, filters - k), places - start, stream);
+          });
         });
         q += vectors * L;
       }
