@@ -26,10 +26,24 @@ constexpr int64_t kTaskFilters = 64, kTurnedPlaces = 96;
 constexpr int64_t kManyTaps = 64;       // for lines
 constexpr int64_t kManyPixelTaps = 96;  // their weights for 64 filters would fill the first-level cache
 
-/// M filters x V vectors of places from `lines` on; the first `filters` and `places` of them are kept.
+/// Calls put(write), where write(to, vector, whether it is the row's last) stores its first `lanes`, or all. Inlined, all of
+/// it, or GCC keeps the sums in memory.
+template <class S, class Put>
+[[gnu::always_inline]] static inline void write_vectors(int64_t lanes, bool past, const Put& put) {
+  if (lanes < kLanes<Sum<S>>) {
+    put([&](S* to, Vec<Sum<S>> v, bool last) { last ? store_first(to, v, lanes) : store(to, v); });
+    return;
+  }
+  if constexpr (std::is_same_v<S, Sum<S>>) {
+    if (past) return put([](S* to, Vec<S> v, bool) { store_past_cache(to, v); });
+  }
+  put([](S* to, Vec<Sum<S>> v, bool) { store(to, v); });
+}
+
+/// M filters x V vectors of places from `lines` on; the first `filters` are kept, and `lanes` of the last vector.
 template <class S, int M, int V>
-void planes_tile(int64_t taps, const int64_t* at, const Sum<S>* lines, const Sum<S>* weights, const S* bias, S* y,
-                 int64_t plane, int64_t filters, int64_t places, bool past) {
+void planes_tile(int64_t taps, const int64_t* at, const Sum<S>* lines, const Sum<S>* weights, const Sum<S>* bias, S* y,
+                 int64_t plane, int64_t filters, int64_t lanes, bool past) {
   using T = Sum<S>;
   constexpr int64_t L = kLanes<T>;
   Vec<T> sum[M][V]{};
@@ -42,31 +56,21 @@ void planes_tile(int64_t taps, const int64_t* at, const Sum<S>* lines, const Sum
       for (int v = 0; v < V; ++v) sum[m][v] = multiply_add(w, seen[v], sum[m][v]);
     }
   }
+  write_vectors<S>(lanes, past, [&](auto write) __attribute__((always_inline)) {
 #pragma GCC unroll 16  // early, or GCC keeps the sums in memory
-  for (int m = 0; m < M; ++m) {
-    if (m == filters) break;
-    const Vec<T> added = broadcast(bias ? value(bias[m]) : T(0));
-    for (int v = 0; v < V; ++v) {
-      if constexpr (std::is_same_v<S, T>) {
-        if (past) {
-          store_past_cache(y + m * plane + v * L, sum[m][v] + added);
-          continue;
-        }
-      }
-      if (places >= (v + 1) * L) {
-        store(y + m * plane + v * L, sum[m][v] + added);
-      } else {
-        store_first(y + m * plane + v * L, sum[m][v] + added, larger(0, places - v * L));
-      }
+    for (int m = 0; m < M; ++m) {
+      if (m == filters) break;
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) write(y + m * plane + v * L, sum[m][v] + broadcast(bias[m]), v == V - 1);
     }
-  }
+  });
 }
 
 /// M places x V vectors of filters, where place m sees x[m][at[t]] through tap t; the first `places` are kept, and `lanes`
 /// of the last vector.
 template <class S, int M, int V>
-void pixels_tile(int64_t taps, const int64_t* at, const Sum<S>* const* seen_from, const Sum<S>* weights, const S* bias,
-                 S* y, int64_t filters, int64_t places, int64_t lanes, bool past) {
+void pixels_tile(int64_t taps, const int64_t* at, const Sum<S>* const* seen_from, const Sum<S>* weights,
+                 const Sum<S>* bias, S* y, int64_t filters, int64_t places, int64_t lanes, bool past) {
   using T = Sum<S>;
   constexpr int64_t L = kLanes<T>;
   const T* x[M];
@@ -81,30 +85,19 @@ void pixels_tile(int64_t taps, const int64_t* at, const Sum<S>* const* seen_from
       for (int v = 0; v < V; ++v) sum[m][v] = multiply_add(seen, weight[v], sum[m][v]);
     }
   }
-  Vec<T> added[V];
-  for (int v = 0; v < V; ++v) added[v] = bias ? load_first(bias + v * L, v < V - 1 ? L : lanes) : Vec<T>{};
+  write_vectors<S>(lanes, past, [&](auto write) __attribute__((always_inline)) {
 #pragma GCC unroll 32  // early, or GCC keeps the sums in memory
-  for (int m = 0; m < M; ++m) {
-    if (m == places) break;
-    for (int v = 0; v < V; ++v) {
-      if constexpr (std::is_same_v<S, T>) {
-        if (past) {
-          store_past_cache(y + m * filters + v * L, sum[m][v] + added[v]);
-          continue;
-        }
-      }
-      if (v < V - 1 || lanes == L) {
-        store(y + m * filters + v * L, sum[m][v] + added[v]);
-      } else {
-        store_first(y + m * filters + v * L, sum[m][v] + added[v], lanes);
-      }
+    for (int m = 0; m < M; ++m) {
+      if (m == places) break;
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) write(y + m * filters + v * L, sum[m][v] + load(bias + v * L), v == V - 1);
     }
-  }
+  });
 }
 
 template <class T>
 int64_t packed_filters(int64_t filters) {
-  return round_up(filters, larger(kTileRows, kMostVectors * kLanes<T>));
+  return round_up(filters, larger(kPlaneFilters, kMostVectors * kLanes<T>));
 }
 
 /// to[t][lane] = the weight of filter `lane` for number t, zero beyond `filters`. By lines, t is a tap of a line.
@@ -117,27 +110,24 @@ void pack_filters(const Conv2dGeometry& g, bool lines, const S* weight, int64_t 
   }
 }
 
-/// Planes of outputs from `filters` numbers of each place.
+/// Planes of outputs from `filters` numbers of each place, a line of the cache at a time.
 template <class S>
-void turn(const Sum<S>* from, int64_t width, int64_t places, int64_t filters, const S* bias, S* y, int64_t plane,
-          bool past) {
+void turn(const Sum<S>* from, int64_t width, int64_t places, int64_t filters, S* y, int64_t plane, bool past) {
   using T = Sum<S>;
   constexpr int64_t L = kLanes<T>;
-  for (int64_t q = 0; q < places; q += L)
+  for (int64_t q = 0; q < places; q += kLineVectors * L)
     for (int64_t k = 0; k < filters; k += L) {
-      Vec<T> square[L];
-      for (int64_t i = 0; i < L; ++i) square[i] = load(from + (q + i) * width + k);
-      transpose<T>(square);
-      for (int64_t i = 0; i < smaller(L, filters - k); ++i) {
-        const Vec<T> sums = square[i] + broadcast(bias ? value(bias[k + i]) : T(0));
-        if constexpr (std::is_same_v<S, T>) {
-          if (past) {
-            store_past_cache(y + (k + i) * plane + q, sums);
-            continue;
-          }
-        }
-        store_first(y + (k + i) * plane + q, sums, smaller(L, places - q));
+      const int64_t vectors = smaller(kLineVectors, ceil_div(places - q, L)), lanes = places - q - (vectors - 1) * L;
+      Vec<T> squares[kLineVectors][L];
+      for (int v = 0; v < kLineVectors; ++v) {
+        for (int64_t i = 0; i < L; ++i) squares[v][i] = load(from + (q + v * L + i) * width + k);
+        transpose<T>(squares[v]);
       }
+      write_vectors<S>(lanes, past, [&](auto write) __attribute__((always_inline)) {
+        for (int64_t i = 0; i < smaller(L, filters - k); ++i)
+          for (int v = 0; v < kLineVectors; ++v)
+            if (v < vectors) write(y + (k + i) * plane + q + v * L, squares[v][i], v == vectors - 1);
+      });
     }
 }
 
@@ -156,7 +146,7 @@ void forward(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* worksp
   const bool planes = g.layout == Layout::contiguous, lines = by_lines(g);
   const bool past = past_cache(o.out, g.n * g.k * plane) && (planes ? plane : g.k) % L == 0;
   T *x = workspace, *row = x + kMostLines, *results = row + kLongestRow;
-  T* weights = results + kTurnedPlaces * kMostVectors * L;
+  T *biases = results + kTurnedPlaces * kMostVectors * L, *weights = biases + packed_filters<T>(kTaskFilters);
   const T* seen_from[kWidestBand + kMostPlaces];
   int64_t at[kMostTaps], packed = -1, columns = -1, band_rows = -1;
   for (int64_t task = begin; task < end; ++task) {
@@ -164,8 +154,9 @@ void forward(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* worksp
     const int64_t n = task / bands.count() % g.n, k0 = task / bands.count() / g.n * kTaskFilters;
     const int64_t filters = smaller(kTaskFilters, g.k - k0), places = band.places(),
                   first = band.oh * g.out[1] + band.ow;
-    const S *bias = o.bias ? o.bias + k0 : nullptr, *image = o.a + n * g.c * g.in[0] * g.in[1];
-    const Panels<T> panels(filters, taps < kManyPixelTaps ? kMostVectors : 2);
+    const S* image = o.a + n * g.c * g.in[0] * g.in[1];
+    const bool narrow = taps >= kManyPixelTaps || (kMostVectors % kLineVectors > 0 && filters > kMostVectors * L);
+    const Panels<T> panels(filters, narrow ? 2 : kMostVectors);
     if (k0 != packed) {
       const S* from = o.b + k0 * taps;
       if (lines) {
@@ -178,6 +169,8 @@ void forward(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* worksp
           pack_filters(g, lines, from + k * taps, count, round_up(count, L), weights + k * taps);
         }
       }
+      for (int64_t k = 0; k < packed_filters<T>(kTaskFilters); ++k)
+        biases[k] = o.bias && k < filters ? value(o.bias[k0 + k]) : T(0);
       packed = k0;
     }
     const bool stream = past && (!planes || (first % L == 0 && places % L == 0));
@@ -189,13 +182,13 @@ void forward(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* worksp
       }
       copy_lines(g, bands, band, image, 0, g.c * g.kernel[1], row, x);
       for (int64_t q = 0; q < places;) {
-        const int64_t vectors = smaller(3, ceil_div(places - q, L)), start = tile_start(q, places, vectors * L);
+        const int64_t vectors = smaller(kPlaneVectors, ceil_div(places - q, L)),
+                      start = tile_start(q, places, vectors * L);
         for_filters(filters, [&](int64_t k, auto m) {
-          const auto run = vectors == 1   ? planes_tile<S, m, 1>
-                           : vectors == 2 ? planes_tile<S, m, 2>
-                                          : planes_tile<S, m, 3>;
-          run(taps, at, x + start, weights + k * taps, bias ? bias + k : nullptr, y + k * plane + start, plane,
-              smaller(m, filters - k), places - start, stream);
+          with_count<kPlaneVectors>(vectors, [&](auto v) {
+            planes_tile<S, m, v>(taps, at, x + start, weights + k * taps, biases + k, y + k * plane + start, plane,
+                                 smaller(m, filters - k), places - start - (v - 1) * L, stream);
+          });
         });
         q += vectors * L;
       }
@@ -214,26 +207,24 @@ void forward(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* worksp
     }
     copy_rows(g, image, band.oh * g.stride[0] - g.padding[0], band.ow * g.stride[1] - g.padding[1], x_rows, x_columns,
               x);
-    for (int64_t k = 0; k < filters; k += panels.width)
-      with_vectors<T>(smaller(panels.width, filters - k), [&](auto v) {
-        constexpr int M = kSums / v < kMostPlaces ? kSums / v : kMostPlaces;
-        const int64_t count = smaller(panels.width, filters - k);
-        const S* panel_bias = bias ? bias + k : nullptr;
-        for (int64_t q0 = 0; q0 < places; q0 += planes ? kTurnedPlaces : places) {
-          const int64_t some = planes ? smaller(kTurnedPlaces, places - q0) : places;
+    const int64_t stretch = planes ? kTurnedPlaces : places;
+    for (int64_t q0 = 0; q0 < places; q0 += stretch)
+      for (int64_t k = 0; k < filters; k += panels.width)
+        with_vectors<T>(smaller(panels.width, filters - k), [&](auto v) {
+          constexpr int M = kSums / v < kMostPlaces ? kSums / v : kMostPlaces;
+          const int64_t count = smaller(panels.width, filters - k), some = smaller(stretch, places - q0);
           for (int64_t q = 0; q < some; q += M) {
             const int64_t start = tile_start(q, some, M), left = some - start;
             const auto from = seen_from + q0 + start;
             if (planes)
-              pixels_tile<T, M, v>(taps, at, from, weights + k * taps, nullptr, results + start * v * L, v * L, left, L,
-                                   false);
+              pixels_tile<T, M, v>(taps, at, from, weights + k * taps, biases + k, results + start * v * L, v * L, left,
+                                   L, false);
             else
-              pixels_tile<S, M, v>(taps, at, from, weights + k * taps, panel_bias, y + start * g.k + k, g.k, left,
-                                   count - (v - 1) * L, past);
+              pixels_tile<S, M, v>(taps, at, from, weights + k * taps, biases + k, y + (q0 + start) * g.k + k, g.k,
+                                   left, count - (v - 1) * L, past);
           }
-          if (planes) turn(results, v * L, some, count, panel_bias, y + k * plane + q0, plane, stream);
-        }
-      });
+          if (planes) turn(results, v * L, some, count, y + k * plane + q0, plane, stream);
+        });
   }
   if (past) stores_done();
 }
@@ -269,7 +260,7 @@ Conv2dAlgorithm<Conv2dRun<S>> conv2d_few_channels() {
   const Conv2dRun<S> y{forward_tasks<S>,
                        [](const Conv2dGeometry& g) {
                          return kMostLines + kLongestRow + kTurnedPlaces * kMostVectors * kLanes<T> +
-                                taps_of(g) * packed_filters<T>(kTaskFilters);
+                                (taps_of(g) + 1) * packed_filters<T>(kTaskFilters);
                        },
                        forward<S>};
   return {"few_channels",

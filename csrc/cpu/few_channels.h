@@ -21,6 +21,8 @@ constexpr int64_t kGoodLines = 1 << 16, kMostLines = 1 << 17;  // numbers of a b
 constexpr int64_t kLongestRow = 1 << 13;                       // numbers of a row of x under a band
 constexpr int64_t kBandPlaces = 512;                           // about as many in a band
 constexpr int kMostPlaces = 12;                                // in a tile of channels_last
+constexpr int kLineVectors = 64 / kVectorBytes;                // of a line of the cache
+constexpr int kPlaneVectors = kTileRows == 8 ? 3 : 2, kPlaneFilters = kTileRows == 8 ? 8 : 6;  // in one of planes
 
 /// How the outputs are cut into bands of `rows` x `columns`, one row if an image is cut across; and how the lines of one lie.
 struct Bands {
@@ -155,17 +157,16 @@ inline int64_t seen_by(const Conv2dGeometry& g, int dim, int64_t outputs) {
   return (outputs - 1) * g.stride[dim] + (g.kernel[dim] - 1) * g.dilation[dim] + 1;
 }
 
-/// Calls f(first, width) for tiles of `count` filters: kTileRows of them, or half as many.
+/// Calls f(first, width) for tiles of `count` filters: kPlaneFilters of them, or 4.
 template <class F>
 void for_filters(int64_t count, const F& f) {
-  constexpr int M = kTileRows;
   for (int64_t k = 0; k < count;) {
-    if (count - k > M / 2) {
-      f(k, std::integral_constant<int, M>());
-      k += M;
+    if (count - k > 4) {
+      f(k, std::integral_constant<int, kPlaneFilters>());
+      k += kPlaneFilters;
     } else {
-      f(k, std::integral_constant<int, M / 2>());
-      k += M / 2;
+      f(k, std::integral_constant<int, 4>());
+      k += 4;
     }
   }
 }
