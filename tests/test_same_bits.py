@@ -49,6 +49,8 @@ CONV2D_NAMES = [
     "depthwise-large",
     "groups-of-4",
     "groups-of-16",
+    "groups-of-16-small",
+    "groups-of-32",
 ]
 POOL2D_NAMES = ["resnet-stem", "asymmetric-ceil", "overlapping-padded", "row-over-vector-3x3", "window-of-289"]
 

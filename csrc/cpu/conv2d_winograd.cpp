@@ -29,7 +29,7 @@
 //
 // Refuses float64, kernels other than 3x3 and 5x5, strides, and where `direct` is faster: few channels, or small images or
 // phases. The gradient of the weight is in conv2d_winograd_grad_weight.cpp.
-#include "winograd.h"
+#include "winograd_products.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
@@ -90,7 +90,7 @@ void transform_outputs(const Layer& t, const Tasks<Sum<S>>& tasks, const Sum<S>*
   using Columns = Numbers<Form::columns, Form::width>;
   for_runs<T>(t, tile0, count, channels, [&](const Run& run, int64_t c, int64_t lanes) {
     const Vec<T> plus = bias ? load_first(bias + c, lanes) : Vec<T>{};
-    const int64_t height = smaller(Form::height, t.left(run.h, 0)), columns = run.count * Form::width;
+    const int64_t height = smaller(Form::height, t.left(run.h, 0));
     S* image = out + run.n * t.out.image + c * t.out.channel;
     const T* from = sums + c / tasks.width * Form::points * point + run.first * tasks.width + c % tasks.width;
     const auto get = [&](int i, int j) { return load(from + (i * Form::columns + j) * point); };
@@ -105,14 +105,17 @@ void transform_outputs(const Layer& t, const Tasks<Sum<S>>& tasks, const Sum<S>*
       }
       return;
     }
+    const int64_t columns = smaller(run.count * Form::width, t.left(run.w, 1));
     for (int64_t lane = 0; lane < lanes; ++lane)
       for (int64_t i = 0; i < height; ++i)
         for (int64_t j = 0; j < columns; j += kLine)
           __builtin_prefetch(
               image + lane * t.out.channel + (run.h + i * t.apart[0]) * t.out.row + run.w + j * t.apart[1], 1);
-    for (T* to = scratch; to < scratch + columns * L; to += Form::width * L, from += tasks.width)
-      transform<Rows, Columns, T>(get, [&](int i, int j, Vec<T> y) { store(to + (i * columns + j) * L, y + plus); });
-    copy_back(t, scratch, run.h, run.w, height, smaller(columns, t.left(run.w, 1)), columns, lanes, image);
+    for (int64_t w = 0; w < columns; w += Form::width, from += tasks.width)
+      transform<Rows, Columns, T>(get, [&](int i, int j, Vec<T> y) {
+        if (w + j < columns) store(scratch + (i * columns + w + j) * L, y + plus);
+      });
+    copy_back(t, scratch, run.h, run.w, height, columns, columns, lanes, image);
   });
 }
 

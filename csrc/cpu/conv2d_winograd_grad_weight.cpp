@@ -8,7 +8,7 @@
 // block by itself, and keeps its sums: those of a block, each from a fresh zero, are added in order. Where such tasks
 // would be few, the tiles are cut into parts, each with tasks and sums of its own, which are added up last. A NaN or
 // infinity reaches all taps of the filters that see its tile.
-#include "winograd.h"
+#include "winograd_products.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
@@ -89,13 +89,15 @@ void write_filters(const Layer& t, const Tasks<T>& tasks, const T* sums, int64_t
       const T* from = sums + k * tasks.width + c;
       S* filter = out + k * t.weight_row + c * t.weight_channel;
       const int64_t lanes = smaller(L, channels - c);
+      const bool by_tap = t.weight_channel == 1;  // otherwise a channel's taps lie side by side
+      T turned[taps * taps * L];
       transform<Numbers<Form::rows, taps>, Numbers<Form::columns, taps>, T>(
           [&](int i, int j) { return load(from + (i * Form::columns + j) * tasks.sum_point()); },
           [&](int i, int j, Vec<T> w) {
-            S* to = filter + (i * taps + j) * t.weight_tap;
-            if (t.weight_channel == 1) return store_first(to, w, lanes);
-            for (int64_t lane = 0; lane < lanes; ++lane) to[lane * t.weight_channel] = rounded<S>(w[lane]);
+            const int64_t tap = i * taps + j;
+            by_tap ? store_first(filter + tap * t.weight_tap, w, lanes) : store(turned + tap * L, w);
           });
+      if (!by_tap) turn_back(turned, L, taps * taps, lanes, filter, t.weight_channel);
     }
 }
 

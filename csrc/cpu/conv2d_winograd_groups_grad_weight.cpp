@@ -33,26 +33,11 @@ constexpr int64_t kTaskBytes = 256;  // of a pixel, in channels_last: neighbouri
 template <class T, bool one_group>
 constexpr int64_t kSummed = one_group ? kLanes<T> : kLanes<T> / 2;
 
-/// How channels lie in vectors. A unit is a vector of whole groups, or a group of whole vectors.
+/// Numbers of the sums that a pair of vectors makes.
 template <class T>
-struct Units {
-  int64_t channels, rows;           // of a group
-  int64_t groups, in, out;          // of a vector: groups (1 if it is a part of one), inputs, outputs
-  int64_t in_vectors, out_vectors;  // of a unit
-  int64_t count;
-
-  explicit Units(const Conv2dGeometry& g) : channels(g.c / g.groups), rows(g.k / g.groups) {
-    constexpr int64_t L = kLanes<T>;
-    groups = larger(L / larger(channels, rows), 1);
-    in = smaller(groups * channels, L);
-    out = smaller(groups * rows, L);
-    in_vectors = ceil_div(channels, L);
-    out_vectors = ceil_div(rows, L);
-    count = ceil_div(g.groups, groups);
-  }
-  int64_t vectors() const { return in_vectors + out_vectors; }
-  int64_t sums() const { return kProducts * (groups == 1 ? kSummed<T, true> : kSummed<T, false>)*kLanes<T>; }
-};
+int64_t pair_sums(const Units<T>& all) {
+  return kProducts * (all.groups == 1 ? kSummed<T, true> : kSummed<T, false>)*kLanes<T>;
+}
 
 /// Tasks are a few units each.
 template <class T>
@@ -80,7 +65,7 @@ struct TaskMemory {
         sums(tiles + tasks.units * all.vectors() * points) {}
   static int64_t size(const Units<T>& all, const Tasks<T>& tasks) {
     return tasks.units * (all.in_vectors * tasks.strips.in + all.out_vectors * tasks.strips.out +
-                          all.vectors() * points + all.in_vectors * all.out_vectors * all.sums());
+                          all.vectors() * points + all.in_vectors * all.out_vectors * pair_sums(all));
   }
 };
 
@@ -127,7 +112,7 @@ void write_filters(const Conv2dGeometry& g, const Units<T>& all, const T* sums, 
 template <class T, bool one_group>
 void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspace, int64_t begin, int64_t end) {
   constexpr int64_t L = kLanes<T>, kPoints = TaskMemory<T>::points;
-  const Units<T> all(g);
+  const Units<T> all(g, Pass::grad_weight);
   const Tasks<T> tasks(g, all);
   const Strips<T>& strips = tasks.strips;
   const TaskMemory<T> memory(all, tasks, workspace);
@@ -135,12 +120,12 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspa
   for (int64_t task = begin; task < end; ++task) {
     const int64_t u0 = task * tasks.units, u1 = smaller(u0 + tasks.units, all.count);
     const int64_t a0 = u0 * all.in_vectors, b0 = u0 * all.out_vectors;
-    for (int64_t i = 0; i < (u1 - u0) * pairs * all.sums(); i += L) store(memory.sums + i, Vec<T>{});
+    for (int64_t i = 0; i < (u1 - u0) * pairs * pair_sums(all); i += L) store(memory.sums + i, Vec<T>{});
     const auto add = [&](int64_t u, int64_t tiles) {
       const T *gradients = memory.tiles + u * all.vectors() * kPoints, *inputs = gradients + all.out_vectors * kPoints;
-      T* sums = memory.sums + u * pairs * all.sums();
+      T* sums = memory.sums + u * pairs * pair_sums(all);
       for (int64_t b = 0; b < all.out_vectors; ++b)
-        for (int64_t a = 0; a < all.in_vectors; ++a, sums += all.sums())
+        for (int64_t a = 0; a < all.in_vectors; ++a, sums += pair_sums(all))
           add_products<T, one_group>(all, tiles, gradients + b * kPoints, inputs + a * kPoints, sums);
     };
     int64_t waiting = 0;  // tiles that are transformed, but not summed
@@ -152,6 +137,8 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspa
                       strips.in, memory.in);
         gather_pixels(g.layout, g.out, g.k, all.out, o.a, n, s.out * g.out[1], s.g.out[0] * g.out[1], b0,
                       u1 * all.out_vectors, strips.out, memory.out);
+        const auto in = strip_view(memory.in, g.in[1], strips.in, 0),
+                   out = strip_view(memory.out, g.out[1], strips.out, 0);
         const int64_t across = ceil_div(t.w.count, kOutputs), tiles = ceil_div(t.h.count, kOutputs) * across;
         for (int64_t tile = 0, next; tile < tiles; tile = next) {
           next = smaller(tile + kTiles - waiting, tiles);
@@ -163,11 +150,11 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspa
             T* to = memory.tiles + u * all.vectors() * kPoints;
             for (int64_t b = u * all.out_vectors; b < (u + 1) * all.out_vectors; ++b, to += kPoints)
               each([&](int64_t h, int64_t w,
-                       T* to) { transform_gradients(s.g, memory.out + b * strips.out, h, w, kTiles * L, to); },
+                       T* to) { transform_gradients(s.g, out, out.at + b * out.vector, h, w, kTiles * L, to); },
                    to);
             for (int64_t a = u * all.in_vectors; a < (u + 1) * all.in_vectors; ++a, to += kPoints)
               each([&](int64_t h, int64_t w,
-                       T* to) { transform_inputs(t, memory.in + a * strips.in, h, w, kTiles * L, to); },
+                       T* to) { transform_inputs(t, in, in.at + a * in.vector, h, w, kTiles * L, to); },
                    to);
             if (waiting + next - tile == kTiles) add(u, kTiles);
           }
@@ -176,7 +163,7 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspa
       }
     for (int64_t u = 0; u < u1 - u0 && waiting > 0; ++u) add(u, waiting);
     for (int64_t b = b0; b < u1 * all.out_vectors; ++b)
-      write_filters<T, one_group>(g, all, memory.sums + (b - b0) * all.in_vectors * all.sums(), all.sums(),
+      write_filters<T, one_group>(g, all, memory.sums + (b - b0) * all.in_vectors * pair_sums(all), pair_sums(all),
                                   smaller(all.out, g.k - b * all.out), memory.tiles,
                                   o.out + b * all.out * 9 * all.channels);
   }
@@ -186,12 +173,10 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspa
 
 template <class T>
 const char* winograd_groups_grad_weight_refuses(const Conv2dGeometry& g) {
-  constexpr int64_t L = kLanes<T>;
-  const Units<T> all(g);
+  const Units<T> all(g, Pass::grad_weight);
   if (smaller(all.channels, all.rows) < kFewestChannels || larger(all.channels, all.rows) > kMostChannels)
     return "its gradient of the weight is that of groups of 5 to 32 channels";
-  if (larger(all.in_vectors, all.out_vectors) > 1 && (all.channels % L != 0 || all.rows % L != 0))
-    return "its groups wider than a vector are whole vectors";
+  if (!all.fit()) return "its groups wider than a vector are whole vectors";
   if (all.count < kGoodTasks) return "its gradient of the weight has a task for each vector of groups";
   const Tasks<T> tasks(g, all);
   if (g.border != Border::zeros && tasks.strips.count > 1) return "the strips of its images have borders of zeros only";
@@ -202,13 +187,14 @@ const char* winograd_groups_grad_weight_refuses(const Conv2dGeometry& g) {
 
 template <class T>
 Conv2dRun<T> winograd_groups_grad_weight() {
-  return {[](const Conv2dGeometry& g) { return Tasks<T>(g, Units<T>(g)).total; },
+  return {[](const Conv2dGeometry& g) { return Tasks<T>(g, Units<T>(g, Pass::grad_weight)).total; },
           [](const Conv2dGeometry& g) {
-            const Units<T> all(g);
+            const Units<T> all(g, Pass::grad_weight);
             return TaskMemory<T>::size(all, Tasks<T>(g, all));
           },
           [](const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspace, int64_t begin, int64_t end) {
-            (Units<T>(g).groups == 1 ? grad_weight<T, true> : grad_weight<T, false>)(g, o, workspace, begin, end);
+            (Units<T>(g, Pass::grad_weight).groups == 1 ? grad_weight<T, true> : grad_weight<T, false>)(g, o, workspace,
+                                                                                                        begin, end);
           }};
 }
 

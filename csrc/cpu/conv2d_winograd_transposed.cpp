@@ -17,7 +17,7 @@
 //
 // A task is some images, or a band of one image's rows, times a block of input channels. Bands that see the same tiles
 // both transform them. A NaN or infinity in a tile reaches the whole patch.
-#include "winograd.h"
+#include "winograd_products.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
@@ -138,7 +138,8 @@ void add_tiles(const Layer& t, const Tasks<Sum<S>>& tasks, const Band& band, con
           for (int q = 0; q < overlap; ++q) x[q] += load(open + q * line + w * L);
         for (int q = 0; q < overlap; ++q) store(open + q * line + w * L, x[q + height]);
         if (t.layout == Layout::contiguous) {
-          for (int q = 0; q < Form::rows; ++q) store(done + q * line + w * L, x[q] + plus);
+          for (int q = 0; q < Form::rows && w >= padding[1] && w - padding[1] < left; ++q)
+            store(done + (q * left + w - padding[1]) * L, x[q] + plus);
         } else if (w >= padding[1] && w - padding[1] < left) {
           S* to = image + h * t.out.row + (w - padding[1]) * t.out.pixel;
           for (int q = 0; q < Form::rows; ++q)
@@ -146,8 +147,7 @@ void add_tiles(const Layer& t, const Tasks<Sum<S>>& tasks, const Band& band, con
         }
       }
       if (t.layout == Layout::contiguous && from_row < to_row)
-        copy_back(t, done + from_row * line + padding[1] * L, h + from_row, 0, to_row - from_row, left, tasks.columns,
-                  lanes, image);
+        copy_back(t, done + from_row * left * L, h + from_row, 0, to_row - from_row, left, left, lanes, image);
     }
   }
 }

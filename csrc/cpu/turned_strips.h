@@ -124,24 +124,31 @@ void gather_strip(const Conv2dGeometry& g, const Strip& s, const Packing<Sum<S>>
 }
 
 /// The way back for its outputs.
-template <Pass pass, class S>
-void scatter_strip(const Conv2dGeometry& g, const Strip& s, const Packing<Sum<S>>& pack, const S* from, int64_t n,
-                   int64_t v0, int64_t v1, int64_t next, S* to) {
+template <class S>
+void scatter_pixels(Layout layout, const int64_t* size, int64_t channels, int64_t out, const S* from, int64_t n,
+                    int64_t first, int64_t pixels, int64_t v0, int64_t v1, int64_t next, S* to) {
   constexpr int64_t L = kLanes<Sum<S>>;
-  const int64_t* size = pass == Pass::grad_input ? g.in : g.out;
-  const int64_t pixels = (pass == Pass::grad_input ? s.g.in : s.g.out)[0] * size[1], first = s.out * size[1];
-  const int64_t plane = size[0] * size[1], channels = g.groups * pack.rows;
-  if (g.layout == Layout::contiguous) {
+  const int64_t plane = size[0] * size[1];
+  if (layout == Layout::contiguous) {
     for (int64_t v = v0, k; v < v1; ++v, from += next) {
-      k = v * pack.out;
-      turn_back(from, L, pixels, smaller(pack.out, channels - k), to + (n * channels + k) * plane + first, plane);
+      k = v * out;
+      turn_back(from, L, pixels, smaller(out, channels - k), to + (n * channels + k) * plane + first, plane);
     }
     return;
   }
   S* y = to + (n * plane + first) * channels;
   for (int64_t p = 0; p < pixels; ++p, from += L, y += channels)
     for (int64_t v = v0; v < v1; ++v)
-      store_some(y + v * pack.out, load(from + (v - v0) * next), smaller(pack.out, channels - v * pack.out));
+      store_some(y + v * out, load(from + (v - v0) * next), smaller(out, channels - v * out));
+}
+
+template <Pass pass, class S>
+void scatter_strip(const Conv2dGeometry& g, const Strip& s, const Packing<Sum<S>>& pack, const S* from, int64_t n,
+                   int64_t v0, int64_t v1, int64_t next, S* to) {
+  const int64_t* size = pass == Pass::grad_input ? g.in : g.out;
+  const int64_t rows = (pass == Pass::grad_input ? s.g.in : s.g.out)[0];
+  scatter_pixels(g.layout, size, g.groups * pack.rows, pack.out, from, n, s.out * size[1], rows * size[1], v0, v1, next,
+                 to);
 }
 
 }  // namespace cnnops::cpu::CNNOPS_ISA

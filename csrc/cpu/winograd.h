@@ -1,28 +1,23 @@
-// How numbers come to the transforms of Winograd's convolution (winograd_points.h), and what its passes share: vectors of
-// channels, tiles, filters, products.
+// How numbers come to the transforms of Winograd's convolution (winograd_points.h): vectors of channels, and tiles.
+// winograd_products.h has what is done with them.
 //
-// Vectors lie along channels in channels_last tensors: tiles are read and written where they stand. In the contiguous
-// layout a run of tiles goes through a scratch array, transposed. That also fills in the border. With a dilation it holds
-// the pixels of all phases of a row (winograd_forms.h): each run of tiles picks those of its own.
+// Vectors lie along channels in channels_last tensors: tiles are read and written where they stand. Contiguous tensors go
+// through a scratch array, transposed. Of small images it holds whole rows, as many as there is room for: they are one run of
+// numbers in each plane, and tiles are read from there as they are in channels_last. Of others it holds what a run of tiles
+// sees, the border filled in; with a dilation, the pixels of all phases of a row (winograd_forms.h): each run of tiles picks
+// those of its own.
 #pragma once
 
 #include "channels_last.h"
+#include "turn.h"
 #include "winograd_forms.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 
 constexpr int64_t kRunTiles = 8;  // neighbours, transformed together, at most
 constexpr int64_t kMostPatch = 8, kRunColumns = (kRunTiles - 1) * 4 + kMostPatch;  // their pixels
-constexpr int64_t kLine = 16;         // numbers between two points: or they would share their places in the cache
-constexpr int kSums = 3 * kTileRows;  // vectors of sums in a register tile
-constexpr int kMostVectors = kTileRows == 8 ? 4 : 3;  // in a row of it
-/// Of a single vector even and odd terms are summed apart: so many rows that each had its sum would be more than there
-/// are registers for their addresses.
-constexpr int ways(int64_t vectors) { return vectors < 3 ? 2 : 1; }
-/// The register tile's rows. Where registers are left over, numbers of channels and tiles that are multiples of 8 fit.
-constexpr int tile_rows(int64_t vectors) {
-  return static_cast<int>((kTileRows == 8 && vectors < 3 ? 16 / vectors : kSums / vectors) / ways(vectors));
-}
+constexpr int64_t kBandPixels = 448;                                               // of small images, turned together
+constexpr int64_t kLine = 16;  // numbers between two points: or they would share their places in the cache
 
 // ---- from tensors to vectors of channels, and back ----
 
@@ -144,8 +139,8 @@ static inline void copy_patch(const Layer& t, const S* image, int64_t h, int64_t
     }
     const S* from = image + row * t.in.row;
     const int64_t width = smaller(t.in_size[1], larger(t.seen[1], 0));
-    for (int64_t j = 0; j < columns; j += L) {
-      const int64_t count = smaller(L, columns - j);
+    for (int64_t next = 0; next < columns; next += L) {
+      const int64_t j = columns >= L ? smaller(next, columns - L) : next, count = smaller(L, columns - j);
       Vec<T> square[L]{};
       for (int64_t lane = 0; lane < lanes; ++lane) {
         const S* plane = from + lane * t.in.channel;
@@ -164,64 +159,64 @@ static inline void copy_patch(const Layer& t, const S* image, int64_t h, int64_t
   }
 }
 
-/// p[j*step] = v[j] for j < count; nothing else is touched.
-template <class S>
-static inline void store_strided(S* p, int64_t step, Vec<Sum<S>> v, int64_t count) {
-  if (step == 1) return store_first(p, v, count);
-  for (int64_t j = 0; j < count; ++j) p[j * step] = rounded<S>(v[j]);
-}
-
-/// The inverse: `rows` rows and `width` columns of a phase, from (h, w) on, from rows of `columns`.
+/// The inverse: `rows` rows and `width` columns of a phase, from (h, w) on, from rows of `columns`. Of whole rows without
+/// gaps several are one.
 template <class S>
 static inline void copy_back(const Layer& t, const Sum<S>* from, int64_t h, int64_t w, int64_t rows, int64_t width,
                              int64_t columns, int64_t lanes, S* image) {
   constexpr int64_t L = kLanes<Sum<S>>;
+  if (t.apart[0] * t.apart[1] == 1 && width == columns && width == t.out_size[1]) {
+    columns = width *= rows;
+    rows = 1;
+  }
   for (int64_t i = 0; i < rows; ++i, from += columns * L) {
     S* to = image + (h + i * t.apart[0]) * t.out.row + w;
+    if (t.apart[1] == 1) {
+      turn_back(from, L, width, lanes, to, t.out.channel);
+      continue;
+    }
     for (int64_t j = 0; j < width; j += L) {
       const int64_t count = smaller(L, width - j);
       Vec<Sum<S>> square[L]{};
       for (int64_t lane = 0; lane < count; ++lane) square[lane] = load(from + (j + lane) * L);
       transpose<Sum<S>>(square);
       for (int64_t lane = 0; lane < lanes; ++lane)
-        store_strided(to + lane * t.out.channel + j * t.apart[1], t.apart[1], square[lane], count);
+        for (int64_t k = 0; k < count; ++k)
+          to[lane * t.out.channel + (j + k) * t.apart[1]] = rounded<S>(square[lane][k]);
     }
   }
 }
 
-/// to[channel][tap][lane] = the weights of `lanes` produced and `count` summed channels, at most a vector of each.
-template <class S>
-static inline void copy_filters(const Layer& t, const S* from, int64_t lanes, int64_t count, Sum<S>* to) {
-  constexpr int64_t L = kLanes<Sum<S>>;
-  const int64_t taps = t.taps * t.taps;
-  if (t.weight_row == 1) {
-    for (int64_t c = 0; c < count; ++c)
-      for (int64_t tap = 0; tap < taps; ++tap)
-        store(to + (c * taps + tap) * L, load_first(from + c * t.weight_channel + tap * t.weight_tap, lanes));
-    return;
-  }
-  const bool by_tap = t.weight_tap == 1;  // otherwise channels lie side by side
-  const bool all = by_tap && t.weight_channel == taps;
-  const int64_t squares = all ? 1 : by_tap ? count : taps, square_step = by_tap ? t.weight_channel : t.weight_tap;
-  const int64_t length = all ? count * taps : by_tap ? taps : count;
-  const int64_t to_square = by_tap ? taps : 1, to_lane = by_tap ? 1 : taps;
-  for (int64_t s = 0; s < squares; ++s)
-    for (int64_t r = 0; r < length; r += L) {
-      const int64_t columns = smaller(L, length - r);
-      Vec<Sum<S>> square[L]{};
-      for (int64_t lane = 0; lane < lanes; ++lane) {
-        const S* filter = from + s * square_step + lane * t.weight_row + r;
-        square[lane] = load_first(filter, columns);
-        __builtin_prefetch(filter + L * t.weight_row);  // of the next vector of produced channels
-      }
-      transpose<Sum<S>>(square);
-      for (int64_t i = 0; i < columns; ++i) store(to + (s * to_square + (r + i) * to_lane) * L, square[i]);
-    }
-}
-
-/// Where a row or a column of a patch begins, and how many channels are to be seen there: none outside of the image.
+/// Where a row of a patch begins, and how many channels are to be seen there: none outside of the image.
 struct Line {
   int64_t at, lanes;
+};
+
+/// Rows [first, last) of a vector of planes, turned round: those that a run of tiles sees, and as many below as there is room
+/// for and the tiles before `end` see.
+template <class S>
+struct Band {
+  const S* image = nullptr;
+  int64_t first = 0, last = 0;
+
+  static int64_t rows_seen(const Layer& t, int64_t height) { return (height - 1) * t.apart[0] + 1; }
+  static bool serves(const Layer& t, int64_t height) {
+    return t.layout == Layout::contiguous && t.border == Border::zeros &&
+           rows_seen(t, height) * t.in_size[1] <= kBandPixels;
+  }
+  void turn_rows(const Layer& t, const S* planes, int64_t n, int64_t h, int64_t height, int64_t end, int64_t lanes,
+                 Sum<S>* to) {
+    const int64_t reach = rows_seen(t, height), size = smaller(t.in_size[0], larger(t.seen[0], 0));
+    const int64_t top = larger(h, 0), bottom = smaller(h + reach, size);
+    if (top >= bottom || (planes == image && top >= first && bottom <= last)) return;
+    const int64_t per_row = t.phases[1] * t.tiles[1], per_image = t.rows_of_tiles() * per_row;
+    const int64_t last_row = (smaller(end, (n + 1) * per_image) - 1) % per_image / per_row / t.phases[0];
+    const int64_t below = last_row * t.tile[0] * t.apart[0] + t.phases[0] - 1 + t.offset[0] + reach;
+    image = planes;
+    first = top;
+    last = smaller(top + kBandPixels / t.in_size[1], larger(bottom, smaller(below, size)));
+    turn(planes + top * t.in.row, t.in.channel, (last - first) * t.in.row, lanes, kLanes<Sum<S>>, to);
+  }
 };
 
 /// to[point][tile][channel]: `point` numbers from point to point, `stride` from tile to tile. Columns come first: where
@@ -236,44 +231,59 @@ static inline void transform_tiles(const Layer& t, const S* in, int64_t tile0, i
     int64_t h, w, count;
     bool operator==(const Pixels&) const = default;
   } copied{};
+  Band<S> band;
+  const bool in_band = band.serves(t, height);
   for_runs<T>(t, tile0, count, channels, [&](const Run& run, int64_t c, int64_t lanes) {
     const int64_t h = run.h + t.offset[0], w = run.w + t.offset[1], columns = (run.count - 1) * t.tile[1] + width;
     const S* image = in + run.n * t.in.image + c * t.in.channel;
-    T* lines = scratch + kMostPatch * kRunColumns * L;
+    T* lines = scratch + kBandPixels * L;
     const auto transform_column = [&](int64_t j, const auto& load) {
       Vec<T> column[height], points[Rows::to];
       for (int i = 0; i < height; ++i) column[i] = load(i);
       Rows::template at<T>(column, points);
       for (int i = 0; i < Rows::to; ++i) store(lines + (i * kRunColumns + j) * L, points[i]);
     };
-    if (t.layout == Layout::contiguous) {
+    const auto transform_pixels = [&](const auto* pixels, int64_t row_step, int64_t pixel_step, int64_t lanes) {
+      using Number = std::remove_cvref_t<decltype(*pixels)>;
+      static const Number zeros[L]{};
+      Line rows[height];
+      bool inside = lanes == L;
+      for (int i = 0; i < height; ++i) {
+        const int64_t row = t.pixel(h + i * t.apart[0], 0);
+        rows[i] = row < 0 ? Line{0, 0} : Line{row * row_step, lanes};
+        inside &= row >= 0;
+      }
+      const int64_t right = smaller(t.seen[1], t.in_size[1]), ahead = t.tile[1] * t.apart[1] * pixel_step;
+      for (int64_t j = 0, at = w; j < columns; ++j, at += t.apart[1]) {
+        if (inside && at >= 0 && at < right) {
+          const Number* pixel = pixels + at * pixel_step;
+          transform_column(j, [&](int i) {
+            __builtin_prefetch(pixel + rows[i].at + ahead);
+            return load(pixel + rows[i].at);
+          });
+          continue;
+        }
+        const int64_t column = t.pixel(at, 1);
+        const Number* pixel = pixels + larger(column, 0) * pixel_step;
+        if (lanes == L) {
+          transform_column(j,
+                           [&](int i) { return load(column < 0 || rows[i].lanes == 0 ? zeros : pixel + rows[i].at); });
+        } else {
+          transform_column(j, [&](int i) { return load_first(pixel + rows[i].at, column < 0 ? 0 : rows[i].lanes); });
+        }
+      }
+    };
+    if (t.layout == Layout::channels_last) {
+      transform_pixels(image, t.in.row, t.in.pixel, lanes);
+    } else if (in_band) {
+      band.turn_rows(t, image, run.n, h, height, tile0 + count, lanes, scratch);
+      transform_pixels(scratch - band.first * t.in.row * L, t.in.row * L, L, L);
+    } else {
       const Pixels pixels{image, h, w - run.phase, columns * t.apart[1]};  // of all phases
       if (pixels != copied) copy_patch(t, image, h, pixels.w, height, pixels.count, lanes, scratch);
       copied = pixels;
       for (int64_t j = 0; j < columns; ++j)
         transform_column(j, [&](int i) { return load(scratch + (i * pixels.count + j * t.apart[1] + run.phase) * L); });
-    } else {
-      Line rows[height];
-      bool inside = lanes == L;
-      for (int i = 0; i < height; ++i) {
-        const int64_t row = t.pixel(h + i * t.apart[0], 0);
-        rows[i] = row < 0 ? Line{0, 0} : Line{row * t.in.row, lanes};
-        inside &= row >= 0;
-      }
-      const int64_t right = smaller(t.seen[1], t.in_size[1]), ahead = t.tile[1] * t.apart[1] * t.in.pixel;
-      for (int64_t j = 0, at = w; j < columns; ++j, at += t.apart[1]) {
-        if (inside && at >= 0 && at < right) {
-          const S* pixel = image + at * t.in.pixel;
-          transform_column(j, [&](int i) {
-            __builtin_prefetch(pixel + rows[i].at + ahead);
-            return load(pixel + rows[i].at);
-          });
-        } else {
-          const int64_t column = t.pixel(at, 1);
-          const S* pixel = image + larger(column, 0) * t.in.pixel;
-          transform_column(j, [&](int i) { return load_first(pixel + rows[i].at, column < 0 ? 0 : rows[i].lanes); });
-        }
-      }
     }
     for (int64_t tile = 0; tile < run.count; ++tile) {
       T* points = to + (run.first + tile) * stride + c;
@@ -287,100 +297,9 @@ static inline void transform_tiles(const Layer& t, const S* in, int64_t tile0, i
   });
 }
 
-// ---- filters and products ----
-
-/// Produced channels in panels of `vectors` vectors, all about as wide.
-template <class T>
-struct ChannelPanels {
-  int64_t vectors, width, count;
-
-  explicit ChannelPanels(int64_t channels, int64_t most_vectors = kMostVectors) {
-    const int64_t all = ceil_div(channels, kLanes<T>);
-    vectors = ceil_div(all, ceil_div(all, most_vectors));
-    width = vectors * kLanes<T>;
-    count = ceil_div(channels, width);
-  }
-};
-
-/// to[point][c][lane], for a panel of `rows` produced channels: `point` numbers from point to point.
-template <class Form, class S>
-static inline void transform_filters(const Layer& t, const S* weight, int64_t rows, int64_t channels, int64_t width,
-                                     int64_t point, Sum<S>* scratch, Sum<S>* to) {
-  using T = Sum<S>;
-  constexpr int64_t L = kLanes<T>, taps = Form::taps, all = taps * taps;
-  const int64_t step = t.mirrored ? -L : L;
-  for (int64_t row = 0; row < width; row += L)
-    for (int64_t c0 = 0; c0 < channels; c0 += L) {
-      const int64_t count = smaller(L, channels - c0), lanes = larger(smaller(L, rows - row), 0);
-      copy_filters(t, weight + row * t.weight_row + c0 * t.weight_channel, lanes, count, scratch);
-      for (int64_t c = 0; c < count; ++c) {
-        const T* filter = scratch + (c * all + (t.mirrored ? all - 1 : 0)) * L;
-        T* points = to + (c0 + c) * width + row;
-        transform<Points<Form::rows, taps>, Points<Form::columns, taps>, T>(
-            [&](int i, int j) { return load(filter + (i * taps + j) * step); },
-            [&](int i, int j, Vec<T> x) { store(points + (i * Form::columns + j) * point, x); });
-      }
-    }
-}
-
-/// sums[m][V vectors] (+)= sum over c of a[m*row_step + c*step] * b[c][V vectors].
-template <class T, int V>
-static inline void multiply_tile(int64_t depth, const T* a, int64_t row_step, int64_t step, const T* b, T* sums,
-                                 bool add) {
-  constexpr int M = tile_rows(V), W = ways(V), L = kLanes<T>;
-  Vec<T> sum[W][M][V]{};
-  const auto add_terms = [&](int terms) {
-    for (int way = 0; way < terms; ++way, a += step, b += V * L) {
-      Vec<T> column[V];
-      for (int v = 0; v < V; ++v) column[v] = load(b + v * L);
-      for (int m = 0; m < M; ++m) {
-        const Vec<T> x = broadcast(a[m * row_step]);
-        for (int v = 0; v < V; ++v) sum[way][m][v] = multiply_add(x, column[v], sum[way][m][v]);
-      }
-    }
-  };
-  int64_t c = 0;
-  for (; c + W <= depth; c += W) add_terms(W);
-  if (c < depth) add_terms(1);
-#pragma GCC unroll 16  // early, or GCC keeps the sums in memory
-  for (int m = 0; m < M; ++m)
-    for (int v = 0; v < V; ++v) {
-      T* to = sums + (m * V + v) * L;
-      if (W > 1) sum[0][m][v] += sum[W - 1][m][v];
-      store(to, add ? load(to) + sum[0][m][v] : sum[0][m][v]);
-    }
-}
-
-/// sums[point][tile][lane] (+)= sum over c of v[point][tile][c] * u[point][c][lane]: `*_point` numbers from point to
-/// point, `stride` from tile to tile of v.
-template <class T>
-struct Factors {
-  const T *v, *u;
-  T* sums;
-  int64_t v_point, u_point, sum_point, stride;
-};
-
-template <class T, int V>
-static inline void multiply_points(const Factors<T>& f, int64_t points, int64_t tiles, int64_t depth, bool add) {
-  for (int64_t point = 0; point < points; ++point) {
-    const T *a = f.v + point * f.v_point, *b = f.u + point * f.u_point;
-    T* to = f.sums + point * f.sum_point;
-    for (int64_t p = 0; p < tiles; p += tile_rows(V))
-      multiply_tile<T, V>(depth, a + p * f.stride, f.stride, 1, b, to + p * V * kLanes<T>, add);
-  }
-}
-
-template <class T>
-static inline auto multiply_points_by(int64_t vectors) {
-  return vectors == 1   ? multiply_points<T, 1>
-         : vectors == 2 ? multiply_points<T, 2>
-         : vectors == 3 ? multiply_points<T, 3>
-                        : multiply_points<T, kMostVectors>;
-}
-
 /// Scratch numbers: enough for a run of tiles and its transformed columns, or for a square of filters.
 template <class T>
-constexpr int64_t kScratch = kLanes<T> * (2 * kMostPatch * kRunColumns + 25 * kLanes<T>);
+constexpr int64_t kScratch = kLanes<T> * (kBandPixels + kMostPatch * kRunColumns + 25 * kLanes<T>);
 
 /// The gradient of the input in its transposed form, and the gradient of the weight.
 template <class S>
