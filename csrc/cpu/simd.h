@@ -202,7 +202,7 @@ static inline void store_bytes(void* p, Bytes bytes, int64_t count) {
 #if !defined(__AVX512F__)
 /// load_lanes() and store_first() of part of a vector: rare, and kept out of the loops that call them.
 template <class S>
-[[gnu::noinline]] static Vec<Sum<S>> load_some(const S* p, int64_t begin, int64_t end) {
+[[gnu::noinline]] static Vec<Sum<S>> load_part(const S* p, int64_t begin, int64_t end) {
   if (begin >= end) return Vec<Sum<S>>{};
   const Bytes bytes = load_bytes(p + begin, (end - begin) * sizeof(S)) << 8 * sizeof(S) * begin;
   Packed<S> packed;
@@ -211,7 +211,7 @@ template <class S>
 }
 
 template <class S>
-[[gnu::noinline]] static void store_some(S* p, Vec<Sum<S>> v, int64_t count) {
+[[gnu::noinline]] static void store_part(S* p, Vec<Sum<S>> v, int64_t count) {
   const Packed<S> packed = narrow<S>(v);
   Bytes bytes = 0;
   __builtin_memcpy(&bytes, &packed, smaller(sizeof packed, sizeof bytes));
@@ -243,7 +243,7 @@ static inline Vec<Sum<S>> load_lanes(const S* p, int64_t begin, int64_t end) {
   }
 #else
   if constexpr (sizeof(Packed<S>) <= sizeof(Bytes)) {
-    return load_some(p, begin, end);
+    return load_part(p, begin, end);
 #if defined(__AVX2__)
   } else if constexpr (sizeof(S) == 8) {
     return (Vec<S>)_mm256_maskload_epi64((const long long*)p, (__m256i)lanes_between<S>(begin, end));
@@ -322,7 +322,7 @@ static inline void store_first(S* p, Vec<Sum<S>> v, int64_t count) {
   }
 #else
   if (count == kLanes<Sum<S>>) return store(p, v);
-  store_some(p, v, count);
+  store_part(p, v, count);
 #endif
 }
 
