@@ -40,6 +40,8 @@ CONV2D_NAMES = [
     "resnext",
     "mobilenet-5x5",
     "1x1-image-1x1",
+    "1x1-prime",
+    "1x1-prime-strided",
     "asymmetric",
     "stride-3",
     "row-of-33",

@@ -6,8 +6,9 @@
 // A register tile holds a few output channels x three vectors of pixels, and a step is a number of each channel's
 // weights times three vectors of one plane. The planes lie far apart, so a task copies its pixels of all of them first, panel
 // by panel of three vectors, and from there computes all output channels. Columns run on from one image to the next,
-// so small images fill vectors too. Forward, the weights of a channel are read where they stand; grad_input reads them across,
-// so they are put side by side, once for all tasks of a thread.
+// so small images fill vectors too. The weights of some output channels are put side by side, once for all tasks of a
+// thread: rows that lie a multiple of a page apart share too few places of the first-level cache. Only if columns are few,
+// forward reads them where they stand.
 //
 // Why it beats im2col's blocks: a pixel is copied once for all output channels instead of once for 128; sums stay with
 // their tile, however many channels are summed, and go from there to where they belong; and while a task computes, the next
@@ -18,54 +19,29 @@
 #include "conv2d_planar.h"
 
 #include "fetch.h"
-#include "gemm.h"
+#include "planar_columns.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
 
-constexpr int64_t kBlockBytes = (kVectorBytes == 64 ? 192 : 288)
-                                << 10;                    // packed pixels of a task, if not more are summed
-constexpr int64_t kMostColumns = 768, kFewColumns = 192;  // of a task
-constexpr int64_t kManyColumns = 256;                     // of all tasks, for which weights are put side by side
+// Packed pixels of a task, if not more are summed, and packed weights. Larger with AVX-512 was not measured.
+constexpr int64_t kBlockBytes = (kVectorBytes == 64 ? 192 : 288) << 10;
+constexpr int64_t kWeightBytes = (kVectorBytes == 64 ? 1 : 2) << 20;
+constexpr int64_t kFewColumns = 192;   // of a task; kMostColumns at most
+constexpr int64_t kManyColumns = 128;  // of all tasks, for which weights are put side by side
 constexpr int64_t kGoodTasks = 16, kManyBlocks = 24;
 constexpr int64_t kChunk = 128;          // steps that are summed from a fresh zero
-constexpr int64_t kWeights = 1 << 19;    // numbers of packed weights
 constexpr int64_t kMostDepth = 1 << 13;  // channels that are summed over
 
 /// Rows whose weights are packed side by side: a vector of them, or a tile's.
 template <class T>
 constexpr int64_t kSide = kLanes<T> > kTileRows ? kLanes<T> : kTileRows;
 template <class T>
+constexpr int64_t kWeights = kWeightBytes / int64_t(sizeof(T));
+template <class T>
 constexpr int64_t kPixels = 2 * kTileColumns<T> * kMostDepth;
 template <class T>
-constexpr int64_t kWorkspace = kWeights + kPixels<T> + kLanes<T>;
-
-/// The product of one group: out[n][m][p] = sum over r of weight[m*row + r*channel] * in[n][r][p].
-struct Product {
-  int64_t rows, depth, plane, in_plane, in_image, out_image, weight_row, weight_depth;
-  int64_t width, row_step, step;  // of a row of results; from what it sees to the next row's, and along it
-  /// What column `column` sees, as far from the first plane's first number.
-  int64_t seen(int64_t column) const {
-    const int64_t p = column % plane;
-    return column / plane * in_image + p / width * row_step + p % width * step;
-  }
-  Product(const Conv2dGeometry& g, Pass pass) {
-    const bool forward = pass == Pass::forward;
-    const int64_t c = g.c / g.groups, k = g.k / g.groups;
-    rows = forward ? k : c;
-    depth = forward ? c : k;
-    plane = g.out[0] * g.out[1];
-    in_plane = forward ? g.in[0] * g.in[1] : plane;
-    in_image = (forward ? g.c : g.k) * in_plane;
-    out_image = (forward ? g.k : g.c) * plane;
-    weight_row = forward ? c : 1;
-    weight_depth = forward ? 1 : c;
-    const bool strided = g.stride[0] * g.stride[1] != 1;
-    width = strided ? g.out[1] : plane;  // or an image is one row
-    row_step = strided ? g.stride[0] * g.in[1] : plane;
-    step = g.stride[1];
-  }
-};
+constexpr int64_t kWorkspace = kWeights<T> + kPixels<T> + kLanes<T>;
 
 /// Whether the weights of an output channel are read where they stand. To put them side by side costs little if they then
 /// serve many columns.
@@ -97,21 +73,13 @@ struct Tasks {
       column_blocks = ceil_div(pixels, columns);
     }
     const int64_t wanted = column_blocks == 0 ? 1 : ceil_div(kGoodTasks / 2, column_blocks);
-    const int64_t fit = larger(1, kWeights / larger(1, t.depth) / kSide<T>) * kSide<T>;
+    const int64_t fit = larger(1, kWeights<T> / larger(1, t.depth) / kSide<T>) * kSide<T>;
     row_blocks = larger(wanted, in_place ? 1 : ceil_div(t.rows, fit));
     rows = larger(kTileRows, round_up(ceil_div(t.rows, row_blocks), in_place ? kTileRows : kSide<T>));
     row_blocks = ceil_div(t.rows, rows);
     total = g.groups * row_blocks * column_blocks;
   }
 };
-
-/// Calls f(std::integral_constant V) for a panel of that many vectors.
-template <class F>
-void with_vectors(int64_t vectors, const F& f) {
-  if (vectors == 1) f(std::integral_constant<int, 1>());
-  if (vectors == 2) f(std::integral_constant<int, 2>());
-  if (vectors == 3) f(std::integral_constant<int, 3>());
-}
 
 /// What the next task reads, to be brought into the cache meanwhile: by each tile of a panel V vectors of every
 /// `every`-th plane.
@@ -175,52 +143,6 @@ void multiply_rows(int64_t depth, const T* const* a, const T* b, const T* bias, 
 template <int V>
 constexpr int kHeight = kTileVectors * kTileRows / V < 12 ? kTileVectors * kTileRows / V : 12;
 
-/// Columns of a panel that lie in one image, from lane `lane` on.
-struct Piece {
-  int64_t n, p, lane, count;
-};
-/// What columns of one row see.
-struct Stretch {
-  int64_t from, lane, count;
-};
-struct Panel {
-  const Piece* pieces;
-  const Stretch* stretches;
-  int64_t count, stretch_count, vectors, before;  // vectors of it, and of all before it
-  int64_t next;                                   // what the next task's panel in this place sees, -1 if there is none
-};
-
-/// Consecutive columns as panels.
-template <class T>
-struct Panels {
-  Panel panels[kMostColumns];
-  Piece pieces[kMostColumns];
-  Stretch stretches[kMostColumns];
-  int64_t count = 0;
-
-  /// The next task's begin at `next`.
-  Panels(const Product& t, int64_t first, int64_t columns, int64_t next, int64_t all) {
-    Piece* piece = pieces;
-    Stretch* stretch = stretches;
-    int64_t before = 0;
-    for (int64_t column = 0; column < columns; ++count) {
-      const int64_t width = smaller(columns - column, kTileColumns<T>), vectors = ceil_div(width, kLanes<T>);
-      panels[count] = {piece, stretch, 0, 0, vectors, before, next + column < all ? t.seen(next + column) : -1};
-      before += vectors;
-      for (int64_t lane = 0; lane < width; ++panels[count].count, ++piece) {
-        const int64_t n = (first + column) / t.plane, p = (first + column) % t.plane;
-        *piece = {n, p, lane, smaller(width - lane, t.plane - p)};
-        for (int64_t j = 0; j < piece->count; ++panels[count].stretch_count, ++stretch) {
-          *stretch = {t.seen(first + column + j), lane + j, smaller(piece->count - j, t.width - (p + j) % t.width)};
-          j += stretch->count;
-        }
-        lane += piece->count;
-        column += piece->count;
-      }
-    }
-  }
-};
-
 /// to[side of rows][r][row] = the weights of `rows` rows.
 template <class S, Pass pass>
 void pack_weights(const Product& t, const S* from, int64_t rows, Sum<S>* to) {
@@ -244,39 +166,10 @@ void pack_weights(const Product& t, const S* from, int64_t rows, Sum<S>* to) {
     }
 }
 
-/// `count` numbers, `step` apart, as whole vectors: those too many are overwritten by what is packed next. But nothing is
-/// read at `end` or beyond.
-template <class S>
-void copy_stretch(const S* from, int64_t step, int64_t count, const S* end, Sum<S>* to) {
-  constexpr int64_t L = kLanes<Sum<S>>;
-  for (int64_t j = 0; j < count; j += L, from += L * step)
-    store(to + j, load_strided(from, step, from + L * step <= end ? L : smaller(L, count - j)));
-}
-
-/// to[panel][r][V vectors], of what is summed over.
-template <class S>
-void pack_pixels(const Product& t, const S* in, const S* end, const Panels<Sum<S>>& columns, Sum<S>* to) {
-  constexpr int64_t L = kLanes<Sum<S>>;
-  for (const Panel* panel = columns.panels; panel < columns.panels + columns.count; ++panel) {
-    const Stretch &first = *panel->stretches, *last = panel->stretches + panel->stretch_count;
-    with_vectors(panel->vectors, [&](auto vectors) {
-      const S* plane = in;
-      if (t.step == 1 && first.count == vectors * L) {
-        for (int64_t r = 0; r < t.depth; ++r, plane += t.in_plane, to += vectors * L)
-          for (int64_t v = 0; v < vectors; ++v) store(to + v * L, load(plane + first.from + v * L));
-      } else {
-        for (int64_t r = 0; r < t.depth; ++r, plane += t.in_plane, to += vectors * L)
-          for (const Stretch* s = &first; s < last; ++s)
-            copy_stretch(plane + s->from, t.step, s->count, end, to + s->lane);
-      }
-    });
-  }
-}
-
 /// M rows x V vectors of results, as far as there are so many rows, and where they belong.
 template <class S, bool in_place, int V, int M>
 void correlate_tile(const Product& t, const Conv2dOperands<S>& o, const Sum<S>* const* a, int64_t channel, int64_t rows,
-                    const Panel& panel, const Sum<S>* pixels, bool past, Ahead<S> ahead) {
+                    const ColumnPanel& panel, const Sum<S>* pixels, bool past, Ahead<S> ahead) {
   using T = Sum<S>;
   constexpr int64_t L = kLanes<T>;
   const Piece& first = *panel.pieces;
@@ -310,7 +203,7 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* work
   using T = Sum<S>;
   const Product t(g, pass);
   const Tasks<T> tasks(g, t, in_place);
-  T *const weights = workspace, *const pixels = weights + kWeights;
+  T *const weights = workspace, *const pixels = weights + kWeights<T>;
   const int64_t all = g.n * t.plane;
   const bool past = past_cache(o.out, g.n * t.out_image) && t.plane % kLanes<T> == 0;
   int64_t packed = -1;
@@ -322,12 +215,13 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* work
     if (!in_place && packed != block) pack_weights<S, pass>(t, filters, rows, weights);
     packed = block;
     const int64_t next = task + 1 < end ? column0 + tasks.columns : all;
-    const Panels<T> columns(t, column0, smaller(tasks.columns, all - column0), next, all);
+    const ColumnPanels<T> columns(t, column0, smaller(tasks.columns, all - column0), next, all);
     const S* const in = o.a + group * t.depth * t.in_plane;
     pack_pixels(t, in, o.a + g.n * t.in_image, columns, pixels);
 
     const int64_t every = smaller(ceil_div(rows, kTileRows), kMostEvery);
-    const auto tiles = [&](const Panel* first_panel, const Panel* last_panel, auto vectors, int64_t m0, auto height) {
+    const auto tiles = [&](const ColumnPanel* first_panel, const ColumnPanel* last_panel, auto vectors, int64_t m0,
+                           auto height) {
       const T* a[height];
       for (int64_t m = 0; m < height; ++m) {
         const int64_t row = smaller(m0 + m, rows - 1);
@@ -340,13 +234,13 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* work
       const int64_t turn = m0 / height, lines = turn / every;  // with strides, a panel sees more than its width
       const int64_t line = turn % every * t.in_plane + lines * vectors * kLanes<T>;
       const bool fetch = lines < (t.step == 1 ? 1 : 2 * t.step);
-      for (const Panel* panel = first_panel; panel < last_panel; ++panel) {
+      for (const ColumnPanel* panel = first_panel; panel < last_panel; ++panel) {
         const S* const from = fetch && panel->next >= 0 ? in + panel->next + line : nullptr;
         correlate_tile<S, in_place, vectors, height>(t, o, a, group * t.rows + row0 + m0, smaller(height, rows - m0),
                                                      *panel, pixels, past, {from, every * t.in_plane, every});
       }
     };
-    const auto columns_of_tiles = [&](const Panel* first_panel, const Panel* last_panel, auto vectors) {
+    const auto columns_of_tiles = [&](const ColumnPanel* first_panel, const ColumnPanel* last_panel, auto vectors) {
       constexpr int M = kHeight<vectors>;
       for (int64_t m = 0; m < rows; m += M) {
         if (rows - m > M / 2) {
@@ -356,9 +250,9 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* work
         }
       }
     };
-    const Panel* const last = columns.panels + columns.count - 1;  // which may be narrower
+    const ColumnPanel* const last = columns.panels + columns.count - 1;  // which may be narrower
     columns_of_tiles(columns.panels, last, std::integral_constant<int, kTileVectors>());
-    with_vectors(last->vectors, [&](auto vectors) { columns_of_tiles(last, last + 1, vectors); });
+    with_column_vectors(last->vectors, [&](auto vectors) { columns_of_tiles(last, last + 1, vectors); });
   }
   stores_done();
 }
