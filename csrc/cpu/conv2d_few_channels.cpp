@@ -4,7 +4,7 @@
 //
 // A first layer has one or three channels, and up to 64 filters for each: its input is small, its output is what
 // memory sees. So the input may be copied more than once if the output is then written where it stands, in order, in whole
-// vectors. There are two ways.
+// lines of the cache: past the cache, half lines take five times as long. There are two ways.
 //
 // By lines, contiguous layers of few taps: a plane of outputs is a line as well, and a register tile is M filters x V vectors
 // of places.
