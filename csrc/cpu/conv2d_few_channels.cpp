@@ -144,7 +144,9 @@ void forward(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* worksp
   const Bands bands(g);
   const int64_t taps = taps_of(g), plane = g.out[0] * g.out[1];
   const bool planes = g.layout == Layout::contiguous, lines = by_lines(g);
-  const bool past = past_cache(o.out, g.n * g.k * plane) && (planes ? plane : g.k) % L == 0;
+  // By lines, a place's outputs lie in as many planes as there are filters: such stores miss the cache dearly, and go past
+  // it from half the size on.
+  const bool past = past_cache(o.out, g.n * g.k * plane * (lines ? 2 : 1)) && (planes ? plane : g.k) % L == 0;
   T *x = workspace, *row = x + kMostLines, *results = row + kLongestRow;
   T *biases = results + kTurnedPlaces * kMostVectors * L, *weights = biases + packed_filters<T>(kTaskFilters);
   const T* seen_from[kWidestBand + kMostPlaces];
