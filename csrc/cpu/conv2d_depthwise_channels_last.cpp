@@ -32,27 +32,31 @@ struct Filters {
   int64_t block, channels;
   const S* bias;  // or nullptr
   S* out[kTile];
-  bool past;   // whether outputs are written past the cache
-  bool fetch;  // whether inputs come from beyond the second-level cache
+  Vec<Sum<S>>* line;  // of the cache, of each output; if outputs are written past it, which wants lines as a whole
+  bool fetch;         // whether inputs come from beyond the second-level cache
 };
 
 template <class S>
 static inline void put(const Filters<S>& f, const Vec<Sum<S>>* sum, int64_t c, int64_t lanes) {
+  constexpr int64_t L = kLanes<Sum<S>>;
   const Vec<Sum<S>> bias = f.bias ? load_some(f.bias + c, lanes) : Vec<Sum<S>>{};
+  if constexpr (std::is_same_v<S, Sum<S>>) {
+    if (f.line) {
+      const int64_t v = c / L % kLineVectors;
 #pragma GCC unroll 8
-  for (int o = 0; o < kTile; ++o) {
-    if (lanes == kLanes<Sum<S>>) {
-      if constexpr (std::is_same_v<S, Sum<S>>) {
-        if (f.past) {
-          store_past_cache(f.out[o] + c, sum[o] + bias);
+      for (int o = 0; o < kTile; ++o) {
+        if (v < kLineVectors - 1) {
+          f.line[o * kLineVectors + v] = sum[o] + bias;
           continue;
         }
+        for (int64_t i = 0; i < v; ++i) store_past_cache(f.out[o] + c + (i - v) * L, f.line[o * kLineVectors + i]);
+        store_past_cache(f.out[o] + c, sum[o] + bias);
       }
-      store(f.out[o] + c, sum[o] + bias);
-    } else {
-      store_first(f.out[o] + c, sum[o] + bias, lanes);
+      return;
     }
   }
+#pragma GCC unroll 8
+  for (int o = 0; o < kTile; ++o) store_some(f.out[o] + c, sum[o] + bias, lanes);
 }
 
 /// A filter of K x K taps, the table being dense; all vectors of channels that are whole.
@@ -66,7 +70,7 @@ int64_t dense_tile(const Tiles<S>& tiles, const Filters<S>& f) {
   for (; c + kLanes<T> <= f.channels; c += kLanes<T>) {
     const T* w = f.weights + c;
     Vec<T> sum[kTile]{};
-    if (f.fetch) prefetch_below<S, rows, columns, stride>(tiles, seen, c);
+    if (f.fetch && c % (kLineVectors * kLanes<T>) == 0) prefetch_below<S, rows, columns, stride>(tiles, seen, c);
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 16
@@ -147,7 +151,8 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* work
   const Blocks<T> blocks(g.c);
   const int64_t rows = tile_rows(g, pass), filter = g.kernel[0] * g.kernel[1];
   const int64_t* size = pass == Pass::forward ? g.out : g.in;
-  const bool past = past_cache(o.out, g.n * size[0] * size[1] * g.c) && g.c % kLanes<T> == 0;
+  const bool past = past_cache(o.out, g.n * size[0] * size[1] * g.c) && g.c % (kLineVectors * kLanes<T>) == 0;
+  Vec<T> line[kTile * kLineVectors];
   const int64_t* in_size = pass == Pass::forward ? g.in : g.out;
   const bool fetch = g.n * in_size[0] * in_size[1] * g.c * int64_t(sizeof(S)) > kMuchInput;
   S* zeros = reinterpret_cast<S*>(workspace);
@@ -168,7 +173,7 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* work
         tiles.in = o.a + c0;
         tiles.zeros = zeros;
         if (row == first) pack_weights(t, o.b + c0 * filter, filter, channels, blocks.size, w);
-        Filters<S> f{w, blocks.size, channels, o.bias ? o.bias + c0 : nullptr, {}, past, fetch};
+        Filters<S> f{w, blocks.size, channels, o.bias ? o.bias + c0 : nullptr, {}, past ? line : nullptr, fetch};
         for (int64_t i = row; i < smaller(row + kClassRows, last); ++i)
           if (i % rows * kTileH < t.h.count)
             tiles.each(i / rows, i % rows * kTileH, [&] { run_tile(tiles, f, o.out + c0, g.c, bin); });

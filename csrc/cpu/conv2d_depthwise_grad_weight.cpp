@@ -53,27 +53,51 @@ int64_t dense_sums(const Tiles<S>& tiles, const S* const* gy, int64_t th0, int64
   return c;
 }
 
+/// sums[W taps of a row][block] += sum over so many outputs of what each sees * gy, for channels from c on.
+template <class S, int W>
+void sum_outputs(int64_t outputs, const S* const* const* seen, const S* const* gy, int64_t shift, int64_t c,
+                 int64_t channels, int64_t block, Sum<S>* sums) {
+  using T = Sum<S>;
+  for (; c < channels; c += kLanes<T>) {
+    Vec<T> sum[W]{};
+    const auto add = [&](auto get) {
+      for (int64_t o = 0; o < outputs; ++o) {
+        const Vec<T> grad = get(gy[o] + c);
+        for (int w = 0; w < W; ++w) sum[w] = multiply_add(get(seen[o][w] + shift + c), grad, sum[w]);
+      }
+    };
+    const int64_t lanes = channels - c;
+    if (lanes >= kLanes<T>) {
+      add([](const S* p) { return load(p); });
+    } else {
+      add([&](const S* p) { return load_first(p, lanes); });
+    }
+    for (int w = 0; w < W; ++w) store(sums + w * block + c, load(sums + w * block + c) + sum[w]);
+  }
+}
+
+/// A row of any taps, and those outputs of a tile that exist.
 template <class S>
 void any_sums(const Tiles<S>& tiles, const S* const* gy, int64_t th, int64_t c, int64_t channels, int64_t block,
               Sum<S>* sums) {
-  using T = Sum<S>;
   const Windows& t = tiles.t;
   const int64_t step_h = tiles.w.count * (tiles.dense ? t.h.in_step : t.h.taps);
   const int64_t step_w = tiles.dense ? t.w.in_step : t.w.taps;
-  const S* const* seen = tiles.seen + th * tiles.w.count;
-  for (; c < channels; c += kLanes<T>) {
-    const int64_t lanes = smaller(kLanes<T>, channels - c);
-    for (int64_t tw = 0; tw < t.w.taps; ++tw) {
-      Vec<T> sum{};
-      for (int o = 0; o < kTile; ++o)
-        if (gy[o])
-          sum =
-              multiply_add(load_first(seen[o / kTileW * step_h + o % kTileW * step_w + tw] + tiles.in_shift + c, lanes),
-                           load_first(gy[o] + c, lanes), sum);
-      T* to = sums + tw * block + c;
-      store(to, load(to) + sum);
+  const S *const *seen[kTile], *grads[kTile];
+  int64_t outputs = 0;
+  for (int o = 0; o < kTile; ++o)
+    if (gy[o]) {
+      seen[outputs] = tiles.seen + th * tiles.w.count + o / kTileW * step_h + o % kTileW * step_w;
+      grads[outputs++] = gy[o];
     }
-  }
+  const auto run = [&](auto w) {
+    sum_outputs<S, w>(outputs, seen, grads, tiles.in_shift, c, channels, block, sums);
+    for (int64_t o = 0; o < outputs; ++o) seen[o] += w;
+    sums += w * block;
+  };
+  int64_t tw = 0;
+  for (; tw + 3 <= t.w.taps; tw += 3) run(std::integral_constant<int, 3>());
+  for (; tw < t.w.taps; ++tw) run(std::integral_constant<int, 1>());
 }
 
 /// Rows [th0, th1) of an unrolled filter: those of 3x3 together, others one by one.

@@ -8,19 +8,20 @@ namespace cnnops::cpu::CNNOPS_ISA {
 
 constexpr int kTileH = 2, kTileW = 4, kTile = kTileH * kTileW;
 constexpr int64_t kMostTaps = 512;
-constexpr int64_t kBlockVectors = 12;  // channels of a block
-constexpr int64_t kClassRows = 4;      // rows of tiles of one class, before another's turn
+constexpr int64_t kBlockVectors = 12;            // channels of a block
+constexpr int kLineVectors = 64 / kVectorBytes;  // of a line of the cache
+constexpr int64_t kClassRows = 4;                // rows of tiles of one class, before another's turn
 
 template <class T>
 constexpr int64_t kBlock = kBlockVectors * kLanes<T>;
 
-/// Blocks of about the same size.
+/// Blocks of about the same size, which end where a line of the cache does.
 template <class T>
 struct Blocks {
   int64_t channels, size, count;
   explicit Blocks(int64_t channels) : channels(channels) {
     const int64_t vectors = ceil_div(channels, kLanes<T>);
-    size = ceil_div(vectors, ceil_div(vectors, kBlockVectors)) * kLanes<T>;
+    size = round_up(ceil_div(vectors, ceil_div(vectors, kBlockVectors)), kLineVectors) * kLanes<T>;
     count = ceil_div(channels, size);
   }
 };
@@ -124,14 +125,17 @@ static inline int64_t unrolled(const Windows& t) {
              : 0;
 }
 
-/// Starts loading what the tiles two rows down will see first, of one vector of channels.
+/// Starts loading what the tiles two rows down will see first, of one vector of channels. In a row, pixels are counted
+/// from the first: with the table's pointers of all, GCC would run out of registers.
 template <class S, int rows, int columns, int stride>
 static inline void prefetch_below(const Tiles<S>& tiles, const S* const* seen, int64_t c) {
   const int64_t below = tiles.in_shift + c + tiles.below;
 #pragma GCC unroll 16
-  for (int i = larger(rows - kTileH * stride, 0); i < rows; ++i)
-#pragma GCC unroll 16
-    for (int j = columns - kTileW * stride; j < columns; ++j) __builtin_prefetch(seen[i * columns + j] + below, 0, 2);
+  for (int i = larger(rows - kTileH * stride, 0); i < rows; ++i) {
+    const S* from = seen[i * columns + columns - kTileW * stride] + below;
+#pragma GCC unroll 1
+    for (int j = 0; j < kTileW * stride; ++j, from += tiles.t.in_channels) __builtin_prefetch(from, 0, 2);
+  }
 }
 
 /// Masks cost whole vectors dearly: a masked store may wait for its line.

@@ -4,7 +4,7 @@
 //
 // A first layer has one or three channels, and up to 64 filters for each: its input is small, its output is what
 // memory sees. So the input may be copied more than once if the output is then written where it stands, in order, in whole
-// vectors. There are two ways.
+// lines of the cache: past the cache, half lines take five times as long. There are two ways.
 //
 // By lines, contiguous layers of few taps: a plane of outputs is a line as well, and a register tile is M filters x V vectors
 // of places.
@@ -144,7 +144,9 @@ void forward(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* worksp
   const Bands bands(g);
   const int64_t taps = taps_of(g), plane = g.out[0] * g.out[1];
   const bool planes = g.layout == Layout::contiguous, lines = by_lines(g);
-  const bool past = past_cache(o.out, g.n * g.k * plane) && (planes ? plane : g.k) % L == 0;
+  // By lines, a place's outputs lie in as many planes as there are filters: such stores miss the cache dearly, and go past
+  // it from half the size on.
+  const bool past = past_cache(o.out, g.n * g.k * plane * (lines ? 2 : 1)) && (planes ? plane : g.k) % L == 0;
   T *x = workspace, *row = x + kMostLines, *results = row + kLongestRow;
   T *biases = results + kTurnedPlaces * kMostVectors * L, *weights = biases + packed_filters<T>(kTaskFilters);
   const T* seen_from[kWidestBand + kMostPlaces];
