@@ -427,44 +427,30 @@ static inline T sum_lanes(Vec<T> v) {
   return lanes[0];
 }
 
-template <class T, int... lane>
+/// a[0], b[0], a[1], b[1], ... in each run of lanes: with AVX2 two instructions, but one for runs of 16 bytes.
+template <class T, int run = kLanes<T>, int... lane>
 static inline void zip(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, lane...>) {
   constexpr int L = kLanes<T>;
-  const Vec<T> low = __builtin_shufflevector(a, b, (lane % 2 * L + lane / 2)...);
-  b = __builtin_shufflevector(a, b, (lane % 2 * L + L / 2 + lane / 2)...);
+  const Vec<T> low = __builtin_shufflevector(a, b, (lane % 2 * L + lane / run * run + lane % run / 2)...);
+  b = __builtin_shufflevector(a, b, (lane % 2 * L + lane / run * run + (run + lane % run) / 2)...);
   a = low;
 }
 
-/// As zip() does, but in each 16 bytes by itself: that is one instruction, where the whole vector takes two with AVX2.
-template <class T, int... lane>
-static inline void zip_quarters(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, lane...>) {
-  constexpr int L = kLanes<T>, Q = 16 / int(sizeof(T));
-  const Vec<T> low = __builtin_shufflevector(a, b, (lane % 2 * L + lane / Q * Q + lane % Q / 2)...);
-  b = __builtin_shufflevector(a, b, (lane % 2 * L + lane / Q * Q + Q / 2 + lane % Q / 2)...);
-  a = low;
-}
-
-/// Runs of `step` lanes change places: the odd ones of a with the even ones of b.
+/// Runs of `step` lanes change places, the odd ones of a row with the even ones of that `step` below; then twice as long ones.
 template <int step, class T, int... lane>
-static inline void swap_runs(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, lane...>) {
-  constexpr int L = kLanes<T>;
-  const Vec<T> low = __builtin_shufflevector(a, b, (lane & step ? L + lane - step : lane)...);
-  b = __builtin_shufflevector(a, b, (lane & step ? L + lane : lane + step)...);
-  a = low;
-}
-
-template <int step, class T>
-static inline void swap_all_runs(Vec<T> (&rows)[kLanes<T>]) {
+static inline void swap_runs(Vec<T> (&rows)[kLanes<T>], std::integer_sequence<int, lane...> lanes) {
   constexpr int L = kLanes<T>;
   if constexpr (step < L) {
-    for (int i = 0; i < L; ++i)
-      if (!(i & step)) swap_runs<step, T>(rows[i], rows[i + step], std::make_integer_sequence<int, L>());
-    swap_all_runs<2 * step, T>(rows);
+    for (int i = 0; i < L; i += (i + 1) & step ? 1 + step : 1) {
+      const Vec<T> a = rows[i], b = rows[i + step];
+      rows[i] = __builtin_shufflevector(a, b, (lane & step ? L + lane - step : lane)...);
+      rows[i + step] = __builtin_shufflevector(a, b, (lane & step ? L + lane : lane + step)...);
+    }
+    swap_runs<2 * step, T>(rows, lanes);
   }
 }
 
-/// Rows become columns. Of as many rows as 16 bytes have numbers, zipping the upper half with the lower one does it in each
-/// 16 bytes, in log2(rows) rounds; then those change places.
+/// Rows become columns: of as many rows as 16 bytes have numbers by zipping, in log2(rows) rounds; then runs change places.
 template <class T>
 static inline void transpose(Vec<T> (&rows)[kLanes<T>]) {
   constexpr int L = kLanes<T>, Q = 16 / int(sizeof(T));
@@ -474,11 +460,11 @@ static inline void transpose(Vec<T> (&rows)[kLanes<T>]) {
       for (int i = 0; i < Q / 2; ++i) {
         zipped[2 * i] = rows[first + i];
         zipped[2 * i + 1] = rows[first + i + Q / 2];
-        zip_quarters<T>(zipped[2 * i], zipped[2 * i + 1], std::make_integer_sequence<int, L>());
+        zip<T, Q>(zipped[2 * i], zipped[2 * i + 1], std::make_integer_sequence<int, L>());
       }
       for (int i = 0; i < Q; ++i) rows[first + i] = zipped[i];
     }
-  swap_all_runs<Q, T>(rows);
+  swap_runs<Q, T>(rows, std::make_integer_sequence<int, L>());
 }
 
 }  // namespace cnnops::cpu::CNNOPS_ISA
