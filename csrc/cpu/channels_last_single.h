@@ -7,6 +7,7 @@
 
 #include "channels_last_tile.h"
 #include "fetch.h"
+#include "transpose.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 

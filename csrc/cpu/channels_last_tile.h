@@ -3,6 +3,7 @@
 #pragma once
 
 #include "channels_last.h"
+#include "transpose.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 

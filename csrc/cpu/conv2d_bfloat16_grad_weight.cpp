@@ -9,6 +9,7 @@
 // A task is a block of the filters' channels for a block of output channels. It adds up strip by strip, in one order
 // whatever the batch. Refuses filters of more taps than its scratch memory holds.
 #include "bfloat16_strips.h"
+#include "transpose.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 

@@ -18,6 +18,7 @@
 // and reaches for which a strip of four rows overflows the buffer.
 #include "conv2d_depthwise.h"
 #include "conv2d_depthwise_strips.h"
+#include "transpose.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {

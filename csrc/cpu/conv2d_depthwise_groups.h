@@ -3,6 +3,7 @@
 #pragma once
 
 #include "conv2d_depthwise_tiles.h"
+#include "transpose.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 

@@ -17,6 +17,7 @@
 // gradient gives NaN there, where plain loops would skip it. Refuses groups, more than 4 input channels, filters of more
 // than 512 numbers, and layers of which a band of one row overflows the buffer.
 #include "few_channels.h"
+#include "transpose.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {

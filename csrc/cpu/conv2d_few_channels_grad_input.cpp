@@ -15,6 +15,7 @@
 // that its sum is the same in every band. Refuses few output channels, where adding costs more than the products, and
 // rows that fill no vector.
 #include "few_channels.h"
+#include "transpose.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {

@@ -12,6 +12,7 @@
 // order at the end. Only the rows of x under a few strips are copied, with their border.
 #include "channels_last_tile.h"
 #include "few_channels.h"
+#include "transpose.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {

@@ -19,6 +19,7 @@
 // channels if there is little border beyond gy, or in channels_last, where `direct` leaves out the border as well.
 #include "correlate.h"
 #include "gemm.h"
+#include "transpose.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {

@@ -17,6 +17,7 @@
 // it. Refuses channels_last.
 #include "correlate.h"
 #include "gemm.h"
+#include "transpose.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {

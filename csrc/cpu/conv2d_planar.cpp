@@ -20,6 +20,7 @@
 
 #include "fetch.h"
 #include "planar_columns.h"
+#include "transpose.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {

@@ -14,6 +14,7 @@
 #pragma once
 
 #include "simd.h"
+#include "transpose.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 

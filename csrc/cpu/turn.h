@@ -2,7 +2,7 @@
 // channels x a vector of pixels. Numbers may be widened or rounded on the way.
 #pragma once
 
-#include "simd.h"
+#include "transpose.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 
