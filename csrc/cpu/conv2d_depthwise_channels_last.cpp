@@ -59,6 +59,19 @@ static inline void put(const Filters<S>& f, const Vec<Sum<S>>* sum, int64_t c, i
   for (int o = 0; o < kTile; ++o) store_some(f.out[o] + c, sum[o] + bias, lanes);
 }
 
+/// prefetch_below(), with the pixels of a row counted from its first: of so many sums and pointers as here GCC would spill
+/// those of the table.
+template <class S, int rows, int columns, int stride>
+static inline void prefetch_counted(const Tiles<S>& tiles, const S* const* seen, int64_t c) {
+  const int64_t below = tiles.in_shift + c + tiles.below;
+#pragma GCC unroll 16
+  for (int i = larger(rows - kTileH * stride, 0); i < rows; ++i) {
+    const S* from = seen[i * columns + columns - kTileW * stride] + below;
+#pragma GCC unroll 1
+    for (int j = 0; j < kTileW * stride; ++j, from += tiles.t.in_channels) __builtin_prefetch(from, 0, 2);
+  }
+}
+
 /// A filter of K x K taps, the table being dense; all vectors of channels that are whole.
 template <class S, int K, int stride>
 int64_t dense_tile(const Tiles<S>& tiles, const Filters<S>& f) {
@@ -70,7 +83,7 @@ int64_t dense_tile(const Tiles<S>& tiles, const Filters<S>& f) {
   for (; c + kLanes<T> <= f.channels; c += kLanes<T>) {
     const T* w = f.weights + c;
     Vec<T> sum[kTile]{};
-    if (f.fetch && c % (kLineVectors * kLanes<T>) == 0) prefetch_below<S, rows, columns, stride>(tiles, seen, c);
+    if (f.fetch && c % (kLineVectors * kLanes<T>) == 0) prefetch_counted<S, rows, columns, stride>(tiles, seen, c);
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 16

@@ -125,17 +125,14 @@ static inline int64_t unrolled(const Windows& t) {
              : 0;
 }
 
-/// Starts loading what the tiles two rows down will see first, of one vector of channels. In a row, pixels are counted
-/// from the first: with the table's pointers of all, GCC would run out of registers.
+/// Starts loading what the tiles two rows down will see first, of one vector of channels.
 template <class S, int rows, int columns, int stride>
 static inline void prefetch_below(const Tiles<S>& tiles, const S* const* seen, int64_t c) {
   const int64_t below = tiles.in_shift + c + tiles.below;
 #pragma GCC unroll 16
-  for (int i = larger(rows - kTileH * stride, 0); i < rows; ++i) {
-    const S* from = seen[i * columns + columns - kTileW * stride] + below;
-#pragma GCC unroll 1
-    for (int j = 0; j < kTileW * stride; ++j, from += tiles.t.in_channels) __builtin_prefetch(from, 0, 2);
-  }
+  for (int i = larger(rows - kTileH * stride, 0); i < rows; ++i)
+#pragma GCC unroll 16
+    for (int j = columns - kTileW * stride; j < columns; ++j) __builtin_prefetch(seen[i * columns + j] + below, 0, 2);
 }
 
 /// Masks cost whole vectors dearly: a masked store may wait for its line.
