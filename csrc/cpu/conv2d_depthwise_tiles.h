@@ -8,9 +8,8 @@ namespace cnnops::cpu::CNNOPS_ISA {
 
 constexpr int kTileH = 2, kTileW = 4, kTile = kTileH * kTileW;
 constexpr int64_t kMostTaps = 512;
-constexpr int64_t kBlockVectors = 12;            // channels of a block
-constexpr int kLineVectors = 64 / kVectorBytes;  // of a line of the cache
-constexpr int64_t kClassRows = 4;                // rows of tiles of one class, before another's turn
+constexpr int64_t kBlockVectors = 12;  // channels of a block
+constexpr int64_t kClassRows = 4;      // rows of tiles of one class, before another's turn
 
 template <class T>
 constexpr int64_t kBlock = kBlockVectors * kLanes<T>;

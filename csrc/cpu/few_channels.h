@@ -21,7 +21,6 @@ constexpr int64_t kGoodLines = 1 << 16, kMostLines = 1 << 17;  // numbers of a b
 constexpr int64_t kLongestRow = 1 << 13;                       // numbers of a row of x under a band
 constexpr int64_t kBandPlaces = 512;                           // about as many in a band
 constexpr int kMostPlaces = 12;                                // in a tile of channels_last
-constexpr int kLineVectors = 64 / kVectorBytes;                // of a line of the cache
 constexpr int kPlaneVectors = kTileRows == 8 ? 3 : 2, kPlaneFilters = kTileRows == 8 ? 8 : 6;  // in one of planes
 
 /// How the outputs are cut into bands of `rows` x `columns`, one row if an image is cut across; and how the lines of one lie.

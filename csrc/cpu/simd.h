@@ -32,6 +32,8 @@ constexpr int kVectorBytes = 16;
 constexpr int kTileRows = 4;
 #endif
 
+constexpr int kLineVectors = 64 / kVectorBytes;  // of a line of the cache
+
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -281,8 +283,8 @@ static inline Vec<Sum<S>> load_between(const S* p, int64_t begin, int64_t end, S
 #endif
 }
 
-/// Writes past the cache, to an address that is a multiple of kVectorBytes: for what is not read again soon. Whoever
-/// calls it calls stores_done() last.
+/// Writes past the cache, to an address that is a multiple of kVectorBytes: for what is not read again soon. A line
+/// should be written in one go: half a line leaves several times as slowly. Whoever calls it calls stores_done() last.
 template <class T>
 static inline void store_past_cache(T* p, Vec<T> v) {
 #if defined(__AVX512F__)
