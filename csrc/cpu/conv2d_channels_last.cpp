@@ -32,9 +32,8 @@
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
 
-constexpr int kTileMultiple = 24;                     // a multiple of the number of rows of every tile
-constexpr int64_t kFewPixels = 192;                   // of a task, which has kMostPixels at most
-constexpr bool kWholeLines = kVectorBytes % 64 == 0;  // of the cache, in every panel: others are put together there
+constexpr int kTileMultiple = 24;    // a multiple of the number of rows of every tile
+constexpr int64_t kFewPixels = 192;  // of a task, which has kMostPixels at most
 constexpr int64_t kGoodTasks = 32, kGoodSets = 24;
 constexpr int64_t kPackedTogether = 16;                       // summed channels, of all panels
 constexpr int64_t kManyPixels = 1024;                         // for which weights may be packed by each thread
@@ -257,7 +256,8 @@ template <class S, class EachPanel>
 void correlate_class(const Windows& t, const Conv2dOperands<S>& o, int64_t first, int64_t count, int64_t row0,
                      int64_t rows, bool large, bool fetch, bool packed, const EachPanel& each_panel, Sum<S>* copies) {
   using T = Sum<S>;
-  const bool aligned = large && (t.out_channel0 + row0) % kLanes<T> == 0, past = aligned && kWholeLines;
+  const bool aligned = large && (t.out_channel0 + row0) % kLanes<T> == 0,
+             past = aligned && kLineVectors == 1;  // or panels put lines together
   if constexpr (std::is_same_v<S, T>) {
     if (is_single(t)) {
       const auto go = [&](const auto& seen, const auto& made) {

@@ -75,16 +75,6 @@ auto rows_of(int size, int64_t stride) {
                      : any_rows<T>;
 }
 
-/// A mask would cost whole vectors dearly.
-template <class S>
-static inline void store_some(S* p, Vec<Sum<S>> v, int64_t count) {
-  if (count >= kLanes<Sum<S>>) {
-    store(p, v);
-  } else {
-    store_first(p, v, count);
-  }
-}
-
 /// row[0..count) = one vector of each class, which lie `next` apart, interleaved. Whole vectors are stored while `room` allows:
 /// what comes after the row is written later.
 template <class S>

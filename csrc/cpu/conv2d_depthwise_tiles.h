@@ -134,15 +134,4 @@ static inline void prefetch_below(const Tiles<S>& tiles, const S* const* seen, i
     for (int j = columns - kTileW * stride; j < columns; ++j) __builtin_prefetch(seen[i * columns + j] + below, 0, 2);
 }
 
-/// Masks cost whole vectors dearly: a masked store may wait for its line.
-template <class S>
-static inline Vec<Sum<S>> load_some(const S* p, int64_t lanes) {
-  return lanes == kLanes<Sum<S>> ? load(p) : load_first(p, lanes);
-}
-
-template <class S>
-static inline void store_some(S* p, Vec<Sum<S>> v, int64_t lanes) {
-  lanes == kLanes<Sum<S>> ? store(p, v) : store_first(p, v, lanes);
-}
-
 }  // namespace cnnops::cpu::CNNOPS_ISA

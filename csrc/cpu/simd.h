@@ -199,9 +199,7 @@ static inline void store_bytes(void* p, Bytes bytes, int64_t count) {
     *(uint8_t*)p = uint8_t(bytes);
   }
 }
-#endif
 
-#if !defined(__AVX512F__)
 /// load_lanes() and store_first() of part of a vector: rare, and kept out of the loops that call them.
 template <class S>
 [[gnu::noinline]] static Vec<Sum<S>> load_part(const S* p, int64_t begin, int64_t end) {
@@ -326,6 +324,18 @@ static inline void store_first(S* p, Vec<Sum<S>> v, int64_t count) {
   if (count == kLanes<Sum<S>>) return store(p, v);
   store_part(p, v, count);
 #endif
+}
+
+/// As load_first() and store_first(), of at most or of any number of lanes: masks cost whole vectors dearly, as a masked
+/// store may wait for its line.
+template <class S>
+static inline Vec<Sum<S>> load_some(const S* p, int64_t lanes) {
+  return lanes >= kLanes<Sum<S>> ? load(p) : load_first(p, lanes);
+}
+
+template <class S>
+static inline void store_some(S* p, Vec<Sum<S>> v, int64_t lanes) {
+  lanes >= kLanes<Sum<S>> ? store(p, v) : store_first(p, v, lanes);
 }
 
 /// The even places of two vectors that follow each other, the second begun one place early: p[0], p[2], ...

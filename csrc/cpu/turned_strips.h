@@ -123,7 +123,7 @@ void gather_strip(const Conv2dGeometry& g, const Strip& s, const Packing<Sum<S>>
                 next, to);
 }
 
-/// The way back for its outputs.
+/// The way back, `out` channels to a vector.
 template <class S>
 void scatter_pixels(Layout layout, const int64_t* size, int64_t channels, int64_t out, const S* from, int64_t n,
                     int64_t first, int64_t pixels, int64_t v0, int64_t v1, int64_t next, S* to) {
@@ -142,6 +142,7 @@ void scatter_pixels(Layout layout, const int64_t* size, int64_t channels, int64_
       store_some(y + v * out, load(from + (v - v0) * next), smaller(out, channels - v * out));
 }
 
+/// The outputs of a strip of image n.
 template <Pass pass, class S>
 void scatter_strip(const Conv2dGeometry& g, const Strip& s, const Packing<Sum<S>>& pack, const S* from, int64_t n,
                    int64_t v0, int64_t v1, int64_t next, S* to) {

@@ -30,7 +30,8 @@ namespace {
 // Bytes of a chunk: as the second-level cache holds them, but several times the filters, which are packed for each chunk;
 // where winograd transforms them, as the third-level cache does.
 constexpr int64_t kChunk = int64_t(1) << 18, kWinogradChunk = int64_t(1) << 22, kLargestChunk = int64_t(1) << 23;
-constexpr int64_t kTileRows = 4;  // of winograd, whose outputs of one tile share their rounding
+constexpr int64_t kManyChunks = 8;  // of a thread, which may then be one more or less
+constexpr int64_t kTileRows = 4;    // of winograd, whose outputs of one tile share their rounding
 
 // ---- check and allocate ----
 
@@ -173,8 +174,8 @@ void run_chunks(const Prepared<int64_t>& prepared, const Block& block, const Ten
       make(chunk, i / bands, divide);
     }
   };
-  const int64_t threads = at::get_num_threads(), work = prepared.conv.out[0] * prepared.conv.out[1] * g.k;
-  if (!winograd && (count % threads == 0 || count >= 8 * threads)) {
+  const int64_t threads = at::get_num_threads(), work = g.k * g.out[0] * g.out[1];
+  if (!winograd && (count % threads == 0 || count >= kManyChunks * threads)) {
     split(count, grain_for(work / bands), [&](int64_t begin, int64_t end) {
       make_some(begin, end, [](int64_t tasks, int64_t, const auto& run) { run(0, tasks); });
     });
