@@ -192,9 +192,10 @@ Vec<double> load_doubles(const S* p, int64_t count) {
   return v;
 }
 
-/// add(sum, ...) of the numbers at from[i]...
+/// add(sum, ...) of the numbers at from[i]... Inlined by force, or GCC keeps the sums in memory.
 template <class Add, class... From>
-void add_doubles(Vec<double>& sum, int64_t i, int64_t count, const Add& add, const From*... from) {
+[[gnu::always_inline]] inline void add_doubles(Vec<double>& sum, int64_t i, int64_t count, const Add& add,
+                                               const From*... from) {
   add(sum, load_doubles(from + i, count)...);
 }
 
