@@ -244,6 +244,14 @@ def machine() -> dict[str, str]:
     }
 
 
+def where() -> str:
+    """The machine and the versions, as a table's last line tells them."""
+    m = machine()
+    return (
+        f"{m['processor']}; memory {m['memory']}; torch {m['torch'].split(',')[0]}; cnnops {m['commit']}; {m['date']}."
+    )
+
+
 def _processor() -> str:
     """Its name, and the numbers that tell it from others of this name."""
     info = Path("/proc/cpuinfo")

@@ -33,7 +33,7 @@ import cases  # noqa: E402
 from models import MODELS  # noqa: E402
 
 from benchmarks import measure  # noqa: E402
-from benchmarks.report import markdown  # noqa: E402
+from benchmarks.report import markdown, with_block  # noqa: E402
 
 PAGE = ROOT / "docs" / "memory.md"
 LIBRARIES = {"ours": cnnops.nn, "torch": nn}
@@ -301,19 +301,13 @@ def main() -> None:
         parser.error(f"no such part: {', '.join(unknown)}")
     for part in options.parts or PARTS:
         header, rows = PARTS[part]()
-        table = Table(*header, title=part, title_justify="left")
+        shown = Table(*header, title=part, title_justify="left")
         for row in rows:
-            table.add_row(*row)
-        Console(width=max(120, Console().width)).print(table)
+            shown.add_row(*row)
+        Console(width=max(120, Console().width)).print(shown)
         if options.write_docs:
-            PAGE.write_text(with_table(PAGE.read_text(), part, markdown(header, rows, left=2)))
-
-
-def with_table(page: str, part: str, table: str) -> str:
-    """The page with one part's table anew."""
-    start, end = f"<!-- {part} -->\n", f"<!-- /{part} -->"
-    head, rest = page.split(start)
-    return head + start + table + "\n" + rest[rest.index(end) :]
+            table = f"{markdown(header, rows, left=2)}\n\n{measure.where()}\n"
+            PAGE.write_text(with_block(PAGE.read_text(), part, table))
 
 
 if __name__ == "__main__":

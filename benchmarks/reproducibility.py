@@ -17,7 +17,7 @@ from helpers import same_bits
 
 import cnnops
 from benchmarks import ROOT
-from benchmarks.measure import machine
+from benchmarks.measure import where
 from benchmarks.report import markdown, with_block
 
 KINDS = ["batch size", "place", "threads", "address", "strides", "run"]
@@ -87,10 +87,8 @@ def main():
     torch.use_deterministic_algorithms(True, warn_only=True)
     warnings.simplefilter("ignore")
     strict = sum(n for (*_, kind), n in count(drawn, torch.nn.functional)[1].items() if kind == "any")
-    m = machine()
     text = table(calls, found) + (
-        f"\n\nWith `torch.use_deterministic_algorithms(True)`: torch {strict} of {calls.total()}.\n\n"
-        f"{m['processor']}; torch {m['torch'].split(',')[0]}; cnnops {m['commit']}; {m['date']}.\n"
+        f"\n\nWith `torch.use_deterministic_algorithms(True)`: torch {strict} of {calls.total()}.\n\n{where()}\n"
     )
     print(text)
     if options.write_docs:

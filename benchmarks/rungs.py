@@ -15,7 +15,7 @@ from torch.nn import functional as theirs
 
 import cnnops
 from benchmarks import ROOT
-from benchmarks.measure import LAYOUTS, Effort, machine, race
+from benchmarks.measure import LAYOUTS, Effort, race, where
 from benchmarks.report import markdown, with_block
 
 EFFORT, WARMING = Effort(0.3, 3, 40), Effort(0, 3, 3)
@@ -132,13 +132,9 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rungs", description=__doc__)
     parser.add_argument("--write-docs", action="store_true")
     options = parser.parse_args()
-    m = machine()
-    where = (
-        f"{m['processor']}; memory {m['memory']}; torch {m['torch'].split(',')[0]}; cnnops {m['commit']}; {m['date']}."
-    )
     found = climb()
     blocks = {
-        "rungs": f"{algorithms(found)}\n\nBy one thread / by two. {where}\n",
+        "rungs": f"{algorithms(found)}\n\nBy one thread / by two. {where()}\n",
         "vectors": f"{instruction_sets()}\n",
         "pooling": f"{pooling()}\n",
         **{rung: gains(found, rung) for rung in GAINS},

@@ -403,8 +403,6 @@ def test_figures():
     activation = 2 * 8 * 16 * 16 * 4
     assert kept["torch"] >= activation + activation // 4 * 2  # ReLU's result, and an int64 per pooled pixel
     assert activation <= kept["ours"] < kept["torch"]
-    page = "text\n<!-- kept -->\nold\n<!-- /kept -->\nmore"
-    assert memory.with_table(page, "kept", "| new |") == "text\n<!-- kept -->\n| new |\n<!-- /kept -->\nmore"
     with open(memory.PAGE) as file:
         text = file.read()
-    assert all(memory.with_table(text, part, "") != text for part in memory.PARTS)
+    assert all(memory.with_block(text, part, "") != text for part in memory.PARTS)
