@@ -23,38 +23,36 @@ from cnnops import functional as F
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # for cases.py
 from benchmarks import measure  # noqa: E402
 
-# name -> batch, channels, size, output channels, kernel, padding, pooling's (kernel, stride, padding) or none
+# name -> batch, channels, size, output channels, kernel, stride, padding, pooling's (kernel, stride, padding) or none
 CASES = {
-    "lecture-1": (64, 1, 28, 16, 5, 0, None),
-    "lecture-2": (64, 16, 24, 32, 5, 0, (2, 2, 0)),
-    "lecture-3": (64, 32, 10, 64, 5, 0, None),
-    "lecture-4": (64, 64, 6, 128, 5, 0, None),
-    "two-layer-1": (64, 1, 28, 32, 3, 1, (2, 2, 0)),
-    "two-layer-2": (64, 32, 14, 64, 3, 1, (2, 2, 0)),
-    "vgg-64-224-n1": (1, 64, 224, 64, 3, 1, (2, 2, 0)),
-    "vgg-128-112-n1": (1, 128, 112, 128, 3, 1, (2, 2, 0)),
-    "vgg-256-56-n1": (1, 256, 56, 256, 3, 1, (2, 2, 0)),
-    "vgg-512-14-n1": (1, 512, 14, 512, 3, 1, (2, 2, 0)),
-    "vgg-64-224-relu-n1": (1, 64, 224, 64, 3, 1, None),
-    "vgg-64-224-n8": (8, 64, 224, 64, 3, 1, (2, 2, 0)),
-    "vgg-128-112-n8": (8, 128, 112, 128, 3, 1, (2, 2, 0)),
-    "vgg-512-14-n8": (8, 512, 14, 512, 3, 1, (2, 2, 0)),
-    "resnet-stem-n8": (8, 3, 224, 64, 7, 3, (3, 2, 1)),
+    "lecture-1": (64, 1, 28, 16, 5, 1, 0, None),
+    "lecture-2": (64, 16, 24, 32, 5, 1, 0, (2, 2, 0)),
+    "lecture-3": (64, 32, 10, 64, 5, 1, 0, None),
+    "lecture-4": (64, 64, 6, 128, 5, 1, 0, None),
+    "two-layer-1": (64, 1, 28, 32, 3, 1, 1, (2, 2, 0)),
+    "two-layer-2": (64, 32, 14, 64, 3, 1, 1, (2, 2, 0)),
+    "vgg-64-224-n1": (1, 64, 224, 64, 3, 1, 1, (2, 2, 0)),
+    "vgg-128-112-n1": (1, 128, 112, 128, 3, 1, 1, (2, 2, 0)),
+    "vgg-256-56-n1": (1, 256, 56, 256, 3, 1, 1, (2, 2, 0)),
+    "vgg-512-14-n1": (1, 512, 14, 512, 3, 1, 1, (2, 2, 0)),
+    "vgg-64-224-relu-n1": (1, 64, 224, 64, 3, 1, 1, None),
+    "vgg-64-224-n8": (8, 64, 224, 64, 3, 1, 1, (2, 2, 0)),
+    "vgg-128-112-n8": (8, 128, 112, 128, 3, 1, 1, (2, 2, 0)),
+    "vgg-512-14-n8": (8, 512, 14, 512, 3, 1, 1, (2, 2, 0)),
+    "resnet-stem-n8": (8, 3, 224, 64, 7, 2, 3, (3, 2, 1)),
 }
 
 
-def fused(x, w, b, padding, pool):
+def fused(x, w, b, stride, padding, pool):
     if not pool:
-        return F.conv_relu2d(x, w, b, 1, padding)
-    kernel_size, stride, pool_padding = pool
-    return F.conv_relu_max_pool2d(
-        x, w, b, 1, padding, pool_kernel_size=kernel_size, pool_stride=stride, pool_padding=pool_padding
-    )
+        return F.conv_relu2d(x, w, b, stride, padding)
+    window = dict(zip(("pool_kernel_size", "pool_stride", "pool_padding"), pool, strict=True))
+    return F.conv_relu_max_pool2d(x, w, b, stride, padding, **window)
 
 
 def chain(functions):
-    def run(x, w, b, padding, pool):
-        y = functions.relu(functions.conv2d(x, w, b, 1, padding))
+    def run(x, w, b, stride, padding, pool):
+        y = functions.relu(functions.conv2d(x, w, b, stride, padding))
         return functions.max_pool2d(y, *pool) if pool else y
 
     return run
@@ -80,7 +78,7 @@ def kept_bytes(call, without) -> int:
 
 def passes(case, layout, device="cpu") -> tuple[list, dict]:
     """Leaves, and each contestant's calls by pass: forward, and forward and backward. Checked: a wrong one ends all."""
-    n, c, size, k, kernel, padding, pool = case
+    n, c, size, k, kernel, *rest = case
     torch.manual_seed(0)
     draw = partial(torch.randn, device=device)
     x, w = draw(n, c, size, size), draw(k, c, kernel, kernel) / (c * kernel**2) ** 0.5
@@ -89,13 +87,13 @@ def passes(case, layout, device="cpu") -> tuple[list, dict]:
 
     def forward(run, leaves=leaves):
         with torch.no_grad():
-            return run(*leaves, padding, pool)
+            return run(*leaves, *rest)
 
     exact = forward(CONTESTANTS["torch"], [t.double() for t in leaves])
     gy = draw(exact.shape).to(memory_format=measure.LAYOUTS[layout])
 
     def backward(run):
-        return torch.autograd.grad(run(*leaves, padding, pool), leaves, gy)
+        return torch.autograd.grad(run(*leaves, *rest), leaves, gy)
 
     for name, run in CONTESTANTS.items():
         if (error := measure.error(forward(run), exact)) > measure.BOUND[torch.float32]:
@@ -112,13 +110,13 @@ def passes(case, layout, device="cpu") -> tuple[list, dict]:
 def race(case, layout, options) -> tuple[dict, dict, dict]:
     """Milliseconds forward, and forward and backward; kept bytes: of each contestant."""
     leaves, calls = passes(case, layout)
-    *_, padding, pool = case
+    n, c, size, k, kernel, *rest = case
     effort = measure.Effort(options.seconds, 5, 60)
     times = []
     for contestants in calls.values():
         samples = measure.race(contestants, effort)
         times.append({name: statistics.median(samples[name]) * 1e3 for name in samples})
-    kept = {name: kept_bytes(partial(run, *leaves, padding, pool), leaves) for name, run in CONTESTANTS.items()}
+    kept = {name: kept_bytes(partial(run, *leaves, *rest), leaves) for name, run in CONTESTANTS.items()}
     return *times, kept
 
 

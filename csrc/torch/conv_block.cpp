@@ -31,6 +31,7 @@ namespace {
 // where winograd transforms them, as the third-level cache does.
 constexpr int64_t kChunk = int64_t(1) << 18, kWinogradChunk = int64_t(1) << 22, kLargestChunk = int64_t(1) << 23;
 constexpr int64_t kManyChunks = 8;  // of a thread, which may then be one more or less
+constexpr int64_t kOverlap = 8;     // Where windows overlap, one row of so many is made twice, if they fit.
 constexpr int64_t kTileRows = 4;    // of winograd, whose outputs of one tile share their rounding
 
 // ---- check and allocate ----
@@ -69,8 +70,10 @@ struct Chunks {
     images = std::max<int64_t>(1, size / image);
     rows = p.out[0];
     if (image <= size) return;
-    const int64_t reach = (p.kernel[0] - 1) * p.dilation[0] + 1;
-    rows = std::max<int64_t>(1, (size / row - reach) / p.stride[0] + 1);
+    const int64_t reach = (p.kernel[0] - 1) * p.dilation[0] + 1,
+                  wanted = kOverlap * (reach - p.stride[0]) / p.stride[0];
+    const auto fit = [&](int64_t bytes) { return std::max<int64_t>(1, (bytes / row - reach) / p.stride[0] + 1); };
+    rows = std::max(fit(size), std::min(fit(kWinogradChunk), wanted));
     if (rows > kTileRows) rows = rows / kTileRows * kTileRows;
     rows = std::min(rows, p.out[0]);
   }
@@ -132,17 +135,22 @@ struct Maker {
     if (pools || in_place) {
       divide(all, kGrain, [&](int64_t begin, int64_t end) { activation.run(kernels, made, made, begin, end); });
     } else {
-      for (int64_t i = 0; i < units; ++i)
-        divide(unit, kGrain, [&](int64_t begin, int64_t end) {
-          activation.run(kernels, made + i * unit, y + output(i), begin, end);
-        });
+      divide(units, grain_for(unit), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) activation.run(kernels, made + i * unit, y + output(i), 0, unit);
+      });
     }
     if (!pools) return;
-    const int64_t parts = chunk.dense ? 1 : units, rows = units / parts * chunk.pool.out[0];
-    for (int64_t i = 0; i < parts; ++i)
-      divide(rows, grain_for(p.out[1] * depth * p.kernel[0] * p.kernel[1]), [&](int64_t begin, int64_t end) {
-        kernels.max_pool2d.forward(chunk.pool, made + i * unit, y + output(i), positions + output(i), begin, end);
+    const int64_t rows = chunk.pool.out[0], work = p.out[1] * depth * p.kernel[0] * p.kernel[1];  // of a row
+    const auto pool_rows = [&](int64_t i, int64_t begin, int64_t end) {
+      kernels.max_pool2d.forward(chunk.pool, made + i * unit, y + output(i), positions + output(i), begin, end);
+    };
+    if (chunk.dense) {
+      divide(units * rows, grain_for(work), [&](int64_t begin, int64_t end) { pool_rows(0, begin, end); });
+    } else {
+      divide(units, grain_for(work * rows), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) pool_rows(i, 0, rows);
       });
+    }
   }
 };
 
@@ -175,7 +183,7 @@ void run_chunks(const Prepared<int64_t>& prepared, const Block& block, const Ten
     }
   };
   const int64_t threads = at::get_num_threads(), work = g.k * g.out[0] * g.out[1];
-  if (!winograd && (count % threads == 0 || count >= kManyChunks * threads)) {
+  if (!winograd && count >= chunks.images * threads && (count % threads == 0 || count >= kManyChunks * threads)) {
     split(count, grain_for(work / bands), [&](int64_t begin, int64_t end) {
       make_some(begin, end, [](int64_t tasks, int64_t, const auto& run) { run(0, tasks); });
     });
