@@ -4,10 +4,11 @@
 //   gw[k, c] = transform of the 36 sums over all tiles of u[i][tile, k] * v[i][tile, c]
 //
 // where v[i] are the transforms of the tiles' inputs, and u[i] those of their outputs' gradients. A task is a block of
-// output channels x a panel of input channels. It walks all tiles of all images in blocks, makes the transforms of each
-// block by itself, and keeps its sums: those of a block, each from a fresh zero, are added in order. Where such tasks
-// would be few, the tiles are cut into parts, each with tasks and sums of its own, which are added up last. A NaN or
-// infinity reaches all taps of the filters that see its tile.
+// output channels x some panels of input channels, which share the transforms of the gradients: as many as its sums leave
+// room for in the cache. It walks all tiles of all images in blocks, makes the transforms of each block by itself, and
+// keeps its sums: those of a block, each from a fresh zero, are added in order. Where such tasks would be few, the tiles
+// are cut into parts, each with tasks and sums of its own, which are added up last. A NaN or infinity reaches all taps of
+// the filters that see its tile.
 #include "winograd_products.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
@@ -15,6 +16,7 @@ namespace {
 
 constexpr int64_t kBlockTiles = 48;                        // summed at a time
 constexpr int64_t kMostChannels = 128, kFewChannels = 32;  // output channels of a task
+constexpr int64_t kMostPairs = 1 << 13;                    // of an output and an input channel, unless it is a panel's
 constexpr int64_t kGoodTasks = 4;
 constexpr int64_t kPartTiles = 192, kPartNumbers = 1 << 19;  // of a part at least; of all parts together at most
 
@@ -31,14 +33,15 @@ Layer gradient_of(const Layer& t) {
   return y;
 }
 
-/// Tasks are numbered (group, block of output channels, panel of input channels, part of the tiles).
+/// Tasks are numbered (group, block of output channels, block of panels, part of the tiles).
 template <class T>
 struct Tasks {
   int64_t points;
-  int64_t vectors, width, panels;  // of input channels
-  int64_t rows, blocks;            // of output channels
-  int64_t stride;                  // from tile to tile of the transformed gradients
-  int64_t parts, tile_blocks;      // of all tiles
+  int64_t vectors, width, panels;  // of input channels; a task has so many panels
+  int64_t panel_blocks;
+  int64_t rows, blocks;        // of output channels
+  int64_t stride;              // from tile to tile of the transformed gradients
+  int64_t parts, tile_blocks;  // of all tiles
   int64_t total;
 
   explicit Tasks(const Layer& t) {
@@ -47,26 +50,29 @@ struct Tasks {
     points = t.points;
     vectors = all.vectors;
     width = all.width;
-    panels = all.count;
     blocks = ceil_div(t.rows, kMostChannels);
+    panel_blocks = ceil_div(all.count, larger(1, kMostPairs / (ceil_div(t.rows, blocks) * width)));
     parts = 1;
+    const auto tasks = [&] { return t.groups * panel_blocks * blocks * parts; };
     tile_blocks = ceil_div(t.all_tiles, kBlockTiles);
     const int64_t numbers = t.groups * t.rows * t.channels * t.taps * t.taps;
-    while (t.groups * panels * blocks * parts < kGoodTasks && t.all_tiles >= 2 * parts * kPartTiles &&
-           2 * parts * numbers <= kPartNumbers)
+    while (tasks() < kGoodTasks && t.all_tiles >= 2 * parts * kPartTiles && 2 * parts * numbers <= kPartNumbers)
       parts *= 2;
-    if (t.groups * panels * blocks * parts < kGoodTasks)
+    if (tasks() < kGoodTasks)
       blocks = larger(1, smaller(larger(t.rows / kFewChannels, smaller(t.rows / (kFewChannels / 2), 2)),
-                                 ceil_div(kGoodTasks, t.groups * panels * parts)));
+                                 ceil_div(kGoodTasks, tasks() / blocks)));
+    if (tasks() < kGoodTasks) panel_blocks = smaller(all.count, ceil_div(kGoodTasks, tasks() / panel_blocks));
+    panels = ceil_div(all.count, panel_blocks);
+    panel_blocks = ceil_div(all.count, panels);
     rows = round_up(ceil_div(t.rows, blocks), tile_rows(vectors));
     blocks = ceil_div(t.rows, rows);
     stride = round_up(rows, L);
-    total = t.groups * panels * blocks * parts;
+    total = tasks();
   }
   int64_t input_point() const { return kBlockTiles * width + kLine; }
   int64_t gradient_point() const { return kBlockTiles * stride + kLine; }
   int64_t sum_point() const { return rows * width + kLine; }
-  int64_t workspace() const { return points * (input_point() + gradient_point() + sum_point()) + kScratch<T>; }
+  int64_t workspace() const { return points * (input_point() + gradient_point() + panels * sum_point()) + kScratch<T>; }
 };
 
 template <class T, int V>
@@ -109,7 +115,7 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* wo
   T* v = workspace;
   T* u = v + Form::points * tasks.input_point();
   T* sums = u + Form::points * tasks.gradient_point();
-  T* scratch = sums + Form::points * tasks.sum_point();
+  T* scratch = sums + Form::points * tasks.sum_point() * tasks.panels;
   const int64_t numbers = x.groups * x.weight_group;
   const auto multiply = tasks.vectors == 1   ? CNNOPS_ISA::multiply<T, 1>
                         : tasks.vectors == 2 ? CNNOPS_ISA::multiply<T, 2>
@@ -117,27 +123,38 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* wo
                                              : CNNOPS_ISA::multiply<T, kMostVectors>;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t part = task % tasks.parts, block = task / tasks.parts;
-    const int64_t c0 = block % tasks.panels * tasks.width, channels = smaller(tasks.width, x.channels - c0);
-    const int64_t k0 = block / tasks.panels % tasks.blocks * tasks.rows, rows = smaller(tasks.rows, x.rows - k0);
-    const int64_t group = block / tasks.panels / tasks.blocks;
+    const int64_t c0 = block % tasks.panel_blocks * tasks.panels * tasks.width;
+    const int64_t k0 = block / tasks.panel_blocks % tasks.blocks * tasks.rows, rows = smaller(tasks.rows, x.rows - k0);
+    const int64_t group = block / tasks.panel_blocks / tasks.blocks;
+    const auto for_panels = [&](const auto& body) {
+      T* to = sums;
+      for (int64_t c = c0, panel = 0; panel < tasks.panels && c < x.channels; ++panel, c += tasks.width) {
+        body(c, smaller(tasks.width, x.channels - c), to);
+        to += Form::points * tasks.sum_point();
+      }
+    };
     const S* gy = o.a + (group * x.rows + k0) * y.in.channel;
-    const S* in = o.b + (group * x.channels + c0) * x.in.channel;
     const int64_t first = tasks.tile_blocks * part / tasks.parts * kBlockTiles;
     const int64_t end_tile = smaller(tasks.tile_blocks * (part + 1) / tasks.parts * kBlockTiles, x.all_tiles);
     for (int64_t tile = first; tile < end_tile; tile += kBlockTiles) {
       const int64_t count = smaller(kBlockTiles, end_tile - tile);
       transform_tiles<Points<Form::rows, Form::height>, Points<Form::columns, Form::width>>(
           y, gy, tile, count, rows, tasks.gradient_point(), tasks.stride, scratch, u);
-      transform_tiles<InputPoints<Form::rows>, InputPoints<Form::columns>>(
-          x, in, tile, count, channels, tasks.input_point(), tasks.width, scratch, v);
-      multiply(tasks, rows, count, u, v, sums, tile > first);
+      for_panels([&](int64_t c, int64_t channels, T* to) {
+        const S* in = o.b + (group * x.channels + c) * x.in.channel;
+        transform_tiles<InputPoints<Form::rows>, InputPoints<Form::columns>>(
+            x, in, tile, count, channels, tasks.input_point(), tasks.width, scratch, v);
+        multiply(tasks, rows, count, u, v, to, tile > first);
+      });
     }
-    const int64_t first_filter = group * x.weight_group + k0 * x.weight_row + c0 * x.weight_channel;
-    if (tasks.parts > 1) {
-      write_filters<Form>(x, tasks, sums, rows, channels, o.parts + part * numbers + first_filter);
-    } else {
-      write_filters<Form>(x, tasks, sums, rows, channels, o.out + first_filter);
-    }
+    for_panels([&](int64_t c, int64_t channels, const T* from) {
+      const int64_t filter = group * x.weight_group + k0 * x.weight_row + c * x.weight_channel;
+      if (tasks.parts > 1) {
+        write_filters<Form>(x, tasks, from, rows, channels, o.parts + part * numbers + filter);
+      } else {
+        write_filters<Form>(x, tasks, from, rows, channels, o.out + filter);
+      }
+    });
   }
 }
 
