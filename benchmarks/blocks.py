@@ -110,7 +110,7 @@ def passes(case, layout, device="cpu") -> tuple[list, dict]:
 def race(case, layout, options) -> tuple[dict, dict, dict]:
     """Milliseconds forward, and forward and backward; kept bytes: of each contestant."""
     leaves, calls = passes(case, layout)
-    n, c, size, k, kernel, *rest = case
+    rest = case[5:]
     effort = measure.Effort(options.seconds, 5, 60)
     times = []
     for contestants in calls.values():

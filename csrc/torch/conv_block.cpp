@@ -70,8 +70,8 @@ struct Chunks {
     images = std::max<int64_t>(1, size / image);
     rows = p.out[0];
     if (image <= size) return;
-    const int64_t reach = (p.kernel[0] - 1) * p.dilation[0] + 1,
-                  wanted = kOverlap * (reach - p.stride[0]) / p.stride[0];
+    const int64_t reach = (p.kernel[0] - 1) * p.dilation[0] + 1;
+    const int64_t wanted = kOverlap * (reach - p.stride[0]) / p.stride[0];
     const auto fit = [&](int64_t bytes) { return std::max<int64_t>(1, (bytes / row - reach) / p.stride[0] + 1); };
     rows = std::max(fit(size), std::min(fit(kWinogradChunk), wanted));
     if (rows > kTileRows) rows = rows / kTileRows * kTileRows;
