@@ -7,9 +7,9 @@
 //
 // Memory is the limit, so a vector at a time is all it takes. A sum runs over each image's plane in sixteen interleaved
 // parts kept in double, adds the parts, then the images in their order: that order is the same however many threads
-// there are, as each channel is one task. Memory is read once, in its own order: a few channels of one image, then the
+// there are, as each channel is one task. Memory is read once, in its own order: many channels of one image, then the
 // same of the next. Prelu and the sums see a channels_last tensor as one whose images are single pixels, inner = 1; a
-// sum then runs over blocks of 64 pixels, the even and the odd ones apart.
+// sum then takes four pixels at a time, all their channels.
 #include "kernels.h"
 #include "simd.h"
 
@@ -199,59 +199,64 @@ template <class Add, class... From>
   add(sum, load_doubles(from + i, count)...);
 }
 
-/// Adds up the terms of `pixels` pixels, `channels` numbers each, in `vectors` vectors of channels: those of even pixels and
-/// those of odd ones, so that additions need not wait for each other, and at last both. `room` numbers may be read.
-template <int vectors, class Add, class... From>
-void sum_pixels(int64_t pixels, int64_t channels, int64_t room, double* totals, const Add& add, const From*... from) {
-  constexpr int64_t L = kLanes<double>;
-  Vec<double> even[vectors] = {}, odd[vectors] = {};
-  const auto add_pixel = [&](Vec<double>* sums, int64_t n) {
-    for (int64_t i = n * channels, j = 0; j < vectors; ++j, i += L) add_doubles(sums[j], i, room - i, add, from...);
+/// totals[c] += the terms of a pixel's `count` channels, four pixels at a time: all are read as they lie in memory, and
+/// additions to the even and the odd need not wait for each other. What a thread reads of a pixel may be a few lines of
+/// many: no prefetcher guesses that, so they are asked for. `room` numbers may be read.
+template <class Add, class... From>
+void sum_pixels(int64_t pixels, int64_t channels, int64_t count, int64_t room, double* totals, const Add& add,
+                const From*... from) {
+  constexpr int64_t L = kLanes<double>, kLine = 64 / sizeof(std::common_type_t<From...>), kAhead = 8;
+  const auto add_pixels = [&](auto together, int64_t n) {
+    const int64_t first = n * channels, last = first + (together - 1) * channels;
+    const auto add_vector = [&](int64_t c, int64_t room) {
+      Vec<double> sums[2] = {load(totals + c)};
+      for (int k = 0; k < together; ++k) add_doubles(sums[k % 2], first + k * channels + c, room, add, from...);
+      store(totals + c, sums[0] + sums[1]);
+    };
+    for (int k = 0; k < together; ++k)
+      for (int64_t c = 0; c < count; c += kLine) (__builtin_prefetch(from + first + (k + kAhead) * channels + c), ...);
+    int64_t c = 0;
+    for (; c + L <= count; c += L) add_vector(c, L);
+    if (c < count) add_vector(c, room - last - c);
   };
   int64_t n = 0;
-  for (; n + 2 <= pixels; n += 2) {
-    add_pixel(even, n);
-    add_pixel(odd, n + 1);
-  }
-  if (n < pixels) add_pixel(even, n);
-  for (int j = 0; j < vectors; ++j) store(totals + j * L, load(totals + j * L) + (even[j] + odd[j]));
+  for (; n + 4 <= pixels; n += 4) add_pixels(std::integral_constant<int, 4>(), n);
+  for (; n < pixels; ++n) add_pixels(std::integral_constant<int, 1>(), n);
+}
+
+/// The sum of the terms of a plane's `count` numbers, in sixteen parts.
+template <class Add, class... From>
+double sum_plane(int64_t count, const Add& add, const From*... from) {
+  constexpr int64_t L = kLanes<double>;
+  Vec<double> sixteen[16 / L] = {};
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16)
+    for (int64_t k = 0; k < 16 / L; ++k) add_doubles(sixteen[k], i + k * L, L, add, from...);
+  for (; i < count; i += 8)
+    for (int64_t k = 0; k < 8 / L; ++k) add_doubles(sixteen[k], i + k * L, count - i - k * L, add, from...);
+  double part[16];
+  for (int64_t k = 0; k < 16 / L; ++k) store(part + k * L, sixteen[k]);
+  for (int64_t half = 8; half > 0; half /= 2)
+    for (int64_t k = 0; k < half; ++k) part[k] += part[k + half];
+  return part[0];
 }
 
 /// sums[c] = sum over n and i of the terms of the numbers at (n, c, i); add(sum, numbers...) adds a vector's.
 template <class S, class Add, class... From>
 void sum_channels(int64_t n_count, int64_t channels, int64_t inner, S* sums, int64_t begin, int64_t end, const Add& add,
                   const From*... from) {
-  constexpr int64_t kChannels = 64, kPixels = 64, L = kLanes<double>;  // at a time
+  constexpr int64_t kChannels = 512;  // at a time
   for (int64_t c = begin; c < end; c += kChannels) {
     const int64_t count = smaller(kChannels, end - c);
-    double total[kChannels] = {};
-    for (int64_t n = 0; n < n_count; n += inner == 1 ? kPixels : 1) {
-      const int64_t first = (n * channels + c) * inner;
-      if (inner == 1) {
-        const int64_t pixels = smaller(kPixels, n_count - n), room = n_count * channels - first;
-        int64_t j = 0;
-        for (; j + 4 * L <= count; j += 4 * L)
-          sum_pixels<4>(pixels, channels, room - j, total + j, add, (from + first + j)...);
-        for (; j < count; j += L) sum_pixels<1>(pixels, channels, room - j, total + j, add, (from + first + j)...);
-        continue;
-      }
-      for (int64_t j = 0; j < count; ++j) {
-        const int64_t plane = first + j * inner;
-        Vec<double> sixteen[16 / L] = {};
-        int64_t i = 0;
-        for (; i + 16 <= inner; i += 16)
-          for (int64_t k = 0; k < 16 / L; ++k) add_doubles(sixteen[k], plane + i + k * L, L, add, from...);
-        for (; i < inner; i += 8)
-          for (int64_t k = 0; k < 8 / L; ++k)
-            add_doubles(sixteen[k], plane + i + k * L, inner - i - k * L, add, from...);
-        double part[16];
-        for (int64_t k = 0; k < 16 / L; ++k) store(part + k * L, sixteen[k]);
-        for (int64_t half = 8; half > 0; half /= 2)
-          for (int64_t k = 0; k < half; ++k) part[k] += part[k + half];
-        total[j] += part[0];
-      }
+    double totals[kChannels] = {};
+    if (inner == 1) {
+      sum_pixels(n_count, channels, count, n_count * channels - c, totals, add, (from + c)...);
+    } else {
+      for (int64_t n = 0; n < n_count; ++n)
+        for (int64_t j = 0; j < count; ++j)
+          totals[j] += sum_plane(inner, add, (from + (n * channels + c + j) * inner)...);
     }
-    for (int64_t j = 0; j < count; ++j) sums[c + j] = rounded<S>(Sum<S>(total[j]));
+    for (int64_t j = 0; j < count; ++j) sums[c + j] = rounded<S>(Sum<S>(totals[j]));
   }
 }
 
