@@ -14,6 +14,8 @@
 // their tile, however many channels are summed, and go from there to where they belong; and while a task computes, the next
 // one's pixels, short pieces of many planes which the processor does not foresee, are fetched into the cache.
 //
+// With strides, forward copies the pixels that are seen, and grad_input puts its results apart, the bias between them.
+//
 // A task is a block of columns, or if these are few, some output channels of it. Sums are made in chunks of 128 steps,
 // each from a fresh zero, that are added in order. The gradient of the weight is in conv2d_planar_weight.cpp.
 #include "conv2d_planar.h"
@@ -167,14 +169,31 @@ void pack_weights(const Product& t, const S* from, int64_t rows, Sum<S>* to) {
     }
 }
 
+/// `count` results of a plane of gy, from p on, to the pixels of a plane of gx that they are the gradients of; and what no
+/// output sees between these and the next ones gets the bias alone.
+template <class S>
+void spread(const Conv2dGeometry& g, const Sum<S>* from, int64_t p, int64_t count, Sum<S> bias, S* plane) {
+  const auto first_of = [&](int dim, int64_t o) { return o < g.out[dim] ? o * g.stride[dim] : g.in[dim]; };
+  for (const int64_t end = p + count; p < end;) {
+    const int64_t oh = p / g.out[1], ow = p % g.out[1], outputs = smaller(end - p, g.out[1] - ow);
+    const int64_t h = first_of(0, oh), w = first_of(1, ow);
+    for (int64_t below = h; below < first_of(0, oh + 1); ++below)
+      for (int64_t i = w; i < first_of(1, ow + outputs); ++i) plane[below * g.in[1] + i] = rounded<S>(bias);
+    for (int64_t j = 0; j < outputs; ++j) plane[h * g.in[1] + w + j * g.stride[1]] = rounded<S>(from[j]);
+    from += outputs;
+    p += outputs;
+  }
+}
+
 /// M rows x V vectors of results, as far as there are so many rows, and where they belong.
 template <class S, bool in_place, int V, int M>
-void correlate_tile(const Product& t, const Conv2dOperands<S>& o, const Sum<S>* const* a, int64_t channel, int64_t rows,
-                    const ColumnPanel& panel, const Sum<S>* pixels, bool past, Ahead<S> ahead) {
+void correlate_tile(const Conv2dGeometry& g, const Product& t, const Conv2dOperands<S>& o, const Sum<S>* const* a,
+                    int64_t channel, int64_t rows, const ColumnPanel& panel, const Sum<S>* pixels, bool past,
+                    Ahead<S> ahead) {
   using T = Sum<S>;
   constexpr int64_t L = kLanes<T>;
   const Piece& first = *panel.pieces;
-  const bool whole = std::is_same_v<S, T> && first.count == V * L;
+  const bool whole = std::is_same_v<S, T> && first.count == V * L && !t.spread;
   alignas(64) T beside[M * V * L];
   T bias[M], *to[M];
   for (int64_t m = 0; m < M; ++m) {
@@ -183,7 +202,7 @@ void correlate_tile(const Product& t, const Conv2dOperands<S>& o, const Sum<S>* 
     if constexpr (std::is_same_v<S, T>) {
       T* const place = o.out + first.n * t.out_image + (channel + m) * t.plane + first.p;
       if (whole && m < rows) to[m] = place;
-      if (!past && m < rows) fetch_to_write(place, smaller(V * L, first.count));
+      if (!past && !t.spread && m < rows) fetch_to_write(place, smaller(V * L, first.count));
     }
   }
   multiply_rows<S, T, in_place, V, M>(t.depth, a, pixels + panel.before * L * t.depth, bias, to,
@@ -191,7 +210,12 @@ void correlate_tile(const Product& t, const Conv2dOperands<S>& o, const Sum<S>* 
   if (whole) return;
   for (int64_t m = 0; m < rows; ++m)
     for (const Piece* piece = panel.pieces; piece < panel.pieces + panel.count; ++piece) {
-      S* const out = o.out + piece->n * t.out_image + (channel + m) * t.plane + piece->p;
+      S* const plane = o.out + piece->n * t.out_image + (channel + m) * t.out_plane;
+      if (t.spread) {
+        spread(g, beside + m * V * L + piece->lane, piece->p, piece->count, bias[m], plane);
+        continue;
+      }
+      S* const out = plane + piece->p;
       for (int64_t j = 0; j < piece->count; j += L) {
         const int64_t lanes = smaller(L, piece->count - j);
         store_first(out + j, load_first(beside + m * V * L + piece->lane + j, lanes), lanes);
@@ -237,7 +261,7 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* work
       const bool fetch = lines < (t.step == 1 ? 1 : 2 * t.step);
       for (const ColumnPanel* panel = first_panel; panel < last_panel; ++panel) {
         const S* const from = fetch && panel->next >= 0 ? in + panel->next + line : nullptr;
-        correlate_tile<S, in_place, vectors, height>(t, o, a, group * t.rows + row0 + m0, smaller(height, rows - m0),
+        correlate_tile<S, in_place, vectors, height>(g, t, o, a, group * t.rows + row0 + m0, smaller(height, rows - m0),
                                                      *panel, pixels, past, {from, every * t.in_plane, every});
       }
     };
@@ -264,8 +288,6 @@ const char* refuses(const Conv2dGeometry& g, Pass pass) {
   if (g.kernel[0] * g.kernel[1] != 1 || g.padding[0] != 0 || g.padding[1] != 0 ||
       (g.out[0] - 1) * g.stride[0] >= g.in[0] || (g.out[1] - 1) * g.stride[1] >= g.in[1])
     return "it takes 1x1 kernels without padding: each output pixel sees one input pixel";
-  if (pass == Pass::grad_input && (g.in[0] != g.out[0] || g.in[1] != g.out[1]))
-    return "with strides most of the gradient is zeros between its numbers";
   if (pass == Pass::grad_weight) {
     if (!std::is_same_v<S, Sum<S>>) return "it reads planes where they stand, and 16-bit numbers must be widened";
     if (g.out[0] * g.out[1] < kLanes<Sum<S>>) return "planes of less than a vector of pixels are no runs to read";

@@ -12,7 +12,7 @@
 // added in order (grad_weight). If such blocks are few, the strips are dealt to parts, tasks of their own.
 //
 // Refuses what is channels_last, few channels, borders that show pixels, filters and rows that overflow its
-// buffers, and 1x1 kernels, which are a plain matrix product, but for the gradient of the input with strides.
+// buffers, and 1x1 kernels, which are a plain matrix product.
 #include "channels_last.h"
 #include "conv2d_planar.h"
 #include "turn.h"
@@ -285,8 +285,7 @@ const char* refuses(const Conv2dGeometry& g, Pass pass) {
   if (smaller(g.c, g.k) / g.groups < kLeastChannels)
     return "with less than 16 channels most of its vectors' lanes idle";
   const int64_t taps = g.kernel[0] * g.kernel[1];
-  if (taps == 1 && (pass != Pass::grad_input || g.stride[0] * g.stride[1] == 1))
-    return "a 1x1 kernel has no taps to share a turned pixel: it is a plain matrix product";
+  if (taps == 1) return "a 1x1 kernel has no taps to share a turned pixel: it is a plain matrix product";
   const int64_t channels = (pass == Pass::forward ? g.c : g.k) / g.groups;
   if (pass == Pass::grad_weight) {
     if (taps * kLeastChannels * kLeastChannels > kGradientNumbers)

@@ -13,10 +13,12 @@ namespace cnnops::cpu::CNNOPS_ISA {
 
 constexpr int64_t kMostColumns = 768;  // of a task
 
-/// The product of one group: out[n][m][p] = sum over r of weight[m*row + r*channel] * in[n][r][p].
+/// The product of one group: out[n][m][p] = sum over r of weight[m*row + r*channel] * in[n][r][p]. `plane` numbers of a plane
+/// are computed; with strides it is forward's `in` that has more, and grad_input's `out`.
 struct Product {
-  int64_t rows, depth, plane, in_plane, in_image, out_image, weight_row, weight_depth;
+  int64_t rows, depth, plane, in_plane, in_image, out_plane, out_image, weight_row, weight_depth;
   int64_t width, row_step, step;  // of a row of results; from what it sees to the next row's, and along it
+  bool spread;                    // results lie apart
   /// What column `column` sees, as far from the first plane's first number.
   int64_t seen(int64_t column) const {
     const int64_t p = column % plane;
@@ -30,13 +32,15 @@ struct Product {
     plane = g.out[0] * g.out[1];
     in_plane = forward ? g.in[0] * g.in[1] : plane;
     in_image = (forward ? g.c : g.k) * in_plane;
-    out_image = (forward ? g.k : g.c) * plane;
+    out_plane = forward ? plane : g.in[0] * g.in[1];
+    out_image = (forward ? g.k : g.c) * out_plane;
     weight_row = forward ? c : 1;
     weight_depth = forward ? 1 : c;
-    const bool strided = g.stride[0] * g.stride[1] != 1;
+    const bool strided = forward && g.stride[0] * g.stride[1] != 1;
     width = strided ? g.out[1] : plane;  // or an image is one row
     row_step = strided ? g.stride[0] * g.in[1] : plane;
-    step = g.stride[1];
+    step = forward ? g.stride[1] : 1;
+    spread = out_plane != plane;
   }
 };
 
