@@ -88,23 +88,24 @@ void each_strip(const Strips& s, int64_t begin, int64_t end, const Copy& copy, c
   }
 }
 
+/// Parts columns into two phases: to[p*phase + j] is number 2*j + p; see(i) is the vector from number i on.
+template <class T, class See>
+void part_in_two(int64_t count, int64_t phase, T* to, const See& see) {
+  constexpr int64_t L = kLanes<T>;
+  constexpr auto lanes = std::make_integer_sequence<int, int(L)>();
+  // From the last: what its vector of the first phase spills into the second is written over.
+  for (int64_t j = (ceil_div(count, 2) - 1) / L * L; j >= 0; j -= L) {
+    store(to + j, even_places<T>(see(2 * j), see(2 * j + L - 1), lanes));
+    store(to + phase + j, even_places<T>(see(2 * j + 1), see(2 * j + L), lanes));
+  }
+}
+
 /// Parts columns into phases: to[p*phase + j] = line[j*step + p].
 template <class T>
 void part_columns(const T* line, int64_t count, int64_t step, int64_t phase, T* to) {
-  constexpr int64_t L = kLanes<T>;
-  const int64_t each = ceil_div(count, step);
-  if (step == 2) {
-    constexpr auto lanes = std::make_integer_sequence<int, int(L)>();
-    // From the last: what its vector of the first phase spills into the second is written over.
-    for (int64_t j = (each - 1) / L * L; j >= 0; j -= L) {
-      const T* from = line + 2 * j;
-      store(to + j, even_places<T>(load(from), load(from + L - 1), lanes));
-      store(to + phase + j, even_places<T>(load(from + 1), load(from + L), lanes));
-    }
-  } else {
-    for (int64_t p = 0; p < step; ++p)
-      for (int64_t j = 0; j < each; ++j) to[p * phase + j] = line[j * step + p];
-  }
+  if (step == 2) return part_in_two(count, phase, to, [=](int64_t i) { return load(line + i); });
+  for (int64_t p = 0; p < step; ++p)
+    for (int64_t j = 0; j < ceil_div(count, step); ++j) to[p * phase + j] = line[j * step + p];
 }
 
 /// Starts loading the `count` numbers from p on.
@@ -135,8 +136,13 @@ void copy_strip(const Strips& s, const S* plane, const int64_t* size, Border bor
     for (int64_t i = 0; i < all; ++i, to += s.pitch) {
       const int64_t row = pixel_at(row0 + i, size[0], border);
       const bool inside = row >= 0 && row < size[0];
-      copy_padded(plane + (inside ? row : 0) * size[1], inside ? size[1] : 0, column0, 1, count,
-                  inside ? border : Border::zeros, s.step_w == 1 ? to : line);
+      const S* from = plane + (inside ? row : 0) * size[1];
+      const int64_t width = inside ? size[1] : 0;
+      if (s.step_w == 2 && border == Border::zeros) {  // numbers that a line would have just got are loaded slowly
+        part_in_two(count, s.phase, to, [=](int64_t i) { return load_inside(from, width, column0 + i, L); });
+        continue;
+      }
+      copy_padded(from, width, column0, 1, count, inside ? border : Border::zeros, s.step_w == 1 ? to : line);
       if (s.step_w > 1) part_columns(line, count, s.step_w, s.phase, to);
     }
   }
