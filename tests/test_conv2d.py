@@ -362,6 +362,18 @@ def test_the_bias_of_a_transposed_convolution_of_groups(device, algorithm, chann
 
 @every_dtype
 @every_algorithm
+def test_the_gradient_of_pixels_that_no_output_sees(device, algorithm, dtype):
+    """With a 1x1 kernel and strides these are most: a transposed convolution has its bias there."""
+    x, w, b = numbers(3, 6, 5, 9, whole=True), numbers(6, 5, 1, 1, whole=True), numbers(10, whole=True) + 20
+    for stride, extra in ((2, 2), (1, 0)), ((3, 1), (2, 0)), ((1, 4), (0, 3)):
+        expected = TF.conv_transpose2d(x, w, b, stride, 0, extra, 2).to(dtype)
+        operands = (v.to(device, dtype) for v in (x, w, b))
+        with or_refusal(algorithm):
+            assert_equal(F.conv_transpose2d(*operands, stride, 0, extra, 2, algorithm=algorithm), expected)
+
+
+@every_dtype
+@every_algorithm
 def test_empty_batch(device, algorithm, dtype):
     """Nothing in, nothing out; and the gradients of weight and bias are zeros, not garbage."""
     x = torch.empty(0, 4, 9, 8, dtype=dtype, device=device, requires_grad=True)

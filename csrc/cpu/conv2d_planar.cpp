@@ -18,8 +18,6 @@
 //
 // A task is a block of columns, or if these are few, some output channels of it. Sums are made in chunks of 128 steps,
 // each from a fresh zero, that are added in order. The gradient of the weight is in conv2d_planar_weight.cpp.
-#include "conv2d_planar.h"
-
 #include "fetch.h"
 #include "planar_columns.h"
 #include "transpose.h"

@@ -9,7 +9,7 @@
 //
 // A task is a block of the product; weight_products.h says how it is cut. Sums are made for each block of pixels from a
 // fresh zero and added in order.
-#include "conv2d_planar.h"
+#include "kernels.h"
 #include "transpose.h"
 #include "weight_products.h"
 

@@ -14,7 +14,6 @@
 // Refuses what is channels_last, few channels, borders that show pixels, filters and rows that overflow its
 // buffers, and 1x1 kernels, which are a plain matrix product.
 #include "channels_last.h"
-#include "conv2d_planar.h"
 #include "turn.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {

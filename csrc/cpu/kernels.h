@@ -105,7 +105,14 @@ Conv2dAlgorithm<Conv2dRun<S>> conv2d_winograd();
 template <class S>
 Conv2dAlgorithm<Conv2dRun<S>> conv2d_dot_products();
 template <class S>
+Conv2dAlgorithm<Conv2dRun<S>> conv2d_turned();
+template <class S>
 Conv2dAlgorithm<Conv2dRun<S>> conv2d_direct();
+template <class S>
+Conv2dAlgorithm<Conv2dRun<S>> conv2d_planar();
+/// A part of it, in a file of its own.
+template <class S>
+Conv2dRun<S> planar_grad_weight();
 template <class S>
 Conv2dAlgorithm<Conv2dRun<S>> conv2d_channels_last();
 template <class S>

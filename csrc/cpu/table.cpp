@@ -1,5 +1,5 @@
 // The kernels of one instruction set, put together: the table of algorithms, fastest first, and the plain functions.
-#include "conv2d_planar.h"
+#include "kernels.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
