@@ -239,7 +239,11 @@ def test_prelu_weight_gradient_rounds_well(device, dtype):
 @every_dtype
 @every_device
 @pytest.mark.parametrize(
-    "shape", [(2, 3, 5, 7), (1, 1, 1, 1), (3, 5), (131, 83), (2, 3, 70_001), (64, 2, 9, 9), (0, 4, 3), (5, 4, 0)]
+    "shape",
+    [
+        *[(2, 3, 5, 7), (1, 1, 1, 1), (3, 5), (131, 83), (2, 3, 70_001), (64, 2, 9, 9), (0, 4, 3), (5, 4, 0)],
+        *[(2, 519, 2, 3), (7, 1031)],  # more channels than are summed at a time
+    ],
 )
 def test_channel_sum(device, dtype, shape):
     x = numbers(*shape, whole=True)
