@@ -198,7 +198,7 @@ void correlate_tile(const Conv2dGeometry& g, const Product& t, const Conv2dOpera
     bias[m] = o.bias && m < rows ? value(o.bias[channel + m]) : T(0);
     to[m] = beside + m * V * L;
     if constexpr (std::is_same_v<S, T>) {
-      T* const place = o.out + first.n * t.out_image + (channel + m) * t.plane + first.p;
+      T* const place = o.out + first.n * t.out_image + (channel + m) * t.out_plane + first.p;
       if (whole && m < rows) to[m] = place;
       if (!past && !t.spread && m < rows) fetch_to_write(place, smaller(V * L, first.count));
     }
