@@ -3,8 +3,8 @@
 // An algorithm is a row: its name, a function that says which geometries it refuses and why, the scratch memory it
 // wants, and how to run it (what `Run` holds differs between CPU and CUDA). Rows stand fastest first; the last is the
 // reference, which accepts everything. The choice looks at the geometry without its batch size, and never at the number
-// of threads: otherwise an element's bits could change with its neighbours in the batch. Who would rather wait than round
-// more chooses among the accurate rows only.
+// of threads: otherwise an element's bits could change with its neighbours in the batch. Who would rather wait than
+// round more chooses among the accurate rows only.
 #pragma once
 
 #include "geometry.h"
@@ -34,6 +34,8 @@ struct Conv2dAlgorithm {
   bool accurate = true;  // rounds about as `direct` does: where it is chosen, its error is at most 1.5 times as large
   /// Of a geometry that it accepts, whether a row below is faster: then "auto" passes over this one. nullptr for never.
   bool (*yields)(const Conv2dGeometry&, Pass) = nullptr;
+  /// Of a row that several files make up, the one that computes this geometry; nullptr where a row is one file.
+  const Conv2dAlgorithm& (*file)(const Conv2dGeometry&, Pass) = nullptr;
 
   const Run& run(Pass pass) const {
     return pass == Pass::forward ? forward : pass == Pass::grad_input ? grad_input : grad_weight;
@@ -61,8 +63,8 @@ static inline bool same_name(const char* a, const char* b) {
   return *a == *b;
 }
 
-/// `name` is a row's name, "auto" for the first row that accepts and does not yield, or "accurate" for the first accurate
-/// one that accepts.
+/// `name` is a row's name, "auto" for the first row that accepts and does not yield, or "accurate" for the first
+/// accurate one that accepts.
 template <class Row>
 Choice<Row> choose(const Table<Row>& table, const Conv2dGeometry& geometry, Pass pass, const char* name) {
   const bool fastest = same_name(name, "auto"), accurate = same_name(name, "accurate");

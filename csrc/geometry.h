@@ -16,7 +16,8 @@ namespace cnnops {
 /// Which of convolution's three bilinear operators is meant. Each is the derivative of the other two.
 enum class Pass { forward, grad_input, grad_weight };
 
-/// How all tensors of an operation lie in memory, weights included: (n, c, h, w) or (n, h, w, c), the last axis densest.
+/// How all tensors of an operation lie in memory, weights included: (n, c, h, w) or (n, h, w, c), the last axis
+/// densest.
 enum class Layout { contiguous, channels_last };
 
 /// What lies beyond the border of an image of `size` pixels: nothing; or the image mirrored at the outermost pixel's
@@ -44,8 +45,26 @@ using Conv2dGeometry = BasicConv2dGeometry<int64_t>;
 /// Whether there is one window, as large as the image, as in a fully connected layer.
 static inline bool is_connected(const Conv2dGeometry& g) {
   bool connected = true;
-  for (int dim = 0; dim < 2; ++dim) connected &= g.kernel[dim] == g.in[dim] && g.out[dim] == 1 && g.padding[dim] == 0;
+  for (int dim = 0; dim < 2; ++dim)
+    connected &= g.kernel[dim] == g.in[dim] && (g.dilation[dim] == 1 || g.kernel[dim] == 1) && g.out[dim] == 1 &&
+                 g.padding[dim] == 0;
   return connected;
+}
+
+/// Whether what a 1x1 kernel sees for neighbouring rows of a plane's results follows each other in memory.
+static inline bool rows_adjoin(const Conv2dGeometry& g) {
+  return g.stride[0] * g.stride[1] == 1 && g.out[1] == g.in[1];
+}
+
+/// Of an input with its border written out, which is plain: what the gradient of an input with a border starts from.
+static inline Conv2dGeometry written_out(Conv2dGeometry g) {
+  if (g.border == Border::zeros) return g;
+  g.border = Border::zeros;
+  for (int dim = 0; dim < 2; ++dim) {
+    g.padding[dim] = 0;
+    g.in[dim] = (g.out[dim] - 1) * g.stride[dim] + (g.kernel[dim] - 1) * g.dilation[dim] + 1;
+  }
+  return g;
 }
 
 /// A window slides over each plane of x: output (oh, ow) sees the inputs (oh*stride - padding + kh*dilation, ...).
@@ -76,7 +95,8 @@ struct Unpool2dGeometry {
   Layout layout;
 };
 
-/// The pixel that position i of an axis shows, for i beyond [0, size): -1 for none. Padding is at most `size`.
+/// The pixel that position i of an axis shows, for i beyond [0, size): -1 for none. Where it shows the
+/// image again or mirrored, i is at most `size` away.
 CNNOPS_HOST_DEVICE static inline int64_t pixel_at(int64_t i, int64_t size, Border border) {
   if (i >= 0 && i < size) return i;
   switch (border) {

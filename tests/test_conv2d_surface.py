@@ -142,6 +142,44 @@ def test_borders(device, algorithm, memory_format, mode, sides):
                 assert_equal(ours, theirs)
 
 
+# (sides, input, weight, dilation): pixels at the end that no output sees, and taps that see beyond them.
+TAKEN_AWAY = [
+    (((0, -1), (0, -1)), (2, 8, 6, 7), (5, 8, 1, 1), 1),
+    (((0, -2), (0, 0)), (2, 16, 9, 12), (16, 16, 1, 1), 1),
+    (((1, -2), (1, 1)), (2, 16, 18, 15), (128, 16, 3, 3), 1),
+    (((0, -3), (0, -1)), (1, 32, 17, 13), (64, 32, 5, 5), 1),
+    (((0, 2), (0, 2)), (2, 8, 3, 3), (5, 8, 3, 3), 2),
+]
+
+
+@pytest.mark.parametrize("sides, x, w, dilation", TAKEN_AWAY, ids=str)
+@every_format
+@every_algorithm
+def test_padding_that_takes_away(device, algorithm, memory_format, sides, x, w, dilation):
+    """At the bottom and the right padding may be negative, as output_padding makes it for transposed convolutions."""
+    x, w = (numbers(*shape, whole=True).to(device, memory_format=memory_format) for shape in (x, w))
+    leaves = x.clone().requires_grad_(), w.clone().requires_grad_()
+    expected = TF.conv2d(padded(leaves[0], sides, "zeros"), leaves[1], dilation=dilation)
+    gy = numbers(*expected.shape, whole=True, seed="gy").to(device, memory_format=memory_format)
+    gx, gw = grad(expected, leaves, gy)
+    (top, bottom), (left, right) = sides
+    rest = (1, (top, left, bottom, right), dilation, 1, "zeros", algorithm)
+    ops = torch.ops.cnnops
+    for run, right_one in (
+        (lambda: ops.conv2d(x, w, None, *rest), expected.detach()),
+        (lambda: ops.conv2d_grad_input(gy, w, None, x.shape[2:], *rest), gx),
+        (lambda: ops.conv2d_grad_weight(gy, x, w.shape[2:], *rest), gw),
+    ):
+        with or_refusal(algorithm):
+            got = run()
+            assert_rounded(got, right_one) if algorithm == "winograd" else assert_equal(got, right_one)
+
+
+def assert_rounded(got, expected):
+    """Transforms round whole numbers too."""
+    assert (got - expected).norm() <= 1e-5 * expected.norm()
+
+
 @pytest.mark.parametrize("mode", BORDERS)
 def test_borders_are_differentiable_twice(mode):
     x, w = numbers(2, 2, 4, 5).requires_grad_(), numbers(3, 2, 3, 2).requires_grad_()
@@ -185,12 +223,14 @@ def test_borders_that_do_not_fit():
     memory_format=st.sampled_from(FORMATS),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
     mode=st.sampled_from(["zeros", *BORDERS]),
-    more=st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    more=st.tuples(st.integers(-2, 3), st.integers(-2, 3)),
 )
 def test_random_settings(case: Conv2dCase, memory_format, dtype, mode, more):
-    """Any geometry with any border, layout and dtype, and more padding on one side than on the other."""
+    """Any geometry with any border, layout and dtype, and other padding on one side than on the other, even below 0."""
     (top, left), (h, w) = case.padding, (case.h, case.w)
     most = {"reflect": (h - 1, w - 1), "circular": (h, w)}.get(mode, (99, 99))
+    if mode != "zeros":
+        more = [abs(e) for e in more]
     sides = tuple((min(p, m), min(p + e, m)) for p, e, m in zip((top, left), more, most, strict=True))
     case = replace(case, padding=(0, 0))
     reach = [d * (k - 1) for k, d in zip(case.kernel, case.dilation, strict=True)]

@@ -97,6 +97,26 @@ def test_bits_of_the_chain_in_bands(device, algorithm, pool, memory_format):
         assert same_bits(block(*leaves, **settings), chain(*leaves, **settings))
 
 
+# Bands of these alone would be computed by other files, in tiles that begin elsewhere, or of other pairs.
+IN_BANDS = {
+    "1x1": ((1, 256, 120, 120), (64, 256, 1, 1), (), "auto"),
+    "groups": ((1, 64, 221, 224), (64, 4, 3, 3), (1, 1, 1, 16), "auto"),
+    "dilation 2": ((1, 32, 220, 236), (64, 32, 3, 3), (1, 2, 2), "auto"),
+    "dilation 3": ((1, 32, 220, 200), (64, 32, 3, 3), (1, 3, 3), "auto"),
+    "pairs": ((1, 30, 139, 150), (64, 15, 3, 3), (1, 1, 1, 2), "dot_products"),
+}
+
+
+@every_format
+@pytest.mark.parametrize("name", IN_BANDS)
+def test_bits_of_bands_are_those_of_the_image(name, memory_format):
+    x, w, conv, algorithm = IN_BANDS[name]
+    leaves = operands(x, w, dtype=torch.bfloat16 if name == "pairs" else torch.float32, memory_format=memory_format)
+    with or_refusal(algorithm), torch.no_grad():
+        settings = {"conv": conv, "algorithm": algorithm}
+        assert same_bits(block(*leaves, **settings), chain(*leaves, **settings))
+
+
 @given(data=st.data())
 def test_bits_of_the_chain_of_random_geometries(data):
     def integer(low, high):

@@ -138,6 +138,17 @@ BEYOND_32_BITS = {
 }
 
 
+def test_an_adaptive_window_beyond_32_bits():
+    error = error_of(F.adaptive_max_pool2d, torch.empty(1, 1, 65536, 65536, device="meta"), 1)
+    assert isinstance(error, RuntimeError) and "65536 x 65536" in str(error)
+
+
+def test_a_kernel_that_reaches_beyond_64_bits():
+    for convolution in F.conv2d, F.conv_transpose2d:
+        error = error_of(convolution, randn(1, 1, 4, 4), torch.ones(1, 1, 65537, 1), dilation=(2**48, 1))
+        assert isinstance(error, RuntimeError) and str(2**48) in str(error)
+
+
 @pytest.mark.parametrize("name", BEYOND_32_BITS)
 @pytest.mark.parametrize("pool", ["max_pool2d", "avg_pool2d"])
 def test_windows_beyond_32_bits(pool, name):

@@ -118,8 +118,8 @@ void for_channels(int64_t channels, int64_t inner, int64_t begin, int64_t end, c
   }
 }
 
-/// Calls run(slopes, from, to) for stretches whose elements have one slope each, as inner is 1. A few slopes are repeated,
-/// so that stretches are long.
+/// Calls run(slopes, from, to) for stretches whose elements have one slope each, as inner is 1. A few slopes are
+/// repeated, so that stretches are long.
 template <class S, class Run>
 void for_pixels(const S* w, int64_t channels, int64_t begin, int64_t end, const Run& run) {
   constexpr int64_t kLong = 1024;

@@ -2,9 +2,9 @@
 //
 //   y[n,c,oh,ow] = the sum of x over the window / divisor(oh, ow)
 //
-// A sum goes tap by tap in scan order, but for two kinds of windows in contiguous layout: small ones side by side sum up
-// their columns first, and an output found on its own whose window has rows as long as a vector is summed in the lanes of
-// one. (A window as wide as the image counts as one long row: so global pooling reads a plane in one go.)
+// A sum goes tap by tap in scan order, but for two kinds of windows in contiguous layout: small ones side by side sum
+// up their columns first, and an output found on its own whose window has rows as long as a vector is summed in the
+// lanes of one. (A window as wide as the image counts as one long row: so global pooling reads a plane in one go.)
 #include "avg_pool2d.h"
 
 #include "pool2d_pixels.h"
@@ -113,9 +113,8 @@ void average_columns(const Pool2dGeometry& g, const Divisor& d, const S* x, S* y
 }
 
 template <class S>
-void avg_pool2d(const Pool2dGeometry& given, Divisor d, const S* x, S* y, int64_t begin, int64_t end) {
+void avg_pool2d(const Pool2dGeometry& g, Divisor d, const S* x, S* y, int64_t begin, int64_t end) {
   using T = Sum<S>;
-  const Pool2dGeometry g = simplest(given);
   if (depth_of(g) > 1) return average_pixels(g, d, x, y, begin, end);
   if (goes_by_squares(g))
     return forward_squares(g, AlikeRule<S>{Division<T>(divisor_at<T>(g, d, 0, 0)), y}, x, begin, end);

@@ -15,7 +15,7 @@ static inline int64_t window_size(const Pool2dGeometry& g, int dim, int64_t o, b
 /// The divisor of an output of row oh whose window counts `columns` columns.
 template <class T>
 static inline T divisor_of(const Pool2dGeometry& g, const Divisor& d, int64_t oh, int64_t columns) {
-  if (d.divisor_override && !g.adaptive) return T(d.divisor_override);
+  if (d.divisor_override) return T(d.divisor_override);
   return T(window_size(g, 0, oh, d.count_include_pad) * columns);
 }
 
@@ -71,7 +71,7 @@ struct Divisions {
   const Pool2dGeometry& g;
   const Divisor& d;
   Range rows = full_windows(g, d, 0), columns = full_windows(g, d, 1);
-  Division<T> full{d.divisor_override && !g.adaptive ? T(d.divisor_override) : T(g.kernel[0] * g.kernel[1])};
+  Division<T> full{d.divisor_override ? T(d.divisor_override) : T(g.kernel[0] * g.kernel[1])};
 
   bool are_full(int64_t oh, int64_t ow) const {
     return oh >= rows.begin && oh < rows.end && ow >= columns.begin && ow < columns.end;
@@ -86,14 +86,6 @@ struct Divisions {
 static inline bool lie_side_by_side(const Pool2dGeometry& g) {
   return g.layout == Layout::contiguous && !g.adaptive && g.stride[1] == g.kernel[1] && g.padding[1] == 0 &&
          g.dilation[1] == 1 && g.out[1] * g.kernel[1] <= g.in[1];
-}
-
-/// Adaptive windows that are all of one size are ordinary ones.
-static inline Pool2dGeometry simplest(Pool2dGeometry g) {
-  if (!g.adaptive || g.in[0] % g.out[0] != 0 || g.in[1] % g.out[1] != 0) return g;
-  g.adaptive = false;
-  for (int dim = 0; dim < 2; ++dim) g.kernel[dim] = g.stride[dim] = g.in[dim] / g.out[dim];
-  return g;
 }
 
 }  // namespace cnnops::cpu::CNNOPS_ISA

@@ -1,7 +1,7 @@
 // Average pooling, backward: a pixel gets gy / divisor of each output that sees it.
 //
-// What the outputs of a column give to row ih is divided and added up first, then that of the columns, each in the order
-// of the taps.
+// What the outputs of a column give to row ih is divided and added up first, then that of the columns, each in the
+// order of the taps.
 #include "avg_pool2d.h"
 #include "pool2d_overlaps.h"
 #include "pool2d_pixels.h"
@@ -12,8 +12,10 @@ namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
 
 constexpr int64_t kMostRows = 8;
-/// A row of pixels in channels_last that is seen by output rows `rows` of the plane gy, for windows at equal distances, at most
-/// `most` of which show a pixel.
+constexpr int64_t kRing = 8;
+
+/// A row of pixels in channels_last that is seen by output rows `rows` of the plane gy, for windows at equal distances,
+/// at most `most` of which show a pixel.
 template <int most, class S, class Channels>
 void spread_columns(const Pool2dGeometry& g, const Divisions<Sum<S>>& divisions, Range rows, const S* gy,
                     const Channels& channels, S* row) {
@@ -49,8 +51,6 @@ void spread_columns(const Pool2dGeometry& g, const Divisions<Sum<S>>& divisions,
 }
 
 /// In channels_last. What a column gives is kept in `ring` for all pixels that it reaches.
-constexpr int64_t kRing = 8;
-
 template <class S>
 void average_backward_of_pixels(const Pool2dGeometry& g, Divisor d, const S* gy, S* gx, int64_t begin, int64_t end) {
   using T = Sum<S>;
@@ -122,8 +122,8 @@ Vec<Sum<S>> columns_at(const Pool2dGeometry& g, const Divisor& d, Range full, Ra
 
 constexpr int64_t kPixels = 256;  // of a row at a time
 
-/// Some rows in contiguous layout, for strides 1 and 2: vectors hold pixels `stride` apart. What the columns give is found
-/// for all rows first, as numbers just written are slow to read at other places.
+/// Some rows in contiguous layout, for strides 1 and 2: vectors hold pixels `stride` apart. What the columns give is
+/// found for all rows first, as numbers just written are slow to read at other places.
 template <class S>
 void average_backward_by_vectors(const Pool2dGeometry& g, const Divisor& d, Range full, const S* gy, S* gx,
                                  int64_t begin, int64_t end) {
@@ -296,8 +296,7 @@ void spread(const Pool2dGeometry& g, Sum<S> divisor, const S* gy, S* gx, int64_t
 }
 
 template <class S>
-void avg_pool2d_backward(const Pool2dGeometry& given, Divisor d, const S* gy, S* gx, int64_t begin, int64_t end) {
-  const Pool2dGeometry g = simplest(given);
+void avg_pool2d_backward(const Pool2dGeometry& g, Divisor d, const S* gy, S* gx, int64_t begin, int64_t end) {
   const Window height = window_at(g, 0, 0), width = window_at(g, 1, 0);
   if (g.out[0] * g.out[1] == 1 && height.end - height.begin == g.in[0] && width.end - width.begin == g.in[1])
     return spread(g, divisor_at<Sum<S>>(g, d, 0, 0), gy, gx, begin, end);

@@ -1,8 +1,8 @@
 // Products of bfloat16 numbers, two at a time: the register tile and what packs its operands.
 //
 // AVX512_BF16 has one instruction that multiplies 32 pairs of bfloat16 numbers and adds each two products that lie side
-// by side to a lane of 16 floats: twice the arithmetic of a float multiply-add. It treats subnormal numbers as zeros and
-// rounds each addition to the nearest float.
+// by side to a lane of 16 floats: twice the arithmetic of a float multiply-add. It treats subnormal numbers as zeros
+// and rounds each addition to the nearest float.
 //
 // A tile holds kDotRows x V vectors of sums. A step reads for each of its rows the two numbers at one address,
 // broadcasts them, and multiplies them with V vectors of pairs, packed in the order of the steps. The rows read numbers
@@ -101,8 +101,8 @@ static inline void store_words(BFloat16* p, Vec<uint32_t> words, int64_t count) 
   _mm512_mask_storeu_epi16(p, first_words(count), (__m512i)words);
 }
 
-/// A block of `rows` x `columns` numbers, at most 32 x 16, with rows and columns exchanged: row(i) is a vector of row i,
-/// and put(j, words) takes column j.
+/// A block of `rows` x `columns` numbers, at most 32 x 16, with rows and columns exchanged: row(i) is a vector of row
+/// i, and put(j, words) takes column j.
 template <class Row, class Put>
 static inline void transpose_words(int64_t rows, int64_t columns, const Row& row, const Put& put) {
   Vec<uint32_t> square[kDotLanes];

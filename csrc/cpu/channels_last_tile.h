@@ -1,4 +1,4 @@
-// What the two files of `direct` in channels_last share, in part with `few_channels`: the register tile, how a window or a
+// What the two files of `direct` in channels_last share, in part with other files: the register tile, how a window or a
 // line of pixels is copied, and how gradients of the weight are put together.
 #pragma once
 
@@ -14,9 +14,9 @@ constexpr int kMostRows = 12;
 template <int V>
 constexpr int kRows = kSums / V < kMostRows ? kSums / V : kMostRows;
 
-/// to[m][V vectors] = sum over runs and their lengths of a[run][m][r*step] * b[run][r*b_step][V vectors], plus what `plus`
-/// has; written past the cache if that is wanted. What lies ahead of a's rows, ahead[m] numbers of row m's, is fetched
-/// into the cache meanwhile.
+/// to[m][V vectors] = sum over runs and their lengths of a[run][m][r*step] * b[run][r*b_step][V vectors], plus what
+/// `plus` has; written past the cache if that is wanted. What lies ahead of a's rows, ahead[m] numbers of row m's, is
+/// fetched into the cache meanwhile.
 template <class T, int V, int M>
 void multiply_tile(int64_t runs, const int64_t* lengths, const T* const* a, int64_t step, const T* const* b,
                    T* const* to, const T* const* plus, int64_t b_step = V * kLanes<T>, bool past = false,

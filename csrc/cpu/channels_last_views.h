@@ -1,7 +1,7 @@
 // What output pixels of a channels_last convolution see of their image, and those that see alike put together.
 //
-// Near a border of zeros a pixel sees less than a window. If a tile holds pixels of one sort, the taps that they miss need
-// not be multiplied.
+// Near a border of zeros a pixel sees less than a window. If a tile holds pixels of one sort, the taps that they miss
+// need not be multiplied.
 #pragma once
 
 #include "channels_last_tile.h"
@@ -38,7 +38,8 @@ struct Alike {
 };
 
 /// Sorts pixels by what they see, into `sorted`; each is inside its image then, as far as it looks. Where a window is
-/// short, or its border shows pixels, all count as alike, and what is outside is copied. Returns how many sorts there are.
+/// short, or its border shows pixels, all count as alike, and what is outside is copied. Returns how many sorts there
+/// are.
 template <class S>
 int64_t sort_pixels(const Windows& t, const Pixel<S>* pixels, int64_t count, Pixel<S>* sorted, Alike* sorts) {
   int64_t kinds = 0, last = 0;

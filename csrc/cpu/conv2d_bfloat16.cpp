@@ -9,8 +9,8 @@
 // to match, once for all strips of a thread. The gradient of the input is forward with other taps (../correlation.h).
 //
 // A task is a strip for a block of output channels. A sum is made in one order, whatever the batch. Zeros of the border
-// are multiplied: an infinite or NaN weight gives NaN there, where plain loops would skip it. Subnormal numbers count as
-// zeros. Refuses other types than bfloat16, processors without AVX512_BF16, and filters too large for its scratch
+// are multiplied: an infinite or NaN weight gives NaN there, where plain loops would skip it. Subnormal numbers count
+// as zeros. Refuses other types than bfloat16, processors without AVX512_BF16, and filters too large for its scratch
 // memory. The gradient of the weight is in conv2d_bfloat16_grad_weight.cpp.
 #include "bfloat16_strips.h"
 
@@ -61,7 +61,7 @@ struct Layer {
     weight_row = pass == Pass::forward ? filter : channel;
     weight_channel = pass == Pass::forward ? channel : filter;
     weight_tap = planes ? 1 : c_group;
-    in_place = !planes;
+    in_place = !planes && (g.groups == 1 || channels % 2 == 0);  // or a copy would make other pairs of its numbers
     for (int64_t cls = 0; cls < classes_h; ++cls) in_place &= inside(in_memory_order(make_axis(g, pass, 0, cls)));
     for (int64_t cls = 0; cls < classes_w; ++cls) in_place &= inside(in_memory_order(make_axis(g, pass, 1, cls)));
   }
@@ -81,7 +81,8 @@ Axis widest(const Conv2dGeometry& g, Pass pass, int dim) {
   return widest;
 }
 
-/// Tasks are numbered (group, class, block of output channels, strip), so that those with the same weights are together.
+/// Tasks are numbered (group, class, block of output channels, strip), so that those with the same weights are
+/// together.
 struct Plan {
   Layer t;
   Cut blocks;  // of panels

@@ -8,24 +8,24 @@
 //
 // Forward, a pixel's channels under a tap are consecutive numbers, and where channels are few a whole row of taps is:
 // such a run is read where it stands. It is copied first, for one tile at a time, if its taps lie apart, or to widen
-// 16-bit numbers. Only the weights are rearranged, in panels of at most four vectors of output channels. A thread packs a
-// set of panels, 1.5 MiB at most, once for all of its tasks that want it; a task's pixels are so few that they stay in the
-// second-level cache while one panel after the other passes. (A panel larger than that is packed in blocks of 64 KiB, each
-// for all pixels of the task.)
+// 16-bit numbers. Only the weights are rearranged, in panels of at most four vectors of output channels. A thread packs
+// a set of panels, 1.5 MiB at most, once for all of its tasks that want it; a task's pixels are so few that they stay
+// in the second-level cache while one panel after the other passes. (A panel larger than that is packed in blocks of 64
+// KiB, each for all pixels of the task.)
 //
 // Pixels near a border of zeros see less than a window. A task sorts its pixels by the taps through which they see
 // anything, a tile holds pixels of one sort, and the taps that these miss are left out: with a wide dilation, or in the
 // gradient of a layer without padding, that is most of the work. (Where a window is short, or the border shows pixels,
 // what is outside is copied instead, as zeros or as what it shows.)
 //
-// Through a 1x1 kernel each output sees one pixel, and nothing is sorted (channels_last_single.h). Outputs too many for the
-// caches are written past them, if a panel's are whole lines of the cache; otherwise panels that follow each other put
-// lines together in the cache, and a tile fetches its share of them while it computes.
+// Through a 1x1 kernel each output sees one pixel, and nothing is sorted (channels_last_single.h). Outputs too many for
+// the caches are written past them, if a panel's are whole lines of the cache; otherwise panels that follow each other
+// put lines together in the cache, and a tile fetches its share of them while it computes.
 //
-// A task is a set of panels for a block of pixels, of each class (../correlation.h): so all tasks are alike. Sums are made
-// in blocks of steps, each from a fresh zero, that are then added in order; the batch size decides how pixels are dealt to
-// tasks, never how one sum is made. Zeros of the border that are copied are multiplied: an infinite or NaN weight or
-// gradient gives NaN there, where plain loops would skip it. Refuses the contiguous layout.
+// A task is a set of panels for a block of pixels, of each class (../correlation.h): so all tasks are alike. Sums are
+// made in blocks of steps, each from a fresh zero, that are then added in order; the batch size decides how pixels are
+// dealt to tasks, never how one sum is made. Zeros of the border that are copied are multiplied: an infinite or NaN
+// weight or gradient gives NaN there, where plain loops would skip it. Refuses the contiguous layout.
 #include "channels_last_single.h"
 #include "channels_last_views.h"
 
@@ -183,9 +183,9 @@ void correlate_panel(const Windows& t, const Conv2dOperands<S>& o, int64_t row0,
   } while (i < runs.count);
 }
 
-/// Tasks are numbered (group, set of panels, block of pixels of each class). Weights that serve several tasks are packed
-/// once by a thread, for a set of panels as large as can be kept; where pixels are few, sets are small, so that threads need
-/// not pack the same.
+/// Tasks are numbered (group, set of panels, block of pixels of each class). Weights that serve several tasks are
+/// packed once by a thread, for a set of panels as large as can be kept; where pixels are few, sets are small, so that
+/// threads need not pack the same.
 template <class T>
 struct Tasks {
   int64_t classes, blocks, pixels, total;
@@ -213,8 +213,8 @@ struct Tasks {
   }
 };
 
-/// to[panel][r][V vectors] = the weights of `rows` produced channels from row0 on, for all that a class sums over. Where
-/// those of a summed channel lie together, panels take turns, so that none is fetched twice.
+/// to[panel][r][V vectors] = the weights of `rows` produced channels from row0 on, for all that a class sums over.
+/// Where those of a summed channel lie together, panels take turns, so that none is fetched twice.
 template <class S>
 void pack_panels(const Windows& t, const S* weight, int64_t row0, int64_t rows, int64_t width, Sum<S>* to) {
   const int64_t depth = t.h.taps * t.w.taps * t.channels;

@@ -5,12 +5,12 @@
 // The tile of conv2d_channels_last.cpp makes it in one of two ways.
 //
 // By taps: what all pixels see through one tap is x again, moved and cut off at its border. So for each tap gw is the
-// product of two matrices, pixels x output channels and pixels x input channels, which lie in memory ready for the tile:
-// its rows are channels of one, its vectors channels of the other, the steps go through pixels. For a 1x1 kernel they are
-// read where they stand, unless pixels are so far apart, a multiple of 512 bytes, that a cache has few places for them;
-// otherwise the pixels that see through the tap are put together in blocks, and what would see the border is not there to
-// be multiplied. (Where channels are few, or the border shows pixels, whole windows are copied instead.) While a block is
-// multiplied, the next one's pixels are fetched into the cache.
+// product of two matrices, pixels x output channels and pixels x input channels, which lie in memory ready for the
+// tile: its rows are channels of one, its vectors channels of the other, the steps go through pixels. For a 1x1 kernel
+// they are read where they stand, unless pixels are so far apart, a multiple of 512 bytes, that a cache has few places
+// for them; otherwise the pixels that see through the tap are put together in blocks, and what would see the border is
+// not there to be multiplied. (Where channels are few, or the border shows pixels, whole windows are copied instead.)
+// While a block is multiplied, the next one's pixels are fetched into the cache.
 //
 // A task is a block of the product. If such blocks would be few and pixels are many, the sums are made in parts, each a
 // task of its own, that are added up in their order at the end.
@@ -21,8 +21,8 @@
 // KH lines of x under a row of gy are copied, once for all r, with their border. A task is a panel of output channels x
 // some numbers of the filter.
 //
-// Sums are made for each block of pixels, or row of them, from a fresh zero and added in order. Zeros of a border that is
-// copied are multiplied: an infinite or NaN gradient gives NaN there, where plain loops would skip it.
+// Sums are made for each block of pixels, or row of them, from a fresh zero and added in order. Zeros of a border that
+// is copied are multiplied: an infinite or NaN gradient gives NaN there, where plain loops would skip it.
 #include "weight_products.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {

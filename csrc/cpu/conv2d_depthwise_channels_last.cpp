@@ -10,12 +10,15 @@
 // the next tile inside the image the same table serves, shifted. Filters of 3x3, 5x5 and 7x7 are unrolled; others, and
 // the classes of a strided grad_input (../correlation.h), load a pixel once for every tap.
 //
+// Processors read ahead of a program that reads on from where it was. A tile takes a line from each of many pixels
+// instead, so inputs that come from memory are asked for one tile ahead, in the order in which they lie: twice the
+// speed.
+//
 // A task is two rows of outputs (of each class) of a block of channels. The gradient of the weight is in
 // conv2d_depthwise_grad_weight.cpp.
 //
 // Zeros of the border are multiplied: an infinite or NaN weight or gradient gives NaN there, where plain loops would
 // skip it. Refuses the contiguous layout, filters per group other than one, and filters of more than 512 weights.
-#include "conv2d_depthwise.h"
 #include "conv2d_depthwise_tiles.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
@@ -59,19 +62,6 @@ static inline void put(const Filters<S>& f, const Vec<Sum<S>>* sum, int64_t c, i
   for (int o = 0; o < kTile; ++o) store_some(f.out[o] + c, sum[o] + bias, lanes);
 }
 
-/// prefetch_below(), with the pixels of a row counted from its first: of so many sums and pointers as here GCC would spill
-/// those of the table.
-template <class S, int rows, int columns, int stride>
-static inline void prefetch_counted(const Tiles<S>& tiles, const S* const* seen, int64_t c) {
-  const int64_t below = tiles.in_shift + c + tiles.below;
-#pragma GCC unroll 16
-  for (int i = larger(rows - kTileH * stride, 0); i < rows; ++i) {
-    const S* from = seen[i * columns + columns - kTileW * stride] + below;
-#pragma GCC unroll 1
-    for (int j = 0; j < kTileW * stride; ++j, from += tiles.t.in_channels) __builtin_prefetch(from, 0, 2);
-  }
-}
-
 /// A filter of K x K taps, the table being dense; all vectors of channels that are whole.
 template <class S, int K, int stride>
 int64_t dense_tile(const Tiles<S>& tiles, const Filters<S>& f) {
@@ -83,7 +73,7 @@ int64_t dense_tile(const Tiles<S>& tiles, const Filters<S>& f) {
   for (; c + kLanes<T> <= f.channels; c += kLanes<T>) {
     const T* w = f.weights + c;
     Vec<T> sum[kTile]{};
-    if (f.fetch && c % (kLineVectors * kLanes<T>) == 0) prefetch_counted<S, rows, columns, stride>(tiles, seen, c);
+    if (f.fetch && c % kLineNumbers<S> == 0) prefetch_next<S, rows, columns, stride>(tiles, seen, c);
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 16
@@ -183,6 +173,7 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* work
       for (int64_t cls = 0; cls < classes(g, pass); ++cls) {
         const Windows t = make_windows(g, pass, 0, cls);
         Tiles<S> tiles(t, unrolled(t) > 0);
+        if (fetch) tiles.read_ahead(channels);
         tiles.in = o.a + c0;
         tiles.zeros = zeros;
         if (row == first) pack_weights(t, o.b + c0 * filter, filter, channels, blocks.size, w);

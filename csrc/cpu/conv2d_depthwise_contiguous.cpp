@@ -5,10 +5,11 @@
 //
 // Vectors run along the rows of one plane. A strip of rows is copied to a buffer that stays in the first-level cache:
 // there rows have their border, 16-bit numbers are widened, and with a stride s the columns s*i, s*i + 1, ... stand
-// together (a *phase*), so that neighbouring outputs see neighbouring numbers, whatever the stride. A strip is copied while
-// the one before is computed, for numbers just stored are loaded slowly by vectors that begin elsewhere. A tile is 4 rows
-// of one vector. Under filters of 3x3, 5x5 and 7x7, unrolled, it loads a number of a row once per column of taps;
-// otherwise once per tap. The classes of a strided grad_input (../correlation.h) are computed side by side and zipped.
+// together (a *phase*), so that neighbouring outputs see neighbouring numbers, whatever the stride. A strip is copied
+// while the one before is computed, for numbers just stored are loaded slowly by vectors that begin elsewhere. A tile
+// is 4 rows of one vector. Under filters of 3x3, 5x5 and 7x7, unrolled, it loads a number of a row once per column of
+// taps; otherwise once per tap. The classes of a strided grad_input (../correlation.h) are computed side by side and
+// zipped.
 //
 // A task is a strip of one group's planes (forward, grad_input) or the filter of one output channel (grad_weight). That
 // is summed lane by lane, over a strip, then over strips and images in their order; lanes are added up at the very end.
@@ -16,7 +17,6 @@
 // Zeros of the border are multiplied: an infinite or NaN weight or gradient gives NaN there, where plain loops would
 // skip it. Refuses channels_last, more than one input channel per filter, filters of more than 512 weights, and strides
 // and reaches for which a strip of four rows overflows the buffer.
-#include "conv2d_depthwise.h"
 #include "conv2d_depthwise_strips.h"
 #include "transpose.h"
 
@@ -75,8 +75,8 @@ auto rows_of(int size, int64_t stride) {
                      : any_rows<T>;
 }
 
-/// row[0..count) = one vector of each class, which lie `next` apart, interleaved. Whole vectors are stored while `room` allows:
-/// what comes after the row is written later.
+/// row[0..count) = one vector of each class, which lie `next` apart, interleaved. Whole vectors are stored while `room`
+/// allows: what comes after the row is written later.
 template <class S>
 void put(const Vec<Sum<S>>* sums, int64_t next, int64_t classes, Vec<Sum<S>> bias, int64_t count, int64_t room,
          S* row) {
@@ -277,18 +277,15 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* wo
 
 // ---- the row of the table ----
 
-/// A buffer of 2^17 numbers at most, and in grad_weight a vector for each of 512 taps at most: about 2 MiB. What is accepted
-/// forwards is accepted backwards, where borders other than zeros are written out (conv2d_border.cpp).
+/// A buffer of 2^17 numbers at most, and in grad_weight a vector for each of 512 taps at most: about 1 MiB. What is
+/// accepted forwards is accepted backwards, where borders other than zeros are written out (conv2d_border.cpp).
 template <class T>
 const char* refuses(const Conv2dGeometry& g, Pass) {
   if (g.layout != Layout::contiguous) return "it reads contiguous planes; in channels_last a plane's pixels lie apart";
   if (g.groups == 1 || g.c != g.groups) return "it takes one input channel per group, and two groups at least";
   if (g.kernel[0] * g.kernel[1] > kMostTaps) return "a filter's weights pass its buffer of 512";
   if (larger(g.stride[0], g.stride[1]) > kMostStride) return "it computes 16 classes of a strided gradient at most";
-  Conv2dGeometry back = g;
-  for (int dim = 0; dim < 2 && g.border != Border::zeros; ++dim)
-    back.in[dim] = (g.out[dim] - 1) * g.stride[dim] + (g.kernel[dim] - 1) * g.dilation[dim] + 1;
-  if (larger(correlation_workspace<T>(g, Pass::forward), correlation_workspace<T>(back, Pass::grad_input)) >
+  if (larger(correlation_workspace<T>(g, Pass::forward), correlation_workspace<T>(written_out(g), Pass::grad_input)) >
       kLargestBuffer)
     return "the rows under four rows of results pass its buffer of 2^17 numbers";
   return nullptr;

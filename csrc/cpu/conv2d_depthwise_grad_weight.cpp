@@ -2,23 +2,22 @@
 //
 //   gw[c, tap]  =  sum over p of x[pixel of (p, tap), c] * gy[p, c]
 //
-// Tiles are those of conv2d_depthwise_channels_last.cpp: of a 3x3 filter's, the 8 gradients and 9 sums stay in registers, and
-// each pixel is loaded once.
+// Tiles are those of conv2d_depthwise_channels_last.cpp: of a 3x3 filter's, the 8 gradients and 9 sums stay in
+// registers, and each pixel is loaded once.
 //
 // A task is a row of a filter's taps for a vector of channels; neighbouring tasks are computed together. There a thread
-// sees a few lines of every pixel, which processors do not read ahead by themselves, so it asks for the tiles below.
-// Where such tasks would be few and pixels are many, the sums are made in parts, of some rows of tiles each: threads that
-// part the channels of a pixel would each load all of it. Sums are made over the 8 pixels of a tile, over the tiles of
-// some rows, over the rows of a part, and over the parts, in this order, lane by lane. Zeros of the border are multiplied,
-// and refused is what conv2d_depthwise_channels_last.cpp refuses.
+// sees a few lines of every pixel, which processors do not read ahead by themselves, so it asks for the next tile's.
+// Where pixels are many, the sums are made in parts, of some rows of tiles each: threads that part the channels of a
+// pixel would load pieces too short to be read ahead of. Sums are made over the 8 pixels of a tile, over the tiles of
+// some rows, over the rows of a part, and over the parts, in this order, lane by lane. Zeros of the border are
+// multiplied, and refused is what conv2d_depthwise_channels_last.cpp refuses.
 #include "channels_last_tile.h"
-#include "conv2d_depthwise.h"
 #include "conv2d_depthwise_tiles.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
 
-constexpr int64_t kGoodTasks = 16, kPartPixels = 512, kPartNumbers = 1 << 16;
+constexpr int64_t kMostParts = 16, kPartPixels = 512, kPartNumbers = 1 << 16;
 constexpr int64_t kSumPixels = 128;  // about as many are summed before they are added to the total
 
 /// sums[th - th0][tw][block] += sum over a tile of what TH rows of taps see * gy, for the whole vectors of [c, end).
@@ -44,7 +43,7 @@ int64_t dense_sums(const Tiles<S>& tiles, const S* const* gy, int64_t th0, int64
           if (th >= 0 && th < TH && tw >= 0 && tw < K) sum[th * K + tw] = multiply_add(x, grad[o], sum[th * K + tw]);
         }
       }
-    prefetch_below<S, rows, columns, stride>(tiles, seen, c);
+    if (c % kLineNumbers<S> == 0) prefetch_next<S, rows, columns, stride>(tiles, seen, c);
 #pragma GCC unroll 8
     for (int o = 0; o < kTile; ++o) __builtin_prefetch(gy[o] + gy_below + c, 0, 2);
 #pragma GCC unroll 16
@@ -125,15 +124,14 @@ int64_t all_dense_sums(const Tiles<S>& tiles, const S* const* gy, int64_t th0, i
   return done;
 }
 
-/// Few channels' long sums are made in parts of the images' rows of tiles, so that threads need not part the channels.
+/// Long sums are made in parts of the images' rows of tiles, so that threads need not part the channels.
 struct Parts {
   int64_t tasks, rows, count;  // of one part; of all; parts
   template <class T>
   static Parts of(const Conv2dGeometry& g) {
     const int64_t numbers = g.c * g.kernel[0] * g.kernel[1], pixels = g.n * g.out[0] * g.out[1];
     Parts p{ceil_div(g.c, kLanes<T>) * g.kernel[0], g.n * tile_rows(g, Pass::forward), 1};
-    while (p.tasks * p.count < kGoodTasks && pixels >= 2 * p.count * kPartPixels &&
-           2 * p.count * numbers <= kPartNumbers)
+    while (p.count < kMostParts && pixels >= 2 * p.count * kPartPixels && 2 * p.count * numbers <= kPartNumbers)
       p.count *= 2;
     return p;
   }
@@ -173,7 +171,8 @@ void sum_tile(const Tiles<S>& tiles, const S* const* gy, const Segment& s, int64
   for (int64_t th = s.th0; th < s.th1; ++th) any_sums(tiles, gy, th, c, end, block, sums + (th - s.th0) * row);
 }
 
-/// Sums over rows [row0, row1) of tiles, of [tap of a segment][channel of a block], segment after segment; to `out` as T or S.
+/// Sums over rows [row0, row1) of tiles, of [tap of a segment][channel of a block], segment after segment; to `out` as
+/// T or S.
 template <class S, class Out>
 void sum_rows(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace, int64_t begin, int64_t end,
               int64_t row0, int64_t row1, Out* out) {
@@ -198,6 +197,7 @@ void sum_rows(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* works
       used += (s.v1 - s.v0) * L * (s.th1 - s.th0) * t.w.taps;
     }
     if (count == 0) continue;
+    tiles.read_ahead((segments[count - 1].v1 - segments[0].v0) * L);
     for (int64_t i = 0; i < used; ++i) sums[i] = totals[i] = 0;
     int64_t pixels = 0;
     const auto add_up = [&] {

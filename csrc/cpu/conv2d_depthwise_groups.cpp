@@ -8,20 +8,19 @@
 // those are one vector too, from which lane k picks channel j of its group. So every multiply-add is a useful one, and
 // picking costs nothing: processors permute vectors elsewhere than they multiply.
 //
-// A tile is 2x4 outputs of one vector of channels, as in conv2d_depthwise_channels_last.cpp, with its table of pixels. For
-// one j, the weights of all taps of a 3x3 filter stay in registers, and a pixel that was picked from once serves up to 6
-// of the tile's outputs. So it is with 1x1 filters and the classes of a 3x3 filter's grad_input of stride 2
-// (../correlation.h); for others it is picked anew for every tap. grad_weight turns it round: the tile's gradients stay in
-// registers, and the sums of all taps.
+// A tile is 2x4 outputs of one vector of channels, as in conv2d_depthwise_channels_last.cpp, with its table of pixels.
+// For one j, the weights of all taps of a 3x3 filter stay in registers, and a pixel that was picked from once serves up
+// to 6 of the tile's outputs. So it is with 1x1 filters and the classes of a 3x3 filter's grad_input of stride 2
+// (../correlation.h); for others it is picked anew for every tap. grad_weight turns it round: the tile's gradients stay
+// in registers, and the sums of all taps.
 //
 // A task is two rows of outputs of a block of channels, or in grad_weight one j of a vector of channels. There sums are
-// made over the 8 pixels of a tile, over the tiles of some rows, and over all rows and images, in this order, lane by lane.
+// made over the 8 pixels of a tile, over the tiles of some rows, and over all rows and images, in this order, lane by
+// lane.
 //
 // Zeros of the border are multiplied: an infinite or NaN weight or gradient gives NaN there, where plain loops would
 // skip it. Refuses the contiguous layout, groups of more than half a vector, and filters of more than 512 weights.
 #include "conv2d_depthwise_groups.h"
-
-#include "conv2d_depthwise.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
@@ -114,6 +113,7 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* wo
     const int64_t used = (last - begin) * taps * L;
     for (int64_t i = 0; i < used; ++i) sums[i] = totals[i] = 0;
     tiles.in = o.b + v0 * pack.in;
+    tiles.read_ahead((ceil_div(last, channels) - v0) * pack.in);
     int64_t pixels = 0;
     for (int64_t n = 0; n < g.n; ++n)
       for (int64_t i0 = 0; i0 < t.h.count; i0 += kTileH) {

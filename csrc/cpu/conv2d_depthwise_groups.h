@@ -90,7 +90,8 @@ void dense_tile(const Tiles<S>& tiles, const Packing<Sum<S>>& pack, const Sum<S>
   const int64_t at = tiles.in_shift + c;
   Vec<T> sum[kTile]{};
   for (int64_t j = 0; j < pack.channels; ++j, weights += taps * kLanes<T>) {
-    if (j == 0) prefetch_below<S, kTileH * stride - stride + TH, kTileW * stride - stride + TW, stride>(tiles, seen, c);
+    if (j == 0 && c % kLineNumbers<S> < pack.in)
+      prefetch_next<S, kTileH * stride - stride + TH, kTileW * stride - stride + TW, stride>(tiles, seen, c);
     const Vec<Places<T>> places = pack.places[j];
     Vec<T> weight[taps];
 #pragma GCC unroll 16
@@ -206,7 +207,8 @@ struct Vectors {
   S* bin;  // for outputs that do not exist
 };
 
-/// Rows [first, last) of tiles, written past the cache if that is wanted; they run on from image to image, each of which has `rows`.
+/// Rows [first, last) of tiles, written past the cache if that is wanted; they run on from image to image, each of
+/// which has `rows`.
 template <class S>
 void correlate_rows(const Windows& t, const Packing<Sum<S>>& pack, const Vectors<S>& o, bool past, int64_t rows,
                     int64_t first, int64_t last) {
@@ -214,6 +216,7 @@ void correlate_rows(const Windows& t, const Packing<Sum<S>>& pack, const Vectors
   constexpr int64_t L = kLanes<T>;
   const int64_t filter = t.h.taps * t.w.taps * t.channels * L;
   Tiles<S> tiles(t, is_unrolled(t));
+  tiles.read_ahead((o.v1 - o.v0) * pack.in);
   tiles.in = o.in;
   tiles.zeros = o.zeros;
   const auto run_tile = [&] {
@@ -256,7 +259,8 @@ void dense_sums(const Tiles<S>& tiles, const Packing<Sum<S>>& pack, const S* con
     grad[o] = whole ? load(gy[o] + k) : load_first(gy[o] + k, out_lanes);
     __builtin_prefetch(gy[o] + gy_below + k, 0, 2);
   }
-  prefetch_below<S, kTileH * stride - stride + K, kTileW * stride - stride + K, stride>(tiles, seen, c);
+  if (c % kLineNumbers<S> < pack.in)
+    prefetch_next<S, kTileH * stride - stride + K, kTileW * stride - stride + K, stride>(tiles, seen, c);
   for (int64_t j = j0; j < j1; ++j, sums += K * K * kLanes<T>) {
     const Vec<Places<T>> places = pack.places[j];
     Vec<T> sum[K * K]{};
@@ -308,7 +312,8 @@ auto sums_of(const Tiles<S>& tiles) {
                                                                        : dense_sums<S, 2, 3, whole>;
 }
 
-/// sums[task - begin][tap] += sums over a tile, for tasks numbered (vector, j); gradients from vector 0 on, inputs from v0.
+/// sums[task - begin][tap] += sums over a tile, for tasks numbered (vector, j); gradients from vector 0 on, inputs from
+/// v0.
 template <class S>
 void add_tile(const Tiles<S>& tiles, const Packing<Sum<S>>& pack, const S* gradients, int64_t v0, int64_t begin,
               int64_t end, Sum<S>* sums) {

@@ -1,15 +1,14 @@
 // Depthwise convolution of small contiguous images, one filter per channel.
 //
 // A plane of 7x7 pixels fills no vector along its rows, and to bring it to a buffer costs more than to compute with it.
-// So some planes are turned round: in a buffer in the first- or second-level cache their channels stand side by side, as
-// in channels_last, and there the kernel for that layout computes (conv2d_depthwise_channels_last.cpp). Its result is
-// turned back.
+// So some planes are turned round: in a buffer in the first- or second-level cache their channels stand side by side,
+// as in channels_last, and there the kernel for that layout computes (conv2d_depthwise_channels_last.cpp). Its result
+// is turned back.
 //
 // A task is the planes of a block of channels of one image (forward, grad_input), or a block of channels (grad_weight,
 // which adds up the images' sums in order). Refuses what is not small, and in grad_weight 16-bit numbers, of which sums
 // would be rounded for each image.
 #include "channels_last.h"
-#include "conv2d_depthwise.h"
 #include "turn.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {

@@ -1,5 +1,5 @@
-// How depthwise convolution cuts contiguous planes into strips of rows, copies what a strip's outputs see to a buffer, and
-// where the taps of a filter stand there.
+// How depthwise convolution cuts contiguous planes into strips of rows, copies what a strip's outputs see to a buffer,
+// and where the taps of a filter stand there.
 #pragma once
 
 #include "channels_last.h"

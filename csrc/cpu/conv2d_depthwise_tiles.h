@@ -1,5 +1,5 @@
-// What depthwise convolution of channels_last tensors works in: blocks of channels, and tiles of 2x4 outputs with a table
-// of the pixels under them.
+// What depthwise convolution of channels_last tensors works in: blocks of channels, and tiles of 2x4 outputs with a
+// table of the pixels under them.
 #pragma once
 
 #include "channels_last.h"
@@ -8,11 +8,15 @@ namespace cnnops::cpu::CNNOPS_ISA {
 
 constexpr int kTileH = 2, kTileW = 4, kTile = kTileH * kTileW;
 constexpr int64_t kMostTaps = 512;
-constexpr int64_t kBlockVectors = 12;  // channels of a block
-constexpr int64_t kClassRows = 4;      // rows of tiles of one class, before another's turn
+constexpr int64_t kBlockLines = 12;  // of the cache, of the sums of a block of channels
+constexpr int64_t kBlockVectors = kBlockLines * kLineVectors;
+constexpr int64_t kClassRows = 4;  // rows of tiles of one class, before another's turn
 
 template <class T>
 constexpr int64_t kBlock = kBlockVectors * kLanes<T>;
+
+template <class S>
+constexpr int64_t kLineNumbers = 64 / sizeof(S);  // numbers of a line of the cache
 
 /// Blocks of about the same size, which end where a line of the cache does.
 template <class T>
@@ -47,15 +51,19 @@ struct Tiles {
   const S* seen[kTile * kMostTaps];  // [h.count][w.count]
   int64_t places[kTile];             // of the outputs among all pixels, -1 for none
   int64_t in_shift, place_shift;     // from the table to the current tile
-  int64_t below;                     // from a pixel to the one under the tile below
-  bool whole;                        // all outputs of the tile exist
+  int64_t
+      next[2 * kTileW * kBlockLines];  // from the first pixel that a tile sees first to the lines of the next tile's
+  bool whole;                          // all outputs of the tile exist
 
-  Tiles(const Windows& t, bool dense)
-      : t(t),
-        dense(dense),
-        h(t.h, kTileH, dense),
-        w(t.w, kTileW, dense),
-        below(kTileH * t.h.in_step * t.w.in_size * t.in_channels) {}
+  Tiles(const Windows& t, bool dense) : t(t), dense(dense), h(t.h, kTileH, dense), w(t.w, kTileW, dense) {}
+
+  /// So many channels will be read of every pixel.
+  void read_ahead(int64_t channels) {
+    if (!dense) return;
+    const int64_t fresh = kTileW * t.w.in_step, lines = ceil_div(channels, kLineNumbers<S>);
+    for (int64_t i = 0; i < fresh * lines; ++i)
+      next[i] = (fresh + i / lines) * t.in_channels + i % lines * kLineNumbers<S>;
+  }
 
   static int64_t inside(int64_t i, int64_t size, Border border) {
     const int64_t at = pixel_at(i, size, border);
@@ -124,14 +132,18 @@ static inline int64_t unrolled(const Windows& t) {
              : 0;
 }
 
-/// Starts loading what the tiles two rows down will see first, of one vector of channels.
+/// Starts loading, for a line of channels, a share of what the next tile will see first: in the order of memory, as
+/// processors expect it. A function that does nothing else, GCC takes for one without effect, so it has to be inlined.
 template <class S, int rows, int columns, int stride>
-static inline void prefetch_below(const Tiles<S>& tiles, const S* const* seen, int64_t c) {
-  const int64_t below = tiles.in_shift + c + tiles.below;
+[[gnu::always_inline]] static inline void prefetch_next(const Tiles<S>& tiles, const S* const* seen, int64_t c) {
+  constexpr int fresh = kTileW * stride;
+  const int64_t* next = tiles.next + c / kLineNumbers<S> * fresh;
 #pragma GCC unroll 16
-  for (int i = larger(rows - kTileH * stride, 0); i < rows; ++i)
+  for (int i = larger(rows - kTileH * stride, 0); i < rows; ++i) {
+    const S* from = seen[i * columns + columns - fresh] + tiles.in_shift;
 #pragma GCC unroll 16
-    for (int j = columns - kTileW * stride; j < columns; ++j) __builtin_prefetch(seen[i * columns + j] + below, 0, 2);
+    for (int j = 0; j < fresh; ++j) __builtin_prefetch(from + next[j]);
+  }
 }
 
 }  // namespace cnnops::cpu::CNNOPS_ISA

@@ -6,11 +6,11 @@
 // with as there (conv2d_depthwise_groups.cpp). A number is turned once, in a few instructions for each vector, and then
 // serves all taps and all channels of its group. The result is turned back.
 //
-// A task is a strip of one image for one vector of groups (forward, grad_input), or a vector of groups (grad_weight: its
-// sums are made over tiles, strips and images in order). Zeros of the border are multiplied: an infinite or NaN weight or
-// gradient gives NaN there, where plain loops would skip it. Refuses channels_last, groups of more than half a vector,
-// fewer groups than a vector holds, other borders of images that are cut into strips, and rows that overflow the buffers.
-#include "conv2d_depthwise.h"
+// A task is a strip of one image for one vector of groups (forward, grad_input), or a vector of groups (grad_weight:
+// its sums are made over tiles, strips and images in order). Zeros of the border are multiplied: an infinite or NaN
+// weight or gradient gives NaN there, where plain loops would skip it. Refuses channels_last, groups of more than half
+// a vector, fewer groups than a vector holds, other borders of images that are cut into strips, rows and filters that
+// overflow the buffers, and the gradient of the weight where registers are few (AVX2).
 #include "turned_strips.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
@@ -85,6 +85,7 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* wo
         Tiles<S> tiles(t, is_unrolled(t));
         tiles.in = memory.in;
         tiles.zeros = memory.zeros;
+        tiles.read_ahead(pack.in);
         for (int64_t i0 = 0; i0 < t.h.count; i0 += kTileH)
           tiles.each(0, i0, [&] { add_tile(tiles, pack, memory.out, 0, 0, pack.channels, sums); });
         add_up(used, sums, totals);

@@ -35,6 +35,7 @@ constexpr int64_t kWidestPiece = 256;     // columns; wider images are cut
 constexpr int64_t kStripPlaces = 640;     // about as many places of the line in a strip
 constexpr int64_t kGoodBuffer = 1 << 17;  // numbers in a strip of all channels
 constexpr int64_t kLargestBuffer = 1 << 18;
+constexpr int64_t kMostWidened = 1 << 20;               // of the 16-bit weights of a task
 constexpr int64_t kSumChannels = 8, kSumPlaces = 1024;  // grad_weight: input channels of a task, places of a strip
 
 /// How images are cut into strips of `rows` x `columns` outputs, and how a strip lies in the buffer.
@@ -357,15 +358,12 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* wo
 /// What is accepted forwards is accepted backwards, where borders other than zeros are written out (conv2d_border.cpp).
 template <class T>
 bool overflows(const Conv2dGeometry& g) {
-  Conv2dGeometry back = g;
-  for (int dim = 0; dim < 2 && g.border != Border::zeros; ++dim)
-    back.in[dim] = g.out[dim] + (g.kernel[dim] - 1) * g.dilation[dim];
   return correlation_buffer<T>(make_correlation(g, Pass::forward, 0, 0, 0)) > kLargestBuffer ||
-         correlation_buffer<T>(make_correlation(back, Pass::grad_input, 0, 0, 0)) > kLargestBuffer ||
+         correlation_buffer<T>(make_correlation(written_out(g), Pass::grad_input, 0, 0, 0)) > kLargestBuffer ||
          weight_workspace<T>(g) > kLargestBuffer;
 }
 
-template <class T>
+template <class S>
 const char* refuses(const Conv2dGeometry& g, Pass pass) {
   const int64_t reach = (g.kernel[1] - 1) * g.dilation[1];
   if (g.layout != Layout::contiguous) return "it reads contiguous planes; in channels_last a plane's pixels lie apart";
@@ -375,7 +373,11 @@ const char* refuses(const Conv2dGeometry& g, Pass pass) {
     return "a 1x1 kernel has no taps to share a copied pixel: it is a plain matrix product";
   if (g.in[1] < reach || (pass != Pass::grad_input && g.out[1] < reach))
     return "the kernel reaches further than a row is wide, so most of its vectors would fall between rows";
-  if (overflows<T>(g)) return "the rows under one row of results, of all channels, pass its buffer of 2^18 numbers";
+  if (larger(widened_weights<S>(make_correlation(g, Pass::forward, 0, 0, 0)),
+             widened_weights<S>(make_correlation(g, Pass::grad_input, 0, 0, 0))) > kMostWidened)
+    return "the filters of 64 channels, widened, pass its buffer of 2^20 numbers";
+  if (overflows<Sum<S>>(g))
+    return "the rows under one row of results, of all channels, pass its buffer of 2^18 numbers";
   return nullptr;
 }
 
@@ -400,7 +402,7 @@ template <class S>
 Conv2dAlgorithm<Conv2dRun<S>> conv2d_direct() {
   return {"direct",
           "register tiles along strips of the image; stride 1",
-          refuses<Sum<S>>,
+          refuses<S>,
           kCorrelation<S, Pass::forward>,
           kCorrelation<S, Pass::grad_input>,
           {[](const Conv2dGeometry& g) { return WeightTasks(g).total; }, weight_workspace<Sum<S>>, grad_weight<S>},

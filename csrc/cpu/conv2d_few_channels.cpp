@@ -1,21 +1,22 @@
-// Convolution of few input channels: every column of taps laid out as a line (few_channels.h). Forward, and the row.
+// Convolution of few input channels, which are copied more often than outputs are written. Forward, and the row.
 //
 //   y[k, q]  =  sum over t of w[k, t] * line[t][q]            q = oh*OW + ow, t = (c, kw, kh)
 //
 // A first layer has one or three channels, and up to 64 filters for each: its input is small, its output is what
-// memory sees. So the input may be copied more than once if the output is then written where it stands, in order, in whole
-// lines of the cache: past the cache, half lines take five times as long. There are two ways.
+// memory sees. So the input may be copied more than once if the output is then written where it stands, in order, in
+// whole lines of the cache: past the cache, half lines take five times as long. There are two ways.
 //
-// By lines, contiguous layers of few taps: a plane of outputs is a line as well, and a register tile is M filters x V vectors
-// of places.
+// By lines, contiguous layers of few taps: a plane of outputs is a line as well, and a register tile is M filters x V
+// vectors of places.
 //
-// By pixels, where vectors hold filters: M places x V vectors. What a place sees through a tap is one number, broadcast, so x
-// need not be laid out as lines; the rows under a band are copied once, with their border. In channels_last that is y as it
-// stands. Contiguous layers of many taps do it too, and turn the results: less work than their lines would be.
+// By pixels, where vectors hold filters: M places x V vectors. What a place sees through a tap is one number,
+// broadcast, so x need not be laid out as lines; the rows under a band are copied once, with their border. In
+// channels_last that is y as it stands. Contiguous layers of many taps do it too, and turn the results: less work than
+// their lines would be.
 //
 // A task is a band of rows for at most 64 filters. Zeros of the border are multiplied: an infinite or NaN weight or
-// gradient gives NaN there, where plain loops would skip it. Refuses groups, more than 4 input channels, filters of more
-// than 512 numbers, and layers of which a band of one row overflows the buffer.
+// gradient gives NaN there, where plain loops would skip it. Refuses groups, more than 4 input channels, filters of
+// more than 512 numbers, and layers of which a band of one row overflows the buffer.
 #include "few_channels.h"
 #include "transpose.h"
 
@@ -27,8 +28,8 @@ constexpr int64_t kTaskFilters = 64, kTurnedPlaces = 96;
 constexpr int64_t kManyTaps = 64;       // for lines
 constexpr int64_t kManyPixelTaps = 96;  // their weights for 64 filters would fill the first-level cache
 
-/// Calls put(write), where write(to, vector, whether it is the row's last) stores its first `lanes`, or all. Inlined, all of
-/// it, or GCC keeps the sums in memory.
+/// Calls put(write), where write(to, vector, whether it is the row's last) stores its first `lanes`, or all. Inlined,
+/// all of it, or GCC keeps the sums in memory.
 template <class S, class Put>
 [[gnu::always_inline]] static inline void write_vectors(int64_t lanes, bool past, const Put& put) {
   if (lanes < kLanes<Sum<S>>) {
@@ -67,8 +68,8 @@ void planes_tile(int64_t taps, const int64_t* at, const Sum<S>* lines, const Sum
   });
 }
 
-/// M places x V vectors of filters, where place m sees x[m][at[t]] through tap t; the first `places` are kept, and `lanes`
-/// of the last vector.
+/// M places x V vectors of filters, where place m sees x[m][at[t]] through tap t; the first `places` are kept, and
+/// `lanes` of the last vector.
 template <class S, int M, int V>
 void pixels_tile(int64_t taps, const int64_t* at, const Sum<S>* const* seen_from, const Sum<S>* weights,
                  const Sum<S>* bias, S* y, int64_t filters, int64_t places, int64_t lanes, bool past) {
@@ -145,8 +146,8 @@ void forward(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* worksp
   const Bands bands(g);
   const int64_t taps = taps_of(g), plane = g.out[0] * g.out[1];
   const bool planes = g.layout == Layout::contiguous, lines = by_lines(g);
-  // By lines, a place's outputs lie in as many planes as there are filters: such stores miss the cache dearly, and go past
-  // it from half the size on.
+  // By lines, a place's outputs lie in as many planes as there are filters: such stores miss the cache dearly, and go
+  // past it from half the size on.
   const bool past = past_cache(o.out, g.n * g.k * plane * (lines ? 2 : 1)) && (planes ? plane : g.k) % L == 0;
   T *x = workspace, *row = x + kMostLines, *results = row + kLongestRow;
   T *biases = results + kTurnedPlaces * kMostVectors * L, *weights = biases + packed_filters<T>(kTaskFilters);
@@ -236,7 +237,7 @@ void forward(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* worksp
 
 const char* refuses(const Conv2dGeometry& g, Pass pass) {
   if (g.groups != 1) return "it has one group of input channels only";
-  if (g.c > kFewInputs) return "more than 4 input channels are too many to copy for each column of taps";
+  if (g.c > kFewInputs) return "more than 4 input channels are too many to be copied so often";
   if (g.c < 1 || g.k < 1) return "there are no channels";
   if (taps_of(g) > kMostTaps) return "a filter of more than 512 numbers passes its list";
   if (pass == Pass::grad_input) return few_channels_grad_input_refuses(g);
@@ -244,7 +245,7 @@ const char* refuses(const Conv2dGeometry& g, Pass pass) {
   const Bands b(g);
   const int64_t seen = g.c * seen_by(g, 0, b.rows) * seen_by(g, 1, b.columns);
   if (by_lines(g)
-          ? g.c * g.kernel[1] * b.line + 4 * kVectorBytes > kMostLines || b.phase_row * g.stride[1] > kLongestRow
+          ? g.c * g.kernel[1] * b.line + 4 * kLanes<float> > kMostLines || b.phase_row * g.stride[1] > kLongestRow
           : seen > kMostLines)
     return "the rows under one row of outputs pass its buffer of 2^17 numbers";
   return nullptr;
@@ -267,7 +268,7 @@ Conv2dAlgorithm<Conv2dRun<S>> conv2d_few_channels() {
                        },
                        forward<S>};
   return {"few_channels",
-          "at most 4 input channels: copied for each column of taps, outputs where they stand",
+          "at most 4 input channels, copied so that outputs are written once, where they stand",
           refuses,
           y,
           few_channels_grad_input<S>(),

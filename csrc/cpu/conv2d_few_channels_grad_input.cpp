@@ -2,18 +2,18 @@
 //
 //   gx[c, oh*stride + kh*dilation - padding, ow*stride + kw*dilation - padding]  +=  sum over k of w[k,c,kh,kw] * gy[k,oh,ow]
 //
-// Asked what it has to collect, a pixel of gx would be a long sum over filters and taps, and with one or three channels few
-// of them fill a register tile. So the loops are turned round. A tile is the products, summed over k, of some vectors of a row
-// of gy and one column of taps, all its rows and channels: these go to different rows of gx, to which they are added from
-// the registers. gx is summed up in scratch memory, a row laid out by phases: columns 0, stride, 2*stride, ... then 1,
-// stride + 1, ... So consecutive outputs are added to consecutive numbers whatever the stride.
+// Asked what it has to collect, a pixel of gx would be a long sum over filters and taps, and with one or three channels
+// few of them fill a register tile. So the loops are turned round. A tile is the products, summed over k, of some
+// vectors of a row of gy and one column of taps, all its rows and channels: these go to different rows of gx, to which
+// they are added from the registers. gx is summed up in scratch memory, a row laid out by phases: columns 0, stride,
+// 2*stride, ... then 1, stride + 1, ... So consecutive outputs are added to consecutive numbers whatever the stride.
 //
-// gy is read once, a few vectors of all its channels at a time, which the first tile (or in channels_last a transposition)
-// leaves in the first-level cache for the others; what comes next is fetched from memory meanwhile.
+// gy is read once, a few vectors of all its channels at a time, which the first tile (or in channels_last a
+// transposition) leaves in the first-level cache for the others; what comes next is fetched from memory meanwhile.
 //
-// A task is a band of rows of an image. A pixel adds up rows of gy from the first to the last, their taps in one order, so
-// that its sum is the same in every band. Refuses few output channels, where adding costs more than the products, and
-// rows that fill no vector.
+// A task is a band of rows of an image. A pixel adds up rows of gy from the first to the last, their taps in one order,
+// so that its sum is the same in every band. Refuses few output channels, where adding costs more than the products,
+// and rows that fill no vector.
 #include "few_channels.h"
 #include "transpose.h"
 
@@ -60,8 +60,8 @@ struct Ahead {
   }
 };
 
-/// to[m][V vectors] += sum over `depth` channels of weights[channel][m] * their V vectors of columns. These come from `gy`,
-/// and are left in `columns`, or are there.
+/// to[m][V vectors] += sum over `depth` channels of weights[channel][m] * their V vectors of columns. These come from
+/// `gy`, and are left in `columns`, or are there.
 template <class S, int M, int V, bool copies>
 void add_products(int64_t depth, const Sum<S>* weights, int64_t pitch, const S* gy, int64_t plane, Sum<S>* columns,
                   int64_t lanes, Sum<S>* const* to, Ahead& fetched) {

@@ -2,14 +2,14 @@
 //
 //   gw[k, t]  =  sum over p of gy[p, k] * x[place of p + offset of t]         p = (n, oh, ow), t a number of the filter
 //
-// A first layer's gy is large, its x and gw are small: so gy is read once, for all numbers of the filter. The vectors hold
-// output channels, the rows of a tile numbers of the filter, the steps go along a row of outputs; what tap t sees there is
-// a line of x, one number every stride. In channels_last, gy is multiplied where it stands. Contiguous, its planes are
-// turned a block at a time, which costs little against the many taps that a block is used for.
+// A first layer's gy is large, its x and gw are small: so gy is read once, for all numbers of the filter. The vectors
+// hold output channels, the rows of a tile numbers of the filter, the steps go along a row of outputs; what tap t sees
+// there is a line of x, one number every stride. In channels_last, gy is multiplied where it stands. Contiguous, its
+// planes are turned a block at a time, which costs little against the many taps that a block is used for.
 //
 // The rows of outputs are cut into strips, strips into blocks of about 64 places that are summed from a fresh zero and
-// added in order. A task is the filters of a panel and one of at most 16 parts of all strips: parts are added up in their
-// order at the end. Only the rows of x under a few strips are copied, with their border.
+// added in order. A task is the filters of a panel and one of at most 16 parts of all strips: parts are added up in
+// their order at the end. Only the rows of x under a few strips are copied, with their border.
 #include "channels_last_tile.h"
 #include "few_channels.h"
 #include "transpose.h"
@@ -70,7 +70,8 @@ void copy_gradients(const Conv2dGeometry& g, const S* gy, int64_t places, int64_
     }
 }
 
-/// A block of outputs: where its gradients and the first pixel that it sees stand, and how far it is to the next of each.
+/// A block of outputs: where its gradients and the first pixel that it sees stand, and how far it is to the next of
+/// each.
 template <class T>
 struct Block {
   int64_t rows, columns;

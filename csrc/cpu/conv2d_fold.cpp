@@ -58,7 +58,8 @@ struct FilterNumber {
   int64_t at, to;
 };
 
-/// Rows [oh0, oh1) of gy for some images, and the rows [kh0, kh1) of the kernel through which all of them meet the band.
+/// Rows [oh0, oh1) of gy for some images, and the rows [kh0, kh1) of the kernel through which all of them meet the
+/// band.
 struct Meeting {
   int64_t n0, images, oh0, oh1, kh0, kh1;
 };

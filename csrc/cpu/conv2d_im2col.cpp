@@ -5,16 +5,17 @@
 //
 // An output pixel p = (n, i, j) is a column of the unfolded input. Columns run on from one image to the next, so small
 // images still fill whole vectors. gemm.h asks for the unfolded input block by block, and the packing below writes each
-// block straight from the image, border included; at no time does more of it exist than a block of 256 x 384. Packing
+// block straight from the image, border included; at no time does more of it exist than a block of 128 x 384. Packing
 // also widens 16-bit numbers: sums are kept in float and rounded once, when a block is done.
 //
-// Why it beats `direct` for many channels or small images: packed panels let the inner loop run at the pace of the
-// multiply-adds whatever the image's width, and each packed value is used for 128 output channels. Where there are few
-// channels the packing costs more than it saves.
+// Why it beats plain loops a hundred times: packed panels let the inner loop run at the pace of the multiply-adds
+// whatever the image's width, and each packed value is used for 128 output channels. But a pixel is packed once for
+// every tap, and where there are few channels that costs more than the products: so other rungs come first where they
+// can.
 //
-// A task is one block of the result, 128 channels x 384 pixels at most (or x 384 weights of a filter). Zeros are multiplied
-// where a window hangs over a border of zeros: an infinite or NaN weight gives NaN there, where plain loops would skip
-// it. Refuses channels_last.
+// A task is one block of the result, 128 channels x 384 pixels at most (or x 384 weights of a filter). Zeros are
+// multiplied where a window hangs over a border of zeros: an infinite or NaN weight gives NaN there, where plain loops
+// would skip it. Refuses channels_last.
 #include "correlate.h"
 #include "gemm.h"
 #include "transpose.h"

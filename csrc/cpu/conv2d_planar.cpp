@@ -4,15 +4,15 @@
 //   grad_input   gx[n, c, p] = sum over k of w[k, c] * gy[n, k, p]                                    p = (h, w)
 //
 // A register tile holds a few output channels x three vectors of pixels, and a step is a number of each channel's
-// weights times three vectors of one plane. The planes lie far apart, so a task copies its pixels of all of them first, panel
-// by panel of three vectors, and from there computes all output channels. Columns run on from one image to the next,
-// so small images fill vectors too. The weights of some output channels are put side by side, once for all tasks of a
-// thread: rows that lie a multiple of a page apart share too few places of the first-level cache. Only if columns are few,
-// forward reads them where they stand.
+// weights times three vectors of one plane. The planes lie far apart, so a task copies its pixels of all of them first,
+// panel by panel of three vectors, and from there computes all output channels. Columns run on from one image to the
+// next, so small images fill vectors too. The weights of some output channels are put side by side, once for all tasks
+// of a thread: rows that lie a multiple of a page apart share too few places of the first-level cache. Forward with
+// AVX-512, or if columns are few, reads them where they stand.
 //
 // Why it beats im2col's blocks: a pixel is copied once for all output channels instead of once for 128; sums stay with
-// their tile, however many channels are summed, and go from there to where they belong; and while a task computes, the next
-// one's pixels, short pieces of many planes which the processor does not foresee, are fetched into the cache.
+// their tile, however many channels are summed, and go from there to where they belong; and while a task computes, the
+// next one's pixels, short pieces of many planes which the processor does not foresee, are fetched into the cache.
 //
 // With strides, forward copies the pixels that are seen, and grad_input puts its results apart, the bias between them.
 //
@@ -44,8 +44,8 @@ constexpr int64_t kPixels = 2 * kTileColumns<T> * kMostDepth;
 template <class T>
 constexpr int64_t kWorkspace = kWeights<T> + kPixels<T> + kLanes<T>;
 
-/// Whether the weights of an output channel are read where they stand. To put them side by side costs little if they then
-/// serve many columns.
+/// Whether the weights of an output channel are read where they stand. To put them side by side costs little if they
+/// then serve many columns.
 template <class S>
 bool stands(Pass pass, int64_t columns) {
   return pass == Pass::forward && std::is_same_v<S, Sum<S>> && (kVectorBytes == 64 || columns < kManyColumns);
@@ -91,8 +91,8 @@ struct Ahead {
   int64_t step, every;
 };
 
-/// to[m][V vectors] = bias[m] + sum over r of a[m][r] * b[r][V vectors]; if `in_place`, otherwise a's numbers lie side by
-/// side.
+/// to[m][V vectors] = bias[m] + sum over r of a[m][r] * b[r][V vectors]; if `in_place`, otherwise a's numbers lie side
+/// by side.
 template <class S, class T, bool in_place, int V, int M>
 [[gnu::noinline]]  // or GCC 12 keeps too little of it in registers
 void multiply_rows(int64_t depth, const T* const* a, const T* b, const T* bias, T* const* to, bool past,
@@ -167,8 +167,8 @@ void pack_weights(const Product& t, const S* from, int64_t rows, Sum<S>* to) {
     }
 }
 
-/// `count` results of a plane of gy, from p on, to the pixels of a plane of gx that they are the gradients of; and what no
-/// output sees between these and the next ones gets the bias alone.
+/// `count` results of a plane of gy, from p on, to the pixels of a plane of gx that they are the gradients of; and what
+/// no output sees between these and the next ones gets the bias alone.
 template <class S>
 void spread(const Conv2dGeometry& g, const Sum<S>* from, int64_t p, int64_t count, Sum<S> bias, S* plane) {
   const auto first_of = [&](int dim, int64_t o) { return o < g.out[dim] ? o * g.stride[dim] : g.in[dim]; };

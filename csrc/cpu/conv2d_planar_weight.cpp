@@ -2,10 +2,10 @@
 //
 //   gw[k, c]  =  sum over p of gy[k, p] * x[c, p*stride]                      p = (n, oh, ow)
 //
-// Both sides are planes, and the sum runs along them. A step of the register tile takes a number of each of its rows and
-// vectors of columns. Rows are channels of one side, read where they stand: the next number of each is the next step's.
-// Columns are channels of the other, put side by side by transposing squares of a vector of pixels x a vector of
-// channels, for a block of pixels at a time: those of the side where that costs less.
+// Both sides are planes, and the sum runs along them. A step of the register tile takes a number of each of its rows
+// and vectors of columns. Rows are channels of one side, read where they stand: the next number of each is the next
+// step's. Columns are channels of the other, put side by side by transposing squares of a vector of pixels x a vector
+// of channels, for a block of pixels at a time: those of the side where that costs less.
 //
 // A task is a block of the product; weight_products.h says how it is cut. Sums are made for each block of pixels from a
 // fresh zero and added in order.
@@ -120,8 +120,8 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* wo
     S *const packed = workspace, *const sums = packed + kBlockPixels * kBlockColumns<S>;
     const int64_t k_group = g.k / g.groups, c_group = g.c / g.groups;
     const int64_t plane = g.out[0] * g.out[1], x_plane = g.in[0] * g.in[1];
-    const bool strided = g.stride[0] * g.stride[1] != 1;  // or an image is one row
-    const int64_t height = strided ? g.out[0] : 1, width = strided ? g.out[1] : plane;
+    const bool one_row = rows_adjoin(g);
+    const int64_t height = one_row ? 1 : g.out[0], width = one_row ? plane : g.out[1];
     for (int64_t task = begin; task < end; ++task) {
       const int64_t part = task % all.parts, columns = task / all.parts % all.column_blocks;
       const int64_t rows = task / all.parts / all.column_blocks % all.row_blocks;

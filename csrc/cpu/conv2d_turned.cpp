@@ -1,15 +1,15 @@
 // Convolution of contiguous tensors by the kernels for channels_last ones.
 //
-// In (n, h, w, c) a window is read where it stands, whatever the stride, the dilation and the size of the image, and taps
-// that see nothing but the border are left out (conv2d_channels_last.cpp). In (n, c, h, w) none of this holds. So a strip of
-// an image, or some small images, are turned round into a buffer (turn.h), and so are the weights of a block of channels;
-// there the other layout's kernel computes, and its result is turned back. A number is turned once for as many multiply-adds as
-// there are taps and output channels: for a few dozens of channels that is little against what im2col's packing of every
-// tap costs. The 16-bit floats are widened as they are turned: once for all taps.
+// In (n, h, w, c) a window is read where it stands, whatever the stride, the dilation and the size of the image, and
+// taps that see nothing but the border are left out (conv2d_channels_last.cpp). In (n, c, h, w) none of this holds. So
+// a strip of an image, or some small images, are turned round into a buffer (turn.h), and so are the weights of a block
+// of channels; there the other layout's kernel computes, and its result is turned back. A number is turned once for as
+// many multiply-adds as there are taps and output channels: for a few dozens of channels that is little against what
+// im2col's packing of every tap costs. The 16-bit floats are widened as they are turned: once for all taps.
 //
-// A strip is an image with so many rows, fewer or no rows of border above, and a gradient's strip is one of x's. A task is a
-// strip for a block of produced channels (forward, grad_input), or a block of the weights for all strips, whose sums are
-// added in order (grad_weight). If such blocks are few, the strips are dealt to parts, tasks of their own.
+// A strip is an image with so many rows, fewer or no rows of border above, and a gradient's strip is one of x's. A task
+// is a strip for a block of produced channels (forward, grad_input), or a block of the weights for all strips, whose
+// sums are added in order (grad_weight). If such blocks are few, the strips are dealt to parts, tasks of their own.
 //
 // Refuses what is channels_last, few channels, borders that show pixels, filters and rows that overflow its
 // buffers, and 1x1 kernels, which are a plain matrix product.
@@ -21,10 +21,11 @@ namespace {
 
 constexpr int64_t kStripPixels = 1000;  // of a strip's results at most: less than two of the parts of a sum
 template <class T>
-constexpr int64_t kStripNumbers = (3 << 20) / int64_t(sizeof(T));  // of a strip, of all channels
+constexpr int64_t kStripNumbers = (9 << 18) / int64_t(sizeof(T));  // of a strip, of all channels
 template <class T>
-constexpr int64_t kFilterNumbers = (7 << 19) / int64_t(sizeof(T));  // of a task's weights
-constexpr int64_t kGradientNumbers = 160 << 10;                     // of a task's gradients of weights
+constexpr int64_t kFilterNumbers = (3 << 20) / int64_t(sizeof(T));  // of a task's weights
+template <class T>
+constexpr int64_t kGradientNumbers = (5 << 17) / int64_t(sizeof(T));  // of a task's gradients of weights
 constexpr int64_t kMostChannels = 128, kGoodChannels = 64, kFewChannels = 32, kLeastChannels = 16;  // of a block
 constexpr int64_t kFewTasks = 4, kPartNumbers = 1 << 19;  // of all parts together
 
@@ -197,8 +198,8 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* work
 
 // ---- grad_weight ----
 
-/// Tasks are numbered (group, block of output channels, block of input channels, part): if blocks are few, their strips are
-/// dealt to so many parts.
+/// Tasks are numbered (group, block of output channels, block of input channels, part): if blocks are few, their strips
+/// are dealt to so many parts.
 template <class S>
 struct Gradients {
   int64_t taps, k, c, k_blocks, c_blocks, parts, total;
@@ -219,7 +220,7 @@ struct Gradients {
         total *= 2;
     };
     for (cut(); larger(k, c) > kLeastChannels &&
-                (k * c * taps > kGradientNumbers || (total < kFewTasks && larger(k, c) > kFewChannels));
+                (k * c * taps > kGradientNumbers<S> || (total < kFewTasks && larger(k, c) > kFewChannels));
          cut()) {
       int64_t& longer = k > c ? k : c;
       longer = ceil_div(longer, 2 * kLeastChannels) * kLeastChannels;
@@ -287,15 +288,15 @@ const char* refuses(const Conv2dGeometry& g, Pass pass) {
   if (taps == 1) return "a 1x1 kernel has no taps to share a turned pixel: it is a plain matrix product";
   const int64_t channels = (pass == Pass::forward ? g.c : g.k) / g.groups;
   if (pass == Pass::grad_weight) {
-    if (taps * kLeastChannels * kLeastChannels > kGradientNumbers)
-      return "a kernel of more than 640 taps passes its buffer";
+    if (taps * kLeastChannels * kLeastChannels > kGradientNumbers<Sum<S>>)
+      return "16 x 16 filters pass its buffer of 640 KiB";
   } else if (taps * channels * kLeastChannels > kFilterNumbers<Sum<S>>) {
-    return "filters of 16 channels pass its buffer of 3.5 MiB";
+    return "filters of 16 channels pass its buffer of 3 MiB";
   }
   if (Strips<Sum<S>>::numbers(g, pass, 1, pass == Pass::grad_weight ? kMostChannels : channels) >
           kStripNumbers<Sum<S>> ||
       larger(g.in[1], g.out[1]) > kStripPixels)
-    return "what a row of results sees passes its buffer of 3 MiB";
+    return "what a row of results sees passes its buffer of 2.25 MiB";
   return nullptr;
 }
 
@@ -325,7 +326,7 @@ Conv2dAlgorithm<Conv2dRun<S>> conv2d_turned() {
            },
            grad_weight<S>, [](const Conv2dGeometry& g) { return Gradients<Sum<S>>(g).parts; },
            channels_last<S>().grad_weight.add_parts},
-          false};  // its gradient of the weight errs up to 2.7 times as much as `direct` does in contiguous tensors
+          false};  // its gradient of the weight errs up to 2.5 times as much as `direct` does in contiguous tensors
 }
 
 template Conv2dAlgorithm<Conv2dRun<float>> conv2d_turned();

@@ -1,34 +1,34 @@
-// Winograd's convolution for 3x3 and 5x5 kernels: tiles of 4x4 outputs by 36 multiplications each instead of 144; of 2x2
-// outputs by 36 instead of 100, or 2x4 by 48 instead of 200.
+// Winograd's convolution for 3x3 and 5x5 kernels: tiles of 4x4 outputs by 36 multiplications each instead of 144; of
+// 2x2 outputs by 36 instead of 100, or 2x4 by 48 instead of 200.
 //
 //   v[i] = transform of a tile's 6x6 inputs, of each channel c      u[i] = transform of each filter (k, c)
 //   s[i][tile, k] = sum over c of v[i][tile, c] * u[i][c, k]        for each of 36 points i: a product of matrices
 //   y of the tile = transform of its 36 sums, of each channel k
 //
 // winograd_points.h has the transforms, winograd.h how numbers come to them. An input's is worth its additions if many
-// output channels share it, a filter's if many tiles do, a sum's if it has many channels. So a task is a block of tiles,
-// running on from image to image, times a block of output channels, and transforms what it needs by itself: filters
-// once per task, which costs about as much as 7 tiles do, or, where they are few, once per thread. It walks the input
-// channels in blocks, whose transforms stay in the second-level cache, and keeps the sums of all its tiles. No buffer
-// grows with the layer. The gradient of the input is the same with mirrored taps and exchanged channels, or, where that
-// takes fewer products, conv2d_winograd_transposed.cpp.
+// output channels share it, a filter's if many tiles do, a sum's if it has many channels. So a task is a block of
+// tiles, running on from image to image, times a block of output channels, and transforms what it needs by itself:
+// filters once per task, which costs about as much as 7 tiles do, or, where they are few, once per thread. It walks the
+// input channels in blocks, whose transforms stay in the second-level cache, and keeps the sums of all its tiles. No
+// buffer grows with the layer. The gradient of the input is the same with mirrored taps and exchanged channels, or,
+// where that takes fewer products, conv2d_winograd_transposed.cpp.
 //
 // Sums are made in blocks of channels, each from a fresh zero, that are then added in order, whatever the tasks are.
 // But the transforms mix the inputs of a tile: an output's rounding depends on its whole patch, also on inputs that it
-// does not see. A NaN or infinity among them makes all outputs of the tile NaN; in a filter, all outputs of its channel.
-// The relative L2 error is about 6e-7 with 3x3 kernels and 1.2e-6 with 5x5 ones (docs/accuracy.md), but a small output
-// beside large ones may err by 20 eps times its own sum of absolute values. Tiles of 4x4 would take fewer products for
-// 5x5 kernels, 64 for 16 outputs, but err by 2e-6 and more.
+// does not see. A NaN or infinity among them makes all outputs of the tile NaN; in a filter, all outputs of its
+// channel. The relative L2 error is about 6e-7 with 3x3 kernels and 1.2e-6 with 5x5 ones (docs/accuracy.md), but a
+// small output beside large ones may err by 24 eps times its own sum of absolute values. Tiles of 4x4 would take fewer
+// products for 5x5 kernels, 64 for 16 outputs, but err by 2e-6 and more.
 //
-// With a dilation d an image is d*d images of its own, one for each phase (winograd_forms.h), and so are its tiles: their
-// pixels are read and written d apart, where they stand.
+// With a dilation d an image is d*d images of its own, one for each phase (winograd_forms.h), and so are its tiles:
+// their pixels are read and written d apart, where they stand.
 //
 // The 16-bit floats are widened as they are read and rounded once, as they are written: all between is float32's, whose
 // errors are far below their own rounding. Where bfloat16 has an instruction of its own, that is mostly left to
 // `dot_products`.
 //
-// Refuses float64, kernels other than 3x3 and 5x5, strides, and where `direct` is faster: few channels, or small images or
-// phases. The gradient of the weight is in conv2d_winograd_grad_weight.cpp.
+// Refuses float64, kernels other than 3x3 and 5x5, strides, and where `direct` is faster: few channels, or small images
+// or phases. The gradient of the weight is in conv2d_winograd_grad_weight.cpp.
 #include "winograd_products.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
@@ -154,9 +154,9 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* work
   }
 }
 
-/// The smallest image, along an axis, whose tiles are worth the transforms of the filters whatever the batch is. Where a
-/// single image has few tiles, `direct` is hard to beat in channels_last; and a gradient of the weight from few tiles errs
-/// by more than its few terms should.
+/// The smallest image, along an axis, whose tiles are worth the transforms of the filters whatever the batch is. Where
+/// a single image has few tiles, `direct` is hard to beat in channels_last; and a gradient of the weight from few tiles
+/// errs by more than its few terms should.
 int64_t smallest_image(const Conv2dGeometry& g, Pass pass) {
   if (pass != Pass::forward || g.layout == Layout::channels_last) return 6;
   return g.kernel[0] == 3 ? 4 : 2;
@@ -197,8 +197,8 @@ int64_t seen_taps(const Conv2dGeometry& g, int dim) {
   return count;
 }
 
-/// Few outputs leave the tiles at the border of a small image, or of a dilation's small phases, half empty: those who do
-/// without tiles are faster there.
+/// Few outputs leave the tiles at the border of a small image, or of a dilation's small phases, half empty: those who
+/// do without tiles are faster there.
 template <class S>
 bool yields(const Conv2dGeometry& g, Pass pass) {
   if (!beats_dot_products(g, pass) && !conv2d_dot_products<S>().refuses(g, pass)) return true;
@@ -245,7 +245,7 @@ Conv2dRun<S> grad_weight_run() {
 template <class S>
 Conv2dAlgorithm<Conv2dRun<S>> conv2d_winograd() {
   return {"winograd",
-          "3x3 and 5x5 kernels by about a third of the multiplications; not float64",
+          "3x3 and 5x5 kernels by a quarter of the multiplications; not float64",
           refuses<S>,
           run<S, Pass::forward>(),
           run<S, Pass::grad_input>(),

@@ -4,11 +4,11 @@
 //   gw[k, c] = transform of the 36 sums over all tiles of u[i][tile, k] * v[i][tile, c]
 //
 // where v[i] are the transforms of the tiles' inputs, and u[i] those of their outputs' gradients. A task is a block of
-// output channels x some panels of input channels, which share the transforms of the gradients: as many as its sums leave
-// room for in the cache. It walks all tiles of all images in blocks, makes the transforms of each block by itself, and
-// keeps its sums: those of a block, each from a fresh zero, are added in order. Where such tasks would be few, the tiles
-// are cut into parts, each with tasks and sums of its own, which are added up last. A NaN or infinity reaches all taps of
-// the filters that see its tile.
+// output channels x some panels of input channels, which share the transforms of the gradients: as many as its sums
+// leave room for in the cache. It walks all tiles of all images in blocks, makes the transforms of each block by
+// itself, and keeps its sums: those of a block, each from a fresh zero, are added in order. Where such tasks would be
+// few, the tiles are cut into parts, each with tasks and sums of its own, which are added up last. A NaN or infinity
+// reaches all taps of the filters that see its tile.
 #include "winograd_products.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {

@@ -1,27 +1,29 @@
 // Winograd's convolution, F(4x4, 3x3), in groups of few channels.
 //
-// The transforms are those of winograd_points.h, and an output is made of products at 36 points as there. What differs is how
-// numbers lie in vectors: as in conv2d_depthwise_groups.cpp, a vector covers as many whole groups as fit, and lane k picks
-// channel j of its group; if there is one group to a vector, or to a few vectors, it is a number that is broadcast.
+// The transforms are those of winograd_points.h, and an output is made of products at 36 points as there. What differs
+// is how numbers lie in vectors: as in conv2d_depthwise_groups.cpp, a vector covers as many whole groups as fit, and
+// lane k picks channel j of its group; if there is one group to a vector, or to a few vectors, it is a number that is
+// broadcast.
 //
 //   v[i] = transform of a tile's 6x6 vectors of inputs        u[i][j] = transform of the filters' weights of channel j
 //   s[i] = sum over j of (what is picked of v[i] for j) * u[i][j]
 //   y of the tile = transform of its 36 vectors s
 //
-// So a tile's transforms are of whole vectors of channels, however many groups there are, and what stands between them are
-// few products: it pays that pixels come to the transforms by the shortest way. In channels_last, where groups fill vectors,
-// they are read and written where they stand. Otherwise images are cut into strips of rows, of a few vectors of channels, that
-// stay in the second-level cache: contiguous ones are turned round (turned_strips.h), of channels_last ones it is a copy.
-// Tiles are computed 8 or 16 at a time, running on from image to image where these are small. The gradient of the input is the
-// same with mirrored taps and exchanged channels.
+// So a tile's transforms are of whole vectors of channels, however many groups there are, and what stands between them
+// are few products: it pays that pixels come to the transforms by the shortest way. In channels_last, where groups fill
+// vectors, they are read and written where they stand. Otherwise images are cut into strips of rows, of a few vectors
+// of channels, that stay in the second-level cache: contiguous ones are turned round (turned_strips.h), of
+// channels_last ones it is a copy. Tiles are computed 8 or 16 at a time, running on from image to image where these are
+// small. The gradient of the input is the same with mirrored taps and exchanged channels.
 //
 // A task is a strip of one image, or some small images, for a block of vectors. A thread transforms the filters that it
-// meets, and keeps them. An output's rounding depends on all 6x6 inputs of its tile, also on those that it does not see. A NaN
-// or infinity among them makes all outputs of the tile NaN. Refuses all but float32, all but 3x3 kernels of stride and
-// dilation 1, groups of a quarter of a vector and less, for which `depthwise` is as fast, groups of more than 32 channels or
-// that are not whole vectors, small images, and layers whose filters pass its buffer. With vectors of 16 lanes it also refuses
-// groups of half a vector in channels_last, and of more than one, as long as nobody has measured them. The gradient of the
-// weight is in conv2d_winograd_groups_grad_weight.cpp: that takes groups of 5 to 32 channels.
+// meets, and keeps them. An output's rounding depends on all 6x6 inputs of its tile, also on those that it does not
+// see. A NaN or infinity among them makes all outputs of the tile NaN. Refuses all but float32, all but 3x3 kernels of
+// stride and dilation 1, groups of a quarter of a vector and less, for which `depthwise` is as fast, groups of more
+// than 32 channels or that are not whole vectors, small images, and layers whose filters pass its buffer. With vectors
+// of 16 lanes it also refuses groups of half a vector in channels_last, and of more than one, as long as nobody has
+// measured them. The gradient of the weight is in conv2d_winograd_groups_grad_weight.cpp: that takes groups of 5 to 32
+// channels.
 #include "winograd_groups.h"
 #include "winograd_products.h"
 
@@ -36,13 +38,14 @@ constexpr int64_t kFewestOutputs = 6;
 constexpr int64_t kSmallImage = 1 << 17;  // numbers, of all channels
 constexpr int64_t kTaskTiles = 16;        // of small images, a task has several
 
-/// Which number of a vector of inputs lane k is to see for channel j of its group: the only one of it that lies j places on
-/// from the first; the one j places on from the first of its four; one that has to be looked up.
+/// Which number of a vector of inputs lane k is to see for channel j of its group: the only one of it that lies j
+/// places on from the first; the one j places on from the first of its four; one that has to be looked up.
 enum class Pick { one, of_four, any };
 
-/// How the work is cut: tasks are numbered (block of units, images, strip), so a thread makes the filters of its own blocks
-/// only, and a block's stay in the second-level cache. But large images in channels_last are walked in their own order,
-/// (images, strip, block): then a thread makes the filters of a block when it first meets it, and keeps them all.
+/// How the work is cut: tasks are numbered (block of units, images, strip), so a thread makes the filters of its own
+/// blocks only, and a block's stay in the second-level cache. But large images in channels_last are walked in their own
+/// order, (images, strip, block): then a thread makes the filters of a block when it first meets it, and keeps them
+/// all.
 template <class T>
 struct Tasks {
   Units<T> units;

@@ -1,6 +1,7 @@
 // The gradient of the weight by Winograd's tiles, in groups of few channels.
 //
-// As in conv2d_winograd_grad_weight.cpp there are 36 multiplications for a tile of 4x4 outputs' gradients instead of 144,
+// As in conv2d_winograd_grad_weight.cpp there are 36 multiplications for a tile of 4x4 outputs' gradients instead of
+// 144,
 //
 //   gw[k, c] = transform of the 36 sums over all tiles of u[i][tile, k] * v[i][tile, c]
 //
@@ -11,13 +12,13 @@
 //
 // Groups may also be a few whole vectors: then every vector of inputs meets every vector of gradients of its group.
 //
-// Strips of rows of both tensors come to a few vectors of channels as there. Their tiles are transformed a few at a time,
-// running on from strip to strip and from image to image, so that these stay in the first-level cache. A task is a few
-// vectors of channels, and walks all images: products are summed over the tiles that are transformed together, each from
-// a fresh zero, and those sums are added in order. A NaN or infinity reaches all taps of the filters that see its tile.
-// Refuses, besides what the file for the other passes does, groups of fewer than 5 channels, for which sums without
-// transforms are as fast, or more than 32, for which the general file's register tiles are wider; groups of more than a
-// vector that are not whole vectors; and too few groups to be tasks.
+// Strips of rows of both tensors come to a few vectors of channels as there. Their tiles are transformed a few at a
+// time, running on from strip to strip and from image to image, so that these stay in the first-level cache. A task is
+// a few vectors of channels, and walks all images: products are summed over the tiles that are transformed together,
+// each from a fresh zero, and those sums are added in order. A NaN or infinity reaches all taps of the filters that see
+// its tile. Refuses, besides what the file for the other passes does, groups of fewer than 5 channels, for which sums
+// without transforms are as fast, or more than 32, for which the general file's register tiles are wider; groups of
+// more than a vector that are not whole vectors; and too few groups to be tasks.
 #include "winograd_groups.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
@@ -52,8 +53,8 @@ struct Tasks {
         strips(g, Pass::grad_weight, kOutputs, smaller(kGoodNumbers, 2 * kGoodNumbers / (units * all.in_vectors))) {}
 };
 
-/// Where a task's scratch memory lies: strips, transformed tiles (of each unit those of gradients, then those of inputs),
-/// sums (of each unit those of all pairs of vectors).
+/// Where a task's scratch memory lies: strips, transformed tiles (of each unit those of gradients, then those of
+/// inputs), sums (of each unit those of all pairs of vectors).
 template <class T>
 struct TaskMemory {
   static constexpr int64_t points = kProducts * kTiles * kLanes<T>;  // numbers of a vector
@@ -90,8 +91,8 @@ void add_products(const Units<T>& all, int64_t tiles, const T* gradients, const 
   }
 }
 
-/// From the sums of an output vector, which meets one vector of inputs after the other, to its `rows` filters, by way of
-/// `scratch`.
+/// From the sums of an output vector, which meets one vector of inputs after the other, to its `rows` filters, by way
+/// of `scratch`.
 template <class T, bool one_group>
 void write_filters(const Conv2dGeometry& g, const Units<T>& all, const T* sums, int64_t next, int64_t rows, T* scratch,
                    T* out) {

@@ -23,7 +23,8 @@ constexpr int64_t kBandPlaces = 512;                           // about as many 
 constexpr int kMostPlaces = 12;                                // in a tile of channels_last
 constexpr int kPlaneVectors = kTileRows == 8 ? 3 : 2, kPlaneFilters = kTileRows == 8 ? 8 : 6;  // in one of planes
 
-/// How the outputs are cut into bands of `rows` x `columns`, one row if an image is cut across; and how the lines of one lie.
+/// How the outputs are cut into bands of `rows` x `columns`, one row if an image is cut across; and how the lines of
+/// one lie.
 struct Bands {
   int64_t rows, columns, down, across;
   int64_t phase_rows,

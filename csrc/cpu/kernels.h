@@ -1,8 +1,8 @@
-// Every CPU kernel on one page.
+// What torch/ calls of the CPU kernels, on one page; and at the end, what the files of an instruction set are called.
 //
-// A kernel gets a geometry, raw pointers to dense data in the geometry's layout and a range of tasks. A task is a set of outputs that
-// no other task writes, computed whole, sums included: so any split of the tasks over threads gives the same bits. A
-// kernel allocates nothing, starts no thread and checks nothing.
+// A kernel gets a geometry, raw pointers to dense data in the geometry's layout and a range of tasks. A task is a set
+// of outputs that no other task writes, computed whole, sums included: so any split of the tasks over threads gives the
+// same bits. A kernel allocates nothing, starts no thread and checks nothing.
 //
 // Every file of this folder is compiled once per instruction set (setup.py's table: base, avx2, avx512), each time into
 // a namespace of that name; `Kernels` is one such set, and kernels() picks the widest that this processor runs.
@@ -21,8 +21,8 @@ struct Conv2dRun {
   int64_t (*workspace)(const Conv2dGeometry&);  // elements of Sum<S> that each thread wants, aligned to 64 bytes
   void (*run)(const Conv2dGeometry&, const Conv2dOperands<S>&, Sum<S>* workspace, int64_t task_begin, int64_t task_end);
 
-  /// Long sums of few results are made in so many parts, by tasks of their own: `run` leaves each as an array of `numbers`
-  /// in operands.parts, and then they are added up in order. nullptr for one part, which is the result.
+  /// Long sums of few results are made in so many parts, by tasks of their own: `run` leaves each as an array of
+  /// `numbers` in operands.parts, and then they are added up in order. nullptr for one part, which is the result.
   int64_t (*parts)(const Conv2dGeometry&) = nullptr;
   void (*add_parts)(const Sum<S>* parts, int64_t count, int64_t numbers, S* out, int64_t begin, int64_t end) = nullptr;
 };
@@ -98,6 +98,24 @@ Table<InstructionSet> instruction_sets();
 #ifdef CNNOPS_ISA
 namespace cnnops::cpu::CNNOPS_ISA {
 
+/// One filter per channel, channels_last.
+template <class S>
+Conv2dAlgorithm<Conv2dRun<S>> depthwise_channels_last();
+template <class S>
+Conv2dRun<S> depthwise_grad_weight();
+/// Small groups, channels_last.
+template <class S>
+Conv2dAlgorithm<Conv2dRun<S>> depthwise_groups();
+/// Small groups of several channels, contiguous.
+template <class S>
+Conv2dAlgorithm<Conv2dRun<S>> depthwise_turned();
+/// One or several filters per channel, contiguous.
+template <class S>
+Conv2dAlgorithm<Conv2dRun<S>> depthwise_contiguous();
+/// One filter per channel, contiguous, of small images; of what depthwise_contiguous() accepts.
+template <class S>
+Conv2dAlgorithm<Conv2dRun<S>> depthwise_small();
+
 template <class S>
 Conv2dAlgorithm<Conv2dRun<S>> conv2d_winograd_groups();
 template <class S>
@@ -115,8 +133,6 @@ template <class S>
 Conv2dRun<S> planar_grad_weight();
 template <class S>
 Conv2dAlgorithm<Conv2dRun<S>> conv2d_channels_last();
-template <class S>
-Conv2dAlgorithm<Conv2dRun<S>> conv2d_depthwise();
 template <class S>
 Conv2dAlgorithm<Conv2dRun<S>> conv2d_fold();
 template <class S>

@@ -1,5 +1,5 @@
-// Max pooling, backward: a pixel gets gy of those outputs that see it through the tap at which they found their maximum,
-// added up in the order of the taps.
+// Max pooling, backward: a pixel gets gy of those outputs that see it through the tap at which they found their
+// maximum, added up in the order of the taps.
 #include "pool2d.h"
 #include "pool2d_overlaps.h"
 #include "pool2d_pixels.h"
@@ -10,8 +10,8 @@
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
 
-/// What lanes [begin, end) of a vector, or all if it is `whole`, get from the outputs `out`, out + 1, ... if these found
-/// their maxima at tap `place`.
+/// What lanes [begin, end) of a vector, or all if it is `whole`, get from the outputs `out`, out + 1, ... if these
+/// found their maxima at tap `place`.
 template <bool whole, class S, class Position>
 Vec<Sum<S>> terms_of(const S* gy, const Position* positions, int64_t out, int64_t place, int64_t begin, int64_t end) {
   using T = Sum<S>;
@@ -21,8 +21,8 @@ Vec<Sum<S>> terms_of(const S* gy, const Position* positions, int64_t out, int64_
   return where_won<T>(won, Place<T, Position>{} + Position(place), terms);
 }
 
-/// In contiguous layout, for strides 1 and 2: each vector holds pixels `stride` apart, whose outputs are neighbours. The
-/// last vectors of a row begin early enough to be whole, or run over into the next row, which is written later.
+/// In contiguous layout, for strides 1 and 2: each vector holds pixels `stride` apart, whose outputs are neighbours.
+/// The last vectors of a row begin early enough to be whole, or run over into the next row, which is written later.
 template <class S, class Position>
 void max_backward_of_rows(const Pool2dGeometry& g, const S* gy, const Position* positions, S* gx, int64_t begin,
                           int64_t end) {
@@ -168,8 +168,8 @@ void max_backward_by_pixels(const Pool2dGeometry& g, const S* gy, const Position
   }
 }
 
-/// Backward in channels_last, for dilation 1. Pixels whose distance is the stride are seen through the same taps: so these
-/// are found once a row for each of `stride` phases, and pixels far from the border take them as they are.
+/// Backward in channels_last, for dilation 1. Pixels whose distance is the stride are seen through the same taps: so
+/// these are found once a row for each of `stride` phases, and pixels far from the border take them as they are.
 constexpr int kMostSeers = 16;
 struct Seer {
   int64_t offset, back, place;  // output q - back, if q is the last whose window begins at or before the pixel
@@ -191,7 +191,8 @@ void max_backward_of_pixels(const Pool2dGeometry& g, const S* gy, const Position
   using T = Sum<S>;
   constexpr int64_t L = kLanes<T>;
   const bool past = pixels_past_cache(g, g.in, gx);
-  /// Pixels q of a phase, `step` apart from gx[to] on, seen by `count` outputs; `known` is count or, if that is unusual, 0.
+  /// Pixels q of a phase, `step` apart from gx[to] on, seen by `count` outputs; `known` is count or, if that is
+  /// unusual, 0.
   const auto run = [&](auto known, const Seer* see, int count, int64_t from, int64_t to, int64_t pixels) {
     constexpr int most = known.value ? known.value : kMostSeers;
     for_stretches<T>(g.c, past, [&](auto channels) {

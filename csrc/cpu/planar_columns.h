@@ -1,9 +1,9 @@
-// What a task of a 1x1 kernel sees of contiguous planes: a block of columns, pixels of all images one after the other, as
-// panels of a few vectors; and how these are copied, each with all planes, so that a tile reads them from one place.
+// What a task of a 1x1 kernel sees of contiguous planes: a block of columns, pixels of all images one after the other,
+// as panels of a few vectors; and how these are copied, each with all planes, so that a tile reads them from one place.
 //
 // A panel may hold pieces of several images, and with strides, or to its end, stretches of several rows. A panel of one
-// stretch is one loop of loads and stores. Otherwise stretches are copied as whole vectors, each overwriting what the one
-// before it had too many of.
+// stretch is one loop of loads and stores. Otherwise stretches are copied as whole vectors, each overwriting what the
+// one before it had too many of.
 #pragma once
 
 #include "gemm.h"
@@ -13,16 +13,17 @@ namespace cnnops::cpu::CNNOPS_ISA {
 
 constexpr int64_t kMostColumns = 768;  // of a task
 
-/// The product of one group: out[n][m][p] = sum over r of weight[m*row + r*channel] * in[n][r][p]. `plane` numbers of a plane
-/// are computed; with strides it is forward's `in` that has more, and grad_input's `out`.
+/// The product of one group: out[n][m][p] = sum over r of weight[m*row + r*channel] * in[n][r][p]. `plane` numbers of a
+/// plane are computed; with strides it is forward's `in` that has more, and grad_input's `out`.
 struct Product {
   int64_t rows, depth, plane, in_plane, in_image, out_plane, out_image, weight_row, weight_depth;
   int64_t width, row_step, step;  // of a row of results; from what it sees to the next row's, and along it
+  int64_t above;                  // inputs of a plane before the first that is seen: of a band of a larger image's rows
   bool spread;                    // results lie apart
   /// What column `column` sees, as far from the first plane's first number.
   int64_t seen(int64_t column) const {
     const int64_t p = column % plane;
-    return column / plane * in_image + p / width * row_step + p % width * step;
+    return column / plane * in_image + above + p / width * row_step + p % width * step;
   }
   Product(const Conv2dGeometry& g, Pass pass) {
     const bool forward = pass == Pass::forward;
@@ -36,10 +37,11 @@ struct Product {
     out_image = (forward ? g.k : g.c) * out_plane;
     weight_row = forward ? c : 1;
     weight_depth = forward ? 1 : c;
-    const bool strided = forward && g.stride[0] * g.stride[1] != 1;
+    const bool strided = forward && !rows_adjoin(g);
     width = strided ? g.out[1] : plane;  // or an image is one row
     row_step = strided ? g.stride[0] * g.in[1] : plane;
     step = forward ? g.stride[1] : 1;
+    above = forward ? -g.padding[0] * g.in[1] : 0;
     spread = out_plane != plane;
   }
 };
@@ -98,8 +100,8 @@ struct ColumnPanels {
   }
 };
 
-/// `count` numbers, `step` apart, as whole vectors: those too many are overwritten by what is packed next. But nothing is
-/// read at `end` or beyond.
+/// `count` numbers, `step` apart, as whole vectors: those too many are overwritten by what is packed next. But nothing
+/// is read at `end` or beyond.
 template <class S>
 void copy_stretch(const S* from, int64_t step, int64_t count, const S* end, Sum<S>* to) {
   constexpr int64_t L = kLanes<Sum<S>>;

@@ -1,15 +1,16 @@
 // What max and average pooling share: which outputs see which pixels, and the loops over both.
 //
 // Tap (kh, kw) of the window of output (oh, ow) sees x[oh*stride - padding + kh*dilation, ...]; taps outside the image
-// are skipped. An image is a plane, or in channels_last all planes of one n, whose pixels are then `depth` numbers deep.
+// are skipped. An image is a plane, or in channels_last all planes of one n, whose pixels are then `depth` numbers
+// deep.
 //
 // Forward, a vector holds outputs that see alike: the channels of a pixel (pool2d_pixels.h), or neighbours in a row
 // (pool2d_rows.h; for_groups where taps are many or apart). All other outputs are found one by one, among them adaptive
 // pooling's, whose windows are of different sizes.
 //
 // The backward kernels gather: the gradient of an input row is the sum over the few output rows whose windows cover it,
-// so nothing is cleared beforehand and no two tasks write to the same place. A pixel's terms are added up in registers or
-// on the stack, in the order that the kernel's file says, and rounded once, at the end.
+// so nothing is cleared beforehand and no two tasks write to the same place. A pixel's terms are added up in registers
+// or on the stack, in the order that the kernel's file says, and rounded once, at the end.
 #pragma once
 
 #include "kernels.h"
@@ -48,8 +49,8 @@ static inline Range outputs_over(const Pool2dGeometry& g, int dim, int64_t i) {
   return {first > 0 ? strides(first + stride - 1) : 0, smaller(out, strides(last) + 1)};
 }
 
-/// Calls visit(o, k) for the outputs o among outputs_over(g, dim, i) that see pixel i, through tap k: in the order of k,
-/// so backwards.
+/// Calls visit(o, k) for the outputs o among outputs_over(g, dim, i) that see pixel i, through tap k: in the order of
+/// k, so backwards.
 template <class Visit>
 static void for_outputs_over(const Pool2dGeometry& g, int dim, int64_t i, Range over, const Visit& visit) {
   for (int64_t o = over.end - 1; o >= over.begin; --o) {
@@ -82,8 +83,8 @@ struct Group {
   int64_t row, column;
 };
 
-/// In contiguous layout. Calls visit(zero, group) for all outputs of some rows, where `zero` is a number if the group is a single output and a
-/// vector if it is more.
+/// In contiguous layout. Calls visit(zero, group) for all outputs of some rows, where `zero` is a number if the group
+/// is a single output and a vector if it is more.
 template <class T, class Visit>
 static void for_groups(const Pool2dGeometry& g, int64_t begin, int64_t end, const Visit& visit) {
   const bool in_vectors = !g.adaptive && g.stride[1] <= 2;

@@ -1,9 +1,9 @@
 // Backward pooling for windows of 3x3 pixels two apart, the other common kind, in contiguous layout.
 //
-// Pixels are taken by squares of 2x2. Along an axis, pixels 2m and 2m + 1 are seen by outputs m + padding - 1 and m + padding
-// alone, so a square is seen by 2 x 2 outputs, each through the taps that tap_of() names. A vector holds neighbouring
-// squares' numbers: what the outputs have to give is loaded once for all pixels, and what the lower two outputs of a square
-// had to give is kept for the next square below.
+// Pixels are taken by squares of 2x2. Along an axis, pixels 2m and 2m + 1 are seen by outputs m + padding - 1 and m +
+// padding alone, so a square is seen by 2 x 2 outputs, each through the taps that tap_of() names. A vector holds
+// neighbouring squares' numbers: what the outputs have to give is loaded once for all pixels, and what the lower two
+// outputs of a square had to give is kept for the next square below.
 #pragma once
 
 #include "pool2d_rows.h"
@@ -26,9 +26,9 @@ static inline Vec<Sum<S>> load_outputs(const S* p, Lanes lanes) {
   return load_between(p, lanes.begin, lanes.end, Sum<S>(0));
 }
 
-/// Rows [begin, end) of pixels. rule.at(oh, ow, lanes), for outputs (oh, ow), (oh, ow + 1), ... of the plane rule.begin()
-/// was told, is a Rule::Given; rule.give(given, sums) adds to the pixels what they get from the outputs. Both arrays are
-/// indexed by row and column. `most` blocks of 2*L columns are kept at a time: one lives in registers.
+/// Rows [begin, end) of pixels. rule.at(oh, ow, lanes), for outputs (oh, ow), (oh, ow + 1), ... of the plane
+/// rule.begin() was told, is a Rule::Given; rule.give(given, sums) adds to the pixels what they get from the outputs.
+/// Both arrays are indexed by row and column. `most` blocks of 2*L columns are kept at a time: one lives in registers.
 template <int padding, int most, class S, class Rule>
 static void backward_overlaps_of(const Pool2dGeometry& g, Rule rule, S* gx, int64_t begin, int64_t end) {
   using T = Sum<S>;

@@ -48,7 +48,8 @@ constexpr bool kComparesBytes = false;
 template <class T, class Position>
 using Place = std::conditional_t<kComparesBytes<T, Position>, PackedWords<T, Position>, Vec<Word<T>>>;
 
-/// The positions of lanes [begin, end) of the vector at p, to be compared, zeros elsewhere; nothing outside them is read.
+/// The positions of lanes [begin, end) of the vector at p, to be compared, zeros elsewhere; nothing outside them is
+/// read.
 template <class T, class Position>
 static inline Place<T, Position> load_places(const Position* p, int64_t begin, int64_t end) {
 #if defined(__AVX512F__)

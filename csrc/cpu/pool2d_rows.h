@@ -1,6 +1,6 @@
-// Pooling in contiguous layout with strides of 1 and 2: vectors hold outputs that are neighbours in a row. What lies beyond
-// the border is read as a number that changes nothing, and the last vector of a row begins early enough to be whole: it
-// computes a few outputs once more, which is cheaper than writing part of a vector.
+// Pooling in contiguous layout with strides of 1 and 2: vectors hold outputs that are neighbours in a row. What lies
+// beyond the border is read as a number that changes nothing, and the last vector of a row begins early enough to be
+// whole: it computes a few outputs once more, which is cheaper than writing part of a vector.
 #pragma once
 
 #include "pool2d.h"
@@ -53,8 +53,8 @@ static inline void prefetch_beyond(const S* p) {
   __builtin_prefetch(p + far + kLanes<Sum<S>>);
 }
 
-/// A vector of outputs of some rows of a plane. `known` is how many taps a window's row has or, if that is unusual, 0. A
-/// row shorter than a vector runs over into the next, which is written later: cheaper than writing part of a vector.
+/// A vector of outputs of some rows of a plane. `known` is how many taps a window's row has or, if that is unusual, 0.
+/// A row shorter than a vector runs over into the next, which is written later: cheaper than writing part of a vector.
 template <class S, int stride, bool inside, int known, class Rule>
 static void forward_block(const Pool2dGeometry& g, const Rule& rule, const S* x, int64_t ow, int64_t begin, int64_t end,
                           int64_t range_end) {
@@ -125,9 +125,9 @@ static void forward_rows_of(const Pool2dGeometry& g, const Rule& rule, const S* 
   }
 }
 
-/// `rule` says how an output is found: begin(rows, first) makes a state, where first[j] is the first tap of a row that exists
-/// for lane j; see(state, numbers, kh, kw) adds what a tap sees, Rule::outside beyond the border; and end(state, oh, ow,
-/// to, count) writes the outputs.
+/// `rule` says how an output is found: begin(rows, first) makes a state, where first[j] is the first tap of a row that
+/// exists for lane j; see(state, numbers, kh, kw) adds what a tap sees, Rule::outside beyond the border; and end(state,
+/// oh, ow, to, count) writes the outputs.
 template <class S, class Rule>
 static void forward_rows(const Pool2dGeometry& g, const Rule& rule, const S* x, int64_t begin, int64_t end) {
   g.stride[1] == 1 ? forward_rows_of<S, 1>(g, rule, x, begin, end) : forward_rows_of<S, 2>(g, rule, x, begin, end);
@@ -156,8 +156,9 @@ static void put_by_turns(S* to, const Vec<Sum<S>>* sums, int64_t stride, int64_t
   count == 2 * L ? store(to + L, high) : store_first(to + L, high, count - L);
 }
 
-/// How many pixels may be written at pixel iw of a row with `left` rows of the task's range from it on. A row shorter than
-/// what is computed at once runs over into the next, which is written later: cheaper than writing part of a vector.
+/// How many pixels may be written at pixel iw of a row with `left` rows of the task's range from it on. A row shorter
+/// than what is computed at once runs over into the next, which is written later: cheaper than writing part of a
+/// vector.
 template <class T>
 static inline int64_t pixels_to_put(const Pool2dGeometry& g, int64_t iw, int64_t left) {
   const int64_t most = g.stride[1] * kLanes<T>, count = g.in[1] - iw;

@@ -1,9 +1,9 @@
 // Pooling by windows of 2x2 pixels side by side, in contiguous layout: the commonest, and the simplest. Output row r,
 // counted through all planes, sees pixel rows 2r and 2r + 1 and nobody else does.
 //
-// A vector holds neighbouring outputs; 2 x 2 vectors hold what they see. The last vector of a row begins early enough to
-// be whole. In a row shorter than a vector it runs over into rows that are written later, and reads what it then computes
-// for nothing: cheaper than reading and writing part of a vector, which only the last rows of a range do.
+// A vector holds neighbouring outputs; 2 x 2 vectors hold what they see. The last vector of a row begins early enough
+// to be whole. In a row shorter than a vector it runs over into rows that are written later, and reads what it then
+// computes for nothing: cheaper than reading and writing part of a vector, which only the last rows of a range do.
 #pragma once
 
 #include "pool2d_rows.h"

@@ -2,9 +2,9 @@
 //
 // Vec<T> is the compiler's own vector of as many T as the widest register holds: 64 bytes with AVX-512, 32 with AVX2,
 // 16 otherwise (SSE2, NEON). Arithmetic operators work lane by lane. Functions that load and store take pointers to any
-// type S of stored numbers (../numbers.h) and widen to Sum<S> or round on the way. The build turns floating-point contraction off, so
-// a multiply-add is fused where this file says so and nowhere else: that keeps the bits of main loops and remainders
-// alike.
+// type S of stored numbers (../numbers.h) and widen to Sum<S> or round on the way. The build turns floating-point
+// contraction off, so a multiply-add is fused where this file says so and nowhere else: that keeps the bits of main
+// loops and remainders alike.
 #pragma once
 
 #include <cstdint>
@@ -61,8 +61,8 @@ using Packed = typename PackedOf<S>::type;
 
 typedef uint32_t WordLanes __attribute__((vector_size(kVectorBytes)));
 
-/// Converts integers lane by lane. Where their size changes more than twofold, GCC 12 would take the lanes one at a time:
-/// so it goes by steps of two.
+/// Converts integers lane by lane. Where their size changes more than twofold, GCC 12 would take the lanes one at a
+/// time: so it goes by steps of two.
 template <class To, class From>
 static inline To convert_lanes(From v) {
   constexpr int lanes = sizeof(From) / sizeof(v[0]), from = sizeof(v[0]), to = sizeof(To) / lanes;
@@ -326,8 +326,8 @@ static inline void store_first(S* p, Vec<Sum<S>> v, int64_t count) {
 #endif
 }
 
-/// As load_first() and store_first(), of at most or of any number of lanes: masks cost whole vectors dearly, as a masked
-/// store may wait for its line.
+/// As load_first() and store_first(), of at most or of any number of lanes: masks cost whole vectors dearly, as a
+/// masked store may wait for its line.
 template <class S>
 static inline Vec<Sum<S>> load_some(const S* p, int64_t lanes) {
   return lanes >= kLanes<Sum<S>> ? load(p) : load_first(p, lanes);
@@ -368,8 +368,8 @@ static inline T all_ones() {
   return x;
 }
 
-/// v, loaded as a whole where only some of its lanes will be taken: GCC would rather load by the mask that says which, and
-/// such a load waits for its mask.
+/// v, loaded as a whole where only some of its lanes will be taken: GCC would rather load by the mask that says which,
+/// and such a load waits for its mask.
 template <class T>
 static inline Vec<T> whole_load(Vec<T> v) {
 #if defined(__AVX512F__)

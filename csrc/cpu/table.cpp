@@ -4,8 +4,9 @@
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
 
-/// In a fully connected layer all numbers of an image stand in the order of a filter's, in either layout: so it is a 1x1
-/// convolution of as many channels on images of one pixel. (Not so a bias that grad_input takes: it is one for all pixels.)
+/// In a fully connected layer all numbers of an image stand in the order of a filter's, in either layout: so it is a
+/// 1x1 convolution of as many channels on images of one pixel. (Not so a bias that grad_input takes: it is one for all
+/// pixels.)
 Conv2dGeometry flattened(Conv2dGeometry g, Pass pass) {
   const int64_t pixels = g.in[0] * g.in[1];
   if (!is_connected(g) || (pixels > 1 && (g.groups > 1 || pass == Pass::grad_input))) return g;
@@ -14,6 +15,26 @@ Conv2dGeometry flattened(Conv2dGeometry g, Pass pass) {
   g.layout = Layout::channels_last;
   return g;
 }
+
+/// `depthwise` is five files: one filter per channel or a few, and small groups.
+template <class S>
+struct Depthwise {
+  using Row = Conv2dAlgorithm<Conv2dRun<S>>;
+
+  static Conv2dGeometry seen(const Conv2dGeometry& g, Pass) { return g; }
+  static const Row& of(const Conv2dGeometry& g, Pass pass) {
+    static const Row contiguous = depthwise_contiguous<S>(), small = depthwise_small<S>(),
+                     turned = depthwise_turned<S>(), groups = depthwise_groups<S>();
+    const bool single = g.c == g.groups;
+    if (g.layout == Layout::channels_last) return single && g.k == g.groups ? all() : groups;
+    if (!single) return turned;
+    return contiguous.refuses(g, pass) || small.refuses(g, pass) ? contiguous : small;
+  }
+  static const Row& all() {
+    static const Row row = depthwise_channels_last<S>();
+    return row;
+  }
+};
 
 /// `direct` is three files, two of them for contiguous tensors.
 template <class S>
@@ -91,14 +112,15 @@ struct OneRow {
             [](const Conv2dGeometry& shape, Pass pass) {
               const Conv2dGeometry g = Files::seen(shape, pass);
               return Files::of(g, pass).yields && Files::of(g, pass).yields(g, pass);
-            }};
+            },
+            Files::of};
   }
 };
 
 /// Small groups are computed faster still by transforms.
 template <class S>
 Conv2dAlgorithm<Conv2dRun<S>> depthwise() {
-  Conv2dAlgorithm<Conv2dRun<S>> row = conv2d_depthwise<S>();
+  Conv2dAlgorithm<Conv2dRun<S>> row = OneRow<S, Depthwise<S>>::row("one filter per channel, or few; small groups");
   row.yields = [](const Conv2dGeometry& g, Pass pass) { return !conv2d_winograd_groups<S>().refuses(g, pass); };
   return row;
 }

@@ -14,7 +14,8 @@ static inline void zip(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, lane...>
   a = low;
 }
 
-/// Runs of `step` lanes change places, the odd ones of a row with the even ones of that `step` below; then twice as long ones.
+/// Runs of `step` lanes change places, the odd ones of a row with the even ones of that `step` below; then twice as
+/// long ones.
 template <int step, class T, int... lane>
 static inline void swap_runs(Vec<T> (&rows)[kLanes<T>], std::integer_sequence<int, lane...> lanes) {
   constexpr int L = kLanes<T>;
@@ -28,7 +29,8 @@ static inline void swap_runs(Vec<T> (&rows)[kLanes<T>], std::integer_sequence<in
   }
 }
 
-/// Rows become columns: of as many rows as 16 bytes have numbers by zipping, in log2(rows) rounds; then runs change places.
+/// Rows become columns: of as many rows as 16 bytes have numbers by zipping, in log2(rows) rounds; then runs change
+/// places.
 template <class T>
 static inline void transpose(Vec<T> (&rows)[kLanes<T>]) {
   constexpr int L = kLanes<T>, Q = 16 / int(sizeof(T));

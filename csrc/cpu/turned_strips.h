@@ -1,5 +1,5 @@
-// Strips of images, of one vector of groups, as small images of their own: contiguous ones are turned round for that, of
-// channels_last ones it is a copy. How images are cut, and where the strips lie.
+// Strips of images, of one vector of groups, as small images of their own: contiguous ones are turned round for that,
+// of channels_last ones it is a copy. How images are cut, and where the strips lie.
 #pragma once
 
 #include "conv2d_depthwise_groups.h"
@@ -94,8 +94,8 @@ struct Memory {
   }
 };
 
-/// Pixels [first, first + pixels) of image n, whose `size` is given, `in` channels to a vector: to[vector][pixel][lane] of
-/// the vectors [v0, v1), `next` numbers from one to the next.
+/// Pixels [first, first + pixels) of image n, whose `size` is given, `in` channels to a vector: to[vector][pixel][lane]
+/// of the vectors [v0, v1), `next` numbers from one to the next.
 template <class S>
 void gather_pixels(Layout layout, const int64_t* size, int64_t channels, int64_t in, const S* from, int64_t n,
                    int64_t first, int64_t pixels, int64_t v0, int64_t v1, int64_t next, S* to) {

@@ -1,5 +1,5 @@
-// The gradient of the weight as a product of two matrices, pixels x channels each: how it is cut into tasks, and where the
-// results go. For channels_last tensors and, if the kernel is 1x1, contiguous ones.
+// The gradient of the weight as a product of two matrices, pixels x channels each: how it is cut into tasks, and where
+// the results go. For channels_last tensors and, if the kernel is 1x1, contiguous ones.
 #pragma once
 
 #include "channels_last_tile.h"

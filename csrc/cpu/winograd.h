@@ -1,11 +1,11 @@
 // How numbers come to the transforms of Winograd's convolution (winograd_points.h): vectors of channels, and tiles.
 // winograd_products.h has what is done with them.
 //
-// Vectors lie along channels in channels_last tensors: tiles are read and written where they stand. Contiguous tensors go
-// through a scratch array, transposed. Of small images it holds whole rows, as many as there is room for: they are one run of
-// numbers in each plane, and tiles are read from there as they are in channels_last. Of others it holds what a run of tiles
-// sees, the border filled in; with a dilation, the pixels of all phases of a row (winograd_forms.h): each run of tiles picks
-// those of its own.
+// Vectors lie along channels in channels_last tensors: tiles are read and written where they stand. Contiguous tensors
+// go through a scratch array, transposed. Of small images it holds whole rows, as many as there is room for: they are
+// one run of numbers in each plane, and tiles are read from there as they are in channels_last. Of others it holds what
+// a run of tiles sees, the border filled in; with a dilation, the pixels of all phases of a row (winograd_forms.h):
+// each run of tiles picks those of its own.
 #pragma once
 
 #include "channels_last.h"
@@ -95,8 +95,8 @@ struct Layer {
   int64_t pixel(int64_t i, int dim) const { return i < seen[dim] ? pixel_at(i, in_size[dim], border) : -1; }
 };
 
-/// Neighbours in a row of tiles: as many as are transformed at a time. (h, w) is the first one's first output, `first` its
-/// number within the task.
+/// Neighbours in a row of tiles: as many as are transformed at a time. (h, w) is the first one's first output, `first`
+/// its number within the task.
 struct Run {
   int64_t n, h, w, phase, count, first;  // the columns' phase
 };
@@ -124,8 +124,8 @@ static inline void for_runs(const Layer& t, int64_t begin, int64_t count, int64_
   for (int64_t c = 0; c < channels; c += kLanes<T>) runs(c, smaller(c + kLanes<T>, channels));
 }
 
-/// to[i][j][lane] = what `rows` rows of a phase, from h on, x columns [w, w + columns) of the first `lanes` planes show;
-/// contiguous.
+/// to[i][j][lane] = what `rows` rows of a phase, from h on, x columns [w, w + columns) of the first `lanes` planes
+/// show; contiguous.
 template <class S>
 static inline void copy_patch(const Layer& t, const S* image, int64_t h, int64_t w, int64_t rows, int64_t columns,
                               int64_t lanes, Sum<S>* to) {
@@ -159,8 +159,8 @@ static inline void copy_patch(const Layer& t, const S* image, int64_t h, int64_t
   }
 }
 
-/// The inverse: `rows` rows and `width` columns of a phase, from (h, w) on, from rows of `columns`. Of whole rows without
-/// gaps several are one.
+/// The inverse: `rows` rows and `width` columns of a phase, from (h, w) on, from rows of `columns`. Of whole rows
+/// without gaps several are one.
 template <class S>
 static inline void copy_back(const Layer& t, const Sum<S>* from, int64_t h, int64_t w, int64_t rows, int64_t width,
                              int64_t columns, int64_t lanes, S* image) {
@@ -192,8 +192,8 @@ struct Line {
   int64_t at, lanes;
 };
 
-/// Rows [first, last) of a vector of planes, turned round: those that a run of tiles sees, and as many below as there is room
-/// for and the tiles before `end` see.
+/// Rows [first, last) of a vector of planes, turned round: those that a run of tiles sees, and as many below as there
+/// is room for and the tiles before `end` see.
 template <class S>
 struct Band {
   const S* image = nullptr;

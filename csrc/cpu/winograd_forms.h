@@ -1,8 +1,8 @@
 // Which tiles Winograd's convolution has transforms for, and which of them a layer takes.
 //
-// A dilated convolution is d*d plain ones: output o sees the inputs o - padding + d*tap, so outputs of one remainder modulo
-// d (one *phase*) see inputs of one remainder. A tile's outputs, and the pixels of its patch, lie d apart then, and no
-// transform knows of it.
+// A dilated convolution is d*d plain ones: output o sees the inputs o - padding + d*tap, so outputs of one remainder
+// modulo d (one *phase*) see inputs of one remainder. A tile's outputs, and the pixels of its patch, lie d apart then,
+// and no transform knows of it.
 #pragma once
 
 #include "kernels.h"
@@ -54,10 +54,11 @@ static inline Tiling fewest_products(const Conv2dGeometry& g, Pass pass) {
   };
   if (pass != Pass::grad_input) return best(g.out, false);
   const Tiling plain = best(g.in, false), transposed = best(g.out, true);
-  const bool dilated = g.dilation[0] * g.dilation[1] > 1;
-  return !dilated && transposed.count[1] <= kMostAcross && 10 * transposed.products() < 9 * plain.products()
-             ? transposed
-             : plain;
+  bool can = g.dilation[0] * g.dilation[1] == 1;
+  for (int dim = 0; dim < 2; ++dim)  // its patches reach the end of the image
+    can &= transposed.count[dim] * transposed.size[dim] + g.kernel[dim] - 1 - g.padding[dim] >= g.in[dim];
+  return can && transposed.count[1] <= kMostAcross && 10 * transposed.products() < 9 * plain.products() ? transposed
+                                                                                                        : plain;
 }
 
 }  // namespace cnnops::cpu::CNNOPS_ISA

@@ -1,5 +1,5 @@
-// What Winograd's convolution in groups (conv2d_winograd_groups.cpp) and its gradient of the weight share: how groups lie
-// in vectors, where the pixels of an image are, and how its tiles are transformed.
+// What Winograd's convolution in groups (conv2d_winograd_groups.cpp) and its gradient of the weight share: how groups
+// lie in vectors, where the pixels of an image are, and how its tiles are transformed.
 #pragma once
 
 #include "turned_strips.h"
@@ -37,8 +37,8 @@ struct Units {
   }
 };
 
-/// Where the pixels of images stand: `at` is the first one's first vector of channels; and the distances between vectors,
-/// images, rows and pixels.
+/// Where the pixels of images stand: `at` is the first one's first vector of channels; and the distances between
+/// vectors, images, rows and pixels.
 template <class T>
 struct View {
   T* at;
@@ -51,8 +51,8 @@ static inline View<const T> strip_view(const T* strip, int64_t width, int64_t ve
   return {strip, vector, image, width * kLanes<T>, kLanes<T>};
 }
 
-/// points[i][m] = the transform, by Form, of the pixels from (h0, w0) on, each a vector; `point` numbers lie between two
-/// points. shown(dim, i) is the pixel that position i of an axis shows, -1 for none.
+/// points[i][m] = the transform, by Form, of the pixels from (h0, w0) on, each a vector; `point` numbers lie between
+/// two points. shown(dim, i) is the pixel that position i of an axis shows, -1 for none.
 template <class Form, class T, class Shown>
 static inline void transform_pixels(const View<const T>& from, const T* image, const int64_t* size, int64_t h0,
                                     int64_t w0, const Shown& shown, int64_t point, T* points) {

@@ -1,22 +1,23 @@
 // The transforms of Winograd's convolution: between numbers and the values of polynomials.
 //
-// A row of `tile` outputs of a correlation with `taps` taps is a product of two polynomials. It is computed so: evaluate
-// both at patch = tile + taps - 1 points, multiply there, interpolate. Along both axes that takes patch*patch products
-// where the sums take tile*tile*taps*taps.
+// A row of `tile` outputs of a correlation with `taps` taps is a product of two polynomials. It is computed so:
+// evaluate both at patch = tile + taps - 1 points, multiply there, interpolate. Along both axes that takes patch*patch
+// products where the sums take tile*tile*taps*taps.
 //
 //   y = A' [(G w G') * (B' x B)] A        w taps x taps, x patch x patch, y tile x tile, and * point by point
 //
-// This is linear in x. The derivative of a linear map is its transpose: the same matrices, turned round, in the opposite
-// order. So the gradient of the patch x has as few products,
+// This is linear in x. The derivative of a linear map is its transpose: the same matrices, turned round, in the
+// opposite order. So the gradient of the patch x has as few products,
 //
 //   gx = B [(G w G') * (A gy A')] B'
 //
 // and where patches overlap, their gradients are added.
 //
 // Six points are 0, a, -a, b, -b and infinity with a = 3/4, b = 3/2: every number of B and A is exact in float, and the
-// result errs half as much as with the usual 1 and 2. Eight are 0, 1/2, 1, 2 with both signs, and infinity. B depends on
-// the points alone. Columns may have another number of points than rows. All is inlined by force: where GCC calls it instead,
-// as it does when types of stored numbers are many, vectors go through memory, and a layer takes up to 1.5 times as long.
+// result errs half as much as with the usual 1 and 2. Eight are 0, 1/2, 1, 2 with both signs, and infinity. B depends
+// on the points alone. Columns may have another number of points than rows. All is inlined by force: where GCC calls it
+// instead, as it does when types of stored numbers are many, vectors go through memory, and a layer takes up to 1.5
+// times as long.
 #pragma once
 
 #include "simd.h"

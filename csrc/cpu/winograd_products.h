@@ -1,5 +1,5 @@
-// The filters of Winograd's convolution (winograd.h): how their weights come to the transforms; and the products of what has been
-// transformed, a matrix product for each point, in register tiles.
+// The filters of Winograd's convolution (winograd.h): how their weights come to the transforms; and the products of
+// what has been transformed, a matrix product for each point, in register tiles.
 #pragma once
 
 #include "winograd.h"
@@ -8,8 +8,8 @@ namespace cnnops::cpu::CNNOPS_ISA {
 
 constexpr int kSums = 3 * kTileRows;                  // vectors of sums in a register tile
 constexpr int kMostVectors = kTileRows == 8 ? 4 : 3;  // in a row of it
-/// Of a single vector even and odd terms are summed apart: so many rows that each had its sum would be more than there
-/// are registers for their addresses.
+/// Of one vector or two even and odd terms are summed apart: so many rows that each had its sum would be more than
+/// there are registers for their addresses.
 constexpr int ways(int64_t vectors) { return vectors < 3 ? 2 : 1; }
 /// The register tile's rows. Where registers are left over, numbers of channels and tiles that are multiples of 8 fit.
 constexpr int tile_rows(int64_t vectors) {
@@ -21,7 +21,8 @@ struct FilterSteps {
   int64_t channel, tap;
 };
 
-/// The weights of `lanes` produced and `count` summed channels, at most a vector of each, as vectors of produced channels.
+/// The weights of `lanes` produced and `count` summed channels, at most a vector of each, as vectors of produced
+/// channels.
 template <class S>
 static inline FilterSteps copy_filters(const Layer& t, const S* from, int64_t lanes, int64_t count, Sum<S>* to) {
   constexpr int64_t L = kLanes<Sum<S>>;

@@ -108,8 +108,8 @@ struct Leaky {
   __device__ S operator()(S x, S kept, Place) const { return leaky(x, kept, slope); }
 };
 
-/// The same with a slope per channel; Index is wide enough for every element. A vector lies within one channel, or, where
-/// channels are densest (`inner` is 1), within one pixel.
+/// The same with a slope per channel; Index is wide enough for every element. A vector lies within one channel, or,
+/// where channels are densest (`inner` is 1), within one pixel.
 template <class S, class Index>
 struct ChannelLeaky {
   const S* slopes;

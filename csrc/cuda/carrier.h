@@ -1,9 +1,10 @@
-// How a block brings an operand of its product (gemm_tile.h) to shared memory, from wherever in a tensor its numbers are.
+// How a block brings an operand of its product (gemm_tile.h) to shared memory, from wherever in a tensor its numbers
+// are.
 //
-// An operand comes slice by slice, in the type in which it is stored: 64 bytes of steps for each row, or column. A thread
-// brings vectors of 16 bytes: with one cp.async if the steps are neighbours in memory, as channels are in channels_last;
-// or else number by number, float32 by cp.async of 4 bytes, 16-bit numbers by way of registers, which also transpose them
-// where neighbours are of different rows.
+// An operand comes slice by slice, in the type in which it is stored: 64 bytes of steps for each row, or column. A
+// thread brings vectors of 16 bytes: with one cp.async if the steps are neighbours in memory, as channels are in
+// channels_last; or else number by number, float32 by cp.async of 4 bytes, 16-bit numbers by way of registers, which
+// also transpose them where neighbours are of different rows.
 #pragma once
 
 #include "gemm_tile.h"

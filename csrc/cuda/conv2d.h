@@ -40,8 +40,8 @@ struct Channels {
   }
 };
 
-/// pixel_at() in few instructions, since it is linear before and after the image. Tiles overhang the padding, so -1 also
-/// where there is no pixel that far out.
+/// pixel_at() in few instructions, since it is linear before and after the image. Tiles overhang the padding, so -1
+/// also where there is no pixel that far out.
 struct Beyond {
   int slope, before, after;
 

@@ -4,22 +4,23 @@
 //   gx[n,c,h,w]  =           sum over the M filters of c of what correlation.h says
 //
 // There is little to compute, so all depends on reading each number from memory once, and on few instructions besides
-// the multiply-adds. A thread takes a strip: some outputs one below the other, in channels_last of a vector of channels.
-// It walks down the strip's window row by row; each number that it reads meets the taps of all the outputs that see it,
-// a few sums that are open at a time. They and the weights are in registers. Neighbouring threads take neighbours in
-// memory, columns or channels, so that what their windows share comes from the L1 cache; no barrier makes one wait for
-// another, and the loads of several rows are on their way at once. In channels_last, a block first turns its weights in
-// shared memory, so that they too can be read as vectors.
+// the multiply-adds. A thread takes a strip: some outputs one below the other, in channels_last of a vector of
+// channels. It walks down the strip's window row by row; each number that it reads meets the taps of all the outputs
+// that see it, a few sums that are open at a time. They and the weights are in registers. Neighbouring threads take
+// neighbours in memory, columns or channels, so that what their windows share comes from the L1 cache; no barrier makes
+// one wait for another, and the loads of several rows are on their way at once. In channels_last, a block first turns
+// its weights in shared memory, so that they too can be read as vectors.
 //
-// The gradient of the input at stride 1 is the same with the kernel turned round. At stride 2 a strip's element is not one
-// output but a cell of 2 x 2: each of them has the parity classes' taps to itself, and all see the same small window.
+// The gradient of the input at stride 1 is the same with the kernel turned round. At stride 2 a strip's element is not
+// one output but a cell of 2 x 2: each of them has the parity classes' taps to itself, and all see the same small
+// window.
 //
-// Strips are for kernels of 3x3 and 5x5, stride 1 or 2, and 7x7, stride 1; in channels_last for whole vectors, and where
-// M > 1 only forward, contiguous. All else takes a thread per output, with a loop over its taps in the same order: so an
-// address that is not aligned, which vectors cannot have, changes nothing in the bits.
+// Strips are for kernels of 3x3 and 5x5, stride 1 or 2, and 7x7, stride 1; in channels_last for whole vectors, and
+// where M > 1 only forward, contiguous. All else takes a thread per output, with a loop over its taps in the same
+// order: so an address that is not aligned, which vectors cannot have, changes nothing in the bits.
 //
-// Refused: groups of several input channels, more than 8 filters per channel, and what does not fit 32-bit counts within
-// an image. An infinite weight at a tap that falls on padding gives NaN, as inf * 0 does.
+// Refused: groups of several input channels, more than 8 filters per channel, and what does not fit 32-bit counts
+// within an image. An infinite weight at a tap that falls on padding gives NaN, as inf * 0 does.
 #include "depthwise.h"
 #include "launchers.h"
 
@@ -30,8 +31,8 @@ constexpr int kMostFilters = 8;
 constexpr int kMostCells = 8;  // of a strip
 constexpr int kTurns = 4;      // outputs of a thread of loop_kernel
 
-/// How cells lie in the input. kWindow: rows and columns that a cell sees; kMove: how far on the next cell's are; kMade: a
-/// cell's outputs along either axis; kOpen: cells of a column whose windows share a row, at most.
+/// How cells lie in the input. kWindow: rows and columns that a cell sees; kMove: how far on the next cell's are;
+/// kMade: a cell's outputs along either axis; kOpen: cells of a column whose windows share a row, at most.
 template <int kKernel_, int kMove_, int kMade_>
 struct Shape {
   static constexpr int kKernel = kKernel_, kMove = kMove_, kMade = kMade_, kTaps = kKernel * kKernel;

@@ -2,9 +2,10 @@
 //
 //   gw[k,kh,kw] = sum over n, oh, ow of gy[n,k,oh,ow] * x[n, k/M, oh*stride - padding + kh, ...]
 //
-// Many pixels, few results: so each thread adds up all taps of its channels, in registers, over strips of a column of gy.
-// Walking down the strip's window in x, row by row, it meets each number of x with the numbers of gy that see it, the last
-// few, which are in registers too: so both tensors are read once, neighbouring threads reading neighbours (depthwise.h).
+// Many pixels, few results: so each thread adds up all taps of its channels, in registers, over strips of a column of
+// gy. Walking down the strip's window in x, row by row, it meets each number of x with the numbers of gy that see it,
+// the last few, which are in registers too: so both tensors are read once, neighbouring threads reading neighbours
+// (depthwise.h).
 //
 // Strips go round the threads of a block and the parts of the sum (Parts) like cards; threads, then parts, are added
 // up in a fixed order.
@@ -78,7 +79,8 @@ struct Work {
   }
 };
 
-/// Adds up what the threads of a block have for each tap and channel: some taps at a time, sixteen places, then those sums.
+/// Adds up what the threads of a block have for each tap and channel: some taps at a time, sixteen places, then those
+/// sums.
 template <class S, int kTaps, int kCount>
 __device__ inline void put(Sum<S> (&sum)[kTaps][kCount], const WeightPlan& plan, int64_t block, S* out,
                            Sum<S>* workspace) {

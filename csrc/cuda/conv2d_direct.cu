@@ -11,8 +11,8 @@
 //
 // The gradient of the weights is another kernel: conv2d_direct_weight.cu.
 //
-// Tensors are read and written by their strides, so both layouts are taken; what is staged comes in the order of memory.
-// 16-bit numbers are widened as they are staged. Every border is staged as what it shows.
+// Tensors are read and written by their strides, so both layouts are taken; what is staged comes in the order of
+// memory. 16-bit numbers are widened as they are staged. Every border is staged as what it shows.
 //
 // Refused: many channels on both sides, where matrix tiles (im2col) reuse both operands better; tiles that do not fit
 // shared memory. An infinite weight at a tap that falls on padding gives NaN, as inf * 0 does.

@@ -2,9 +2,9 @@
 //
 //   gw[k,c,kh,kw] = sum over n, oh, ow of gy[n,k,oh,ow] * x[n,c, oh*stride - padding + kh*dilation, ...]
 //
-// A lane has a weight (c, kh, kw), and 8 output channels of it in registers. A tile of gy and of the input that it meets
-// are staged in shared memory; the warps of a block share out the rows of the tile, so that all lanes of one read the same
-// 8 numbers of gy, and each its own input. A block sums over the tiles of its part of the batch (Parts).
+// A lane has a weight (c, kh, kw), and 8 output channels of it in registers. A tile of gy and of the input that it
+// meets are staged in shared memory; the warps of a block share out the rows of the tile, so that all lanes of one read
+// the same 8 numbers of gy, and each its own input. A block sums over the tiles of its part of the batch (Parts).
 #include "direct.h"
 
 namespace cnnops::cuda {

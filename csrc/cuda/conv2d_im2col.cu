@@ -14,8 +14,8 @@
 // and packing costs an addition and a test against the borders. Where a border shows the image once more, the distance
 // to the pixel shown is added.
 //
-// Taps are numbered (c, kh, kw), or in channels_last (kh, kw, c): so do the weights lie in memory. A slice's elements are
-// shared out to the threads so that neighbours read neighbours: pixels of one tap, or in channels_last taps of one
+// Taps are numbered (c, kh, kw), or in channels_last (kh, kw, c): so do the weights lie in memory. A slice's elements
+// are shared out to the threads so that neighbours read neighbours: pixels of one tap, or in channels_last taps of one
 // pixel. 16-bit numbers are widened when they are packed.
 //
 // A slice is 8 steps of the sum, for 64 rows and 128 columns of the product; 128 threads hold 8 x 8 sums each in

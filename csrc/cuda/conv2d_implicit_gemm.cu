@@ -7,10 +7,10 @@
 //                their taps, each a product of its own (correlation.h)
 //   grad_weight  gw[k, tap]   = sum over pixels of gy[pixel, k] * unfolded[pixel, tap]
 //
-// A block computes a tile of the product (gemm_tile.h). Its operands come to shared memory slice by slice, kStages ahead
-// (carrier.h). In which way they come, how large the tile is, and whether addresses are aligned change nothing in the
-// bits: each sum runs over its slices in order. Those of grad_weight run over pixels in parts (Parts): slices go round
-// the parts like cards.
+// A block computes a tile of the product (gemm_tile.h). Its operands come to shared memory slice by slice, kStages
+// ahead (carrier.h). In which way they come, how large the tile is, and whether addresses are aligned change nothing in
+// the bits: each sum runs over its slices in order. Those of grad_weight run over pixels in parts (Parts): slices go
+// round the parts like cards.
 //
 // How numbers are multiplied:
 //
@@ -18,9 +18,9 @@
 //              TF32 for convolutions. On sm_75 plain multiply-adds.
 //   16 bits    exact products, summed in float32, rounded once. On sm_75 plain multiply-adds for bfloat16.
 //
-// Refused: float64, groups of few channels, and what does not fit 32-bit counts within an image. An infinite weight at a
-// tap that falls on padding gives NaN, as inf * 0 does; with split float32 any infinity gives NaN, since what its big part
-// leaves over is none.
+// Refused: float64, groups of few channels, and what does not fit 32-bit counts within an image. An infinite weight at
+// a tap that falls on padding gives NaN, as inf * 0 does; with split float32 any infinity gives NaN, since what its big
+// part leaves over is none.
 #include "carrier.h"
 #include "epilogue.h"
 #include "launchers.h"
@@ -275,7 +275,8 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* wo
   add_up("conv2d_implicit_gemm add_up", plan.parts, workspace, o.out, stream);
 }
 
-/// Few channels to sum over do, where their taps fill slices, as in the 7x7 of three colours that many networks begin with.
+/// Few channels to sum over do, where their taps fill slices, as in the 7x7 of three colours that many networks begin
+/// with.
 bool yields(const Conv2dGeometry& g, Pass pass) {
   const Channels channels(g, pass);
   const bool short_sum = channels.reduce < kFew && channels.reduce * g.kernel[0] * g.kernel[1] < 64;

@@ -5,8 +5,8 @@
 //   grad_weight  gw[k,c,kh,kw] =           sum over n,oh,ow  of gy[n,k,oh,ow] * x[n,c,h,w]
 //
 // where h = oh*stride - padding + kh*dilation, w alike, and only places inside the tensors count, or those that the
-// border shows (pixel_at). All sums are taken in double: this is the yardstick of the other algorithms, and what is left
-// when they refuse. Outputs are numbered as they lie in memory, whatever the layout.
+// border shows (pixel_at). All sums are taken in double: this is the yardstick of the other algorithms, and what is
+// left when they refuse. Outputs are numbered as they lie in memory, whatever the layout.
 #include "conv2d.h"
 #include "launchers.h"
 

@@ -5,8 +5,8 @@
 //   wait_copies<1>();                                     // all but the last committed group have landed, for this thread
 //   sync_block();                                         // ... and for all
 //
-// Zeros at a border cost nothing this way: no branch, and `x + i` may then point anywhere. GPUs before sm_80 have no such
-// instruction; there copy_async is a load and a store, done when it returns.
+// Zeros at a border cost nothing this way: no branch, and `x + i` may then point anywhere. GPUs before sm_80 have no
+// such instruction; there copy_async is a load and a store, done when it returns.
 #pragma once
 
 #include "device.h"

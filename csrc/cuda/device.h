@@ -25,8 +25,8 @@
 
 #define CNNOPS_HOST_DEVICE __host__ __device__
 
-/// Before a loop over an array that is to stay in registers; before one that rarely goes round more than a few times, and
-/// unrolled would be several times as large, no faster.
+/// Before a loop over an array that is to stay in registers; before one that rarely goes round more than a few times,
+/// and unrolled would be several times as large, no faster.
 #ifdef CNNOPS_EMULATE
 #define CNNOPS_UNROLL
 #define CNNOPS_NO_UNROLL
@@ -220,7 +220,8 @@ class Items {
   int64_t size_;
 };
 
-/// How far apart neighbours along each axis of an (n, c, h, w) tensor are in memory. Index holds what is within an image.
+/// How far apart neighbours along each axis of an (n, c, h, w) tensor are in memory. Index holds what is within an
+/// image.
 template <class Index>
 struct Strides {
   int64_t n;

@@ -1,5 +1,5 @@
-// What happens to a result between its sum and memory: activations, number by number, and the choice of the largest in a
-// pooling window. activation.cu and pool2d.cu do the same to whole tensors, with the same bits.
+// What happens to a result between its sum and memory: activations, number by number, and the choice of the largest in
+// a pooling window. activation.cu and pool2d.cu do the same to whole tensors, with the same bits.
 #pragma once
 
 #include "warp.h"
@@ -44,8 +44,8 @@ __device__ inline bool wins(T x, T best) {
   return x > best || x != x;
 }
 
-/// Two neighbouring threads have a column each of two windows, the first and the last two of `columns`. The left thread gets
-/// the whole of the first window, the right one that of the second, in scan order.
+/// Two neighbouring threads have a column each of two windows, the first and the last two of `columns`. The left thread
+/// gets the whole of the first window, the right one that of the second, in scan order.
 template <class T>
 __device__ inline void exchange_columns(const T (&columns)[4], T (&window)[4]) {
   const bool right = threadIdx.x % 2;
@@ -74,8 +74,8 @@ __device__ inline void pool(const Sum<S> (&window)[4], S* y, uint8_t* position) 
   *position = at;
 }
 
-/// What a window's largest number gets of the gradient of y. Pooling's backward pass adds to a zero, so -0 becomes 0 (an
-/// addition here might be contracted with leaky()'s product).
+/// What a window's largest number gets of the gradient of y. Pooling's backward pass adds to a zero, so -0 becomes 0
+/// (an addition here might be contracted with leaky()'s product).
 template <class S>
 __device__ inline S pooled_gradient(S gy, S y, const Epilogue<S>& epilogue) {
   const S gradient =

@@ -3,9 +3,9 @@
 //
 //   gx[h][w] = the activation's gradient at y[h/2][w/2], times gy[h/2][w/2], if the window's largest was here; or else 0
 //
-// A thread takes a window, numbered as the pooled tensor lies in memory: so y, gy and the position are read once, and all
-// four pixels are written, two at a time where they are neighbours. Nothing is zeroed beforehand. A last row or column
-// that was not pooled counts as windows cut in half, and gets zeros.
+// A thread takes a window, numbered as the pooled tensor lies in memory: so y, gy and the position are read once, and
+// all four pixels are written, two at a time where they are neighbours. Nothing is zeroed beforehand. A last row or
+// column that was not pooled counts as windows cut in half, and gets zeros.
 #include "epilogue.h"
 #include "launchers.h"
 

@@ -1,10 +1,10 @@
 // A block's tile of a matrix product: c[row][column] += sum over steps of a[row][step] * b[step][column].
 //
-// The steps come in slices of 64 bytes, kSlice. Those of `a` lie in shared memory as rows of 4 vectors of 16 bytes; those
-// of `b` likewise, with a row per column, if the steps are neighbours in memory, or else (16-bit numbers on tensor cores
-// only) with a row per step, and ldmatrix transposes them. Vectors of neighbouring rows are shuffled (Rows), so that the 8
-// that are read at once lie in different banks. While a slice is multiplied, the next ones are on their way
-// (copy_async.h).
+// The steps come in slices of 64 bytes, kSlice. Those of `a` lie in shared memory as rows of 4 vectors of 16 bytes;
+// those of `b` likewise, with a row per column, if the steps are neighbours in memory, or else (16-bit numbers on
+// tensor cores only) with a row per step, and ldmatrix transposes them. Vectors of neighbouring rows are shuffled
+// (Rows), so that the 8 that are read at once lie in different banks. While a slice is multiplied, the next ones are on
+// their way (copy_async.h).
 //
 // How numbers are multiplied is the tile's Math; sums are float32.
 #pragma once
@@ -37,8 +37,8 @@ struct Rows {
   }
   __device__ const S* at(int row, int vector) const { return const_cast<Rows*>(this)->at(row, vector); }
 
-  /// Brings the vectors from where from(row, first) says, `first` being the number in its row of a vector's first element;
-  /// of its elements only `limit - first`, and none if `from` is nullptr.
+  /// Brings the vectors from where from(row, first) says, `first` being the number in its row of a vector's first
+  /// element; of its elements only `limit - first`, and none if `from` is nullptr.
   template <int kThreads, class From>
   __device__ void bring(int limit, const From& from) {
     for (int i = threadIdx.x; i < kCount * kVectors; i += kThreads) {
@@ -91,7 +91,8 @@ struct GemmTile {
   }
 
   /// Adds the products of `count` slices. start(stage, number) starts the copies of one, and keeps in registers what
-  /// cp.async cannot bring; finish(stage) writes that to shared memory. prepare(number) comes before, a barrier between.
+  /// cp.async cannot bring; finish(stage) writes that to shared memory. prepare(number) comes before, a barrier
+  /// between.
   template <int kStages, class Start, class Finish = Nothing, class Prepare = Nothing>
   __device__ void multiply(Slice (&stages)[kStages], int64_t count, const Start& start, const Finish& finish = {},
                            const Prepare& prepare = {}) {
@@ -126,8 +127,8 @@ struct GemmTile {
     }
   }
 
-  /// use(row, column, sums) for each four results of a column that are kApart rows apart, `row` being the first: a lane has
-  /// those.
+  /// use(row, column, sums) for each four results of a column that are kApart rows apart, `row` being the first: a lane
+  /// has those.
   template <class Use>
   __device__ void each_four(const Use& use) const {
     static_assert(kHeight % 32 == 0);

@@ -1,9 +1,9 @@
 // Every CUDA launcher on one page.
 //
 // A launcher gets a geometry, device pointers to dense data in the geometry's layout and a stream; it starts kernels on
-// that stream and returns at once. It allocates nothing and synchronises nothing, so CUDA graphs can capture it. Like on
-// the CPU, threads split outputs, never one output's sum (or split it by a rule that looks at the geometry alone and add
-// the parts in a fixed order): the bits do not depend on the batch size, the run or the stream. No float atomics.
+// that stream and returns at once. It allocates nothing and synchronises nothing, so CUDA graphs can capture it. Like
+// on the CPU, threads split outputs, never one output's sum (or split it by a rule that looks at the geometry alone and
+// add the parts in a fixed order): the bits do not depend on the batch size, the run or the stream. No float atomics.
 //
 // Nothing here needs CUDA's headers: a stream is passed as the opaque pointer that it is.
 #pragma once
@@ -25,8 +25,8 @@ struct Epilogue {
   Sum<S> low = kNone, high = kNone;  // the bounds of hardtanh, and of relu, which has one
   Sum<S> slope = kNone;              // that of leaky_relu, instead of bounds
 
-  /// For max_pool2d of windows of 2 x 2, without padding: positions as that has them. Then `out` is the pooled tensor, of
-  /// (out[0] / 2) x (out[1] / 2) pixels.
+  /// For max_pool2d of windows of 2 x 2, without padding: positions as that has them. Then `out` is the pooled tensor,
+  /// of (out[0] / 2) x (out[1] / 2) pixels.
   uint8_t* positions = nullptr;
 };
 
@@ -56,7 +56,8 @@ struct Kernels {
   MaxPool2d<uint8_t> max_pool2d;
   MaxPool2d<int32_t> max_pool2d_wide;
 
-  /// The gradient of what an epilogue with positions was given, from that of what it wrote, y. The geometry is pooling's.
+  /// The gradient of what an epilogue with positions was given, from that of what it wrote, y. The geometry is
+  /// pooling's.
   void (*epilogue_backward)(const Pool2dGeometry&, const Epilogue<S>&, const S* gy, const S* y, S* gx, Stream);
 
   void (*avg_pool2d)(const Pool2dGeometry&, Divisor, const S* x, S* y, Stream);

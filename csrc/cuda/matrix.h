@@ -10,8 +10,8 @@
 //   c   float i:      row g + 8 * (i / 2),  column 2 * t + i % 2                            4 floats
 //
 // where kSteps = 1 or 2 is the number of groups of 4 * kPack steps in the depth. This is the layout of all of PTX's
-// mma.m16n8 for floats: m16n8k8 and k16 for 16 bits, k4 and k8 for TF32. Sums are float32; their order within one product
-// is the hardware's own affair, and fixed.
+// mma.m16n8 for floats: m16n8k8 and k16 for 16 bits, k4 and k8 for TF32. Sums are float32; their order within one
+// product is the hardware's own affair, and fixed.
 #pragma once
 
 #include "warp.h"
@@ -26,7 +26,8 @@ struct Tf32 {
 template <class S>
 constexpr int kPack = 4 / sizeof(S);
 
-/// Which GPUs code is being made for: those whose tensor cores take all of these types, or others. The emulation is both.
+/// Which GPUs code is being made for: those whose tensor cores take all of these types, or others. The emulation is
+/// both.
 #ifdef CNNOPS_EMULATE
 constexpr bool kTensorCores = true, kNoTensorCores = true;
 #elif !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
@@ -83,9 +84,9 @@ __device__ inline S half(uint32_t pair, int number) {
 }
 
 /// Reads kCount (1, 2 or 4) matrices of 8 rows, 16 bytes each, from shared memory. Lane 8 * i + j says where row j of
-/// matrix i is; those of the lanes beyond are not used, but must point to rows as well. Lane 4 * j + t gets into register
-/// i what stands in row j of matrix i at bytes 4 * t to 4 * t + 3; or, if transposed, of the column number j of 16-bit
-/// elements those of rows 2 * t and 2 * t + 1.
+/// matrix i is; those of the lanes beyond are not used, but must point to rows as well. Lane 4 * j + t gets into
+/// register i what stands in row j of matrix i at bytes 4 * t to 4 * t + 3; or, if transposed, of the column number j
+/// of 16-bit elements those of rows 2 * t and 2 * t + 1.
 template <int kCount, bool kTransposed = false>
 __device__ inline void load_matrix(uint32_t (&registers)[kCount], const void* row, Here here = Here::current()) {
   static_assert(kCount == 1 || kCount == 2 || kCount == 4);

@@ -5,10 +5,10 @@
 //   max, gather     y[n,c,oh,ow] = x at the position that won
 //   max_unpool      y[n,c,i]     = the last x[n,c,j] with index j = i, or zero
 //
-// The backward pass turns the window round: an input looks at the windows that cover it, at most ceil(KH/stride) of them
-// along an axis. So nothing is zeroed beforehand and no two threads add to one number: the order of each sum is fixed.
-// Unpooling finds out first who is last, with integer maxima, which come out the same in any order. Indices that point out
-// of the plane are left out. Which results a thread takes: pool2d.h.
+// The backward pass turns the window round: an input looks at the windows that cover it, at most ceil(KH/stride) of
+// them along an axis. So nothing is zeroed beforehand and no two threads add to one number: the order of each sum is
+// fixed. Unpooling finds out first who is last, with integer maxima, which come out the same in any order. Indices that
+// point out of the plane are left out. Which results a thread takes: pool2d.h.
 #include <limits>
 
 #include "epilogue.h"
@@ -164,7 +164,8 @@ __global__ void max_rows_backward_kernel(Pool2dGeometry g, int64_t size, const S
         const Index kw = static_cast<Index>(won[0]) - kh * width.kernel;
         const bool in_row = kh >= 0 && 0 <= kw && kw < width.kernel;
         const Index mine = width.start(ow) + kw * width.dilation - place.column;
-        // Not `if (lane == mine)`: of that the compiler makes sums[mine], in memory. And adding 0 changes no sum from 0 on.
+        // Not `if (lane == mine)`: of that the compiler makes sums[mine], in memory. And adding 0 changes no sum from 0
+        // on.
         for (int lane = 0; lane < kWidth; ++lane) sums[lane] += in_row && lane == mine ? here : 0;
       }
     }

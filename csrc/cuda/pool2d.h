@@ -1,8 +1,8 @@
 // What all pooling shares: where windows are, where a thread's result is, and how many numbers it takes at once.
 //
-// Pooling is bound by memory: what counts is that neighbouring threads take neighbouring elements, many bytes at once, and
-// that finding one's place is cheap. So results are numbered as they lie in memory, in either layout, indices take 32 bits
-// (`Index`) unless the tensors are larger, and a thread finds its place once for several results where it can:
+// Pooling is bound by memory: what counts is that neighbouring threads take neighbouring elements, many bytes at once,
+// and that finding one's place is cheap. So results are numbered as they lie in memory, in either layout, indices take
+// 32 bits (`Index`) unless the tensors are larger, and a thread finds its place once for several results where it can:
 //
 //   across(g, ...)       channels_last: a vector of 16 bytes of one pixel's channels
 //   tiled(g, ...)        contiguous, windows of 2x2 side by side: those under one vector of each of two rows
@@ -17,8 +17,9 @@
 
 namespace cnnops::cuda {
 
-/// One axis of a pooling: output `o` sees inputs start(o) + k*dilation, for k < taps(o). The commonest windows have a type
-/// of their own (kKernel, kStride; never dilated), in which divisions are shifts and loops over taps have no ends to test.
+/// One axis of a pooling: output `o` sees inputs start(o) + k*dilation, for k < taps(o). The commonest windows have a
+/// type of their own (kKernel, kStride; never dilated), in which divisions are shifts and loops over taps have no ends
+/// to test.
 template <class Index_, int kKernel_ = 0, int kStride_ = 0>
 struct Windows {
   using Index = Index_;
@@ -148,8 +149,9 @@ inline bool square(const Pool2dGeometry& g, int64_t kernel, int64_t stride) {
   return all;
 }
 
-/// Whether windows of 2x2 tile the planes, and rows of `large`, the tensor with four numbers to each of the `small` ones,
-/// are whole vectors: then vectors 2*row*columns + column of `large` and the next row's lie over half a vector of outputs.
+/// Whether windows of 2x2 tile the planes, and rows of `large`, the tensor with four numbers to each of the `small`
+/// ones, are whole vectors: then vectors 2*row*columns + column of `large` and the next row's lie over half a vector of
+/// outputs.
 template <class S, class... T>
 bool tiled(const Pool2dGeometry& g, const S* large, const T*... small) {
   constexpr int kWidth = Vector<S>::size;

@@ -1,9 +1,9 @@
-// The unfolded tensor, a matrix that is never made: a row per (c, kh, kw), a *tap*, and a column per (n, oh, ow), a *pixel*.
-// conv2d_im2col.cu says what convolution is with it.
+// The unfolded tensor, a matrix that is never made: a row per (c, kh, kw), a *tap*, and a column per (n, oh, ow), a
+// *pixel*. conv2d_im2col.cu says what convolution is with it.
 //
-// Its element lies at pixel.x + tap.x in the tensor: one number of its pixel plus one of its tap, so both are worked out
-// once, and finding an element costs an addition and a test against the borders. Where a border shows the image once more,
-// the distance to the pixel shown is added.
+// Its element lies at pixel.x + tap.x in the tensor: one number of its pixel plus one of its tap, so both are worked
+// out once, and finding an element costs an addition and a test against the borders. Where a border shows the image
+// once more, the distance to the pixel shown is added.
 //
 // Taps are numbered (c, kh, kw), or in channels_last (kh, kw, c): so do the weights lie in memory.
 #pragma once
@@ -53,9 +53,9 @@ struct Axes {
     return {weight, c * tensors.x.c + tap_h * tensors.x.h + tap_w * tensors.x.w, tap_h, tap_w};
   }
 
-  /// The class's pixel of this number, and where its first output is: -1 if there is no such pixel. If `apart`, pixels come
-  /// in windows of 2 x 2, each of which has one output, and `count` is that of windows. The pixels of one are `apart` numbers
-  /// apart.
+  /// The class's pixel of this number, and where its first output is: -1 if there is no such pixel. If `apart`, pixels
+  /// come in windows of 2 x 2, each of which has one output, and `count` is that of windows. The pixels of one are
+  /// `apart` numbers apart.
   __device__ void find(int64_t number, int64_t count, int group, Pixel& pixel, int64_t& out, int apart = 0) const {
     pixel = {0, kNowhere, 0};
     out = -1;

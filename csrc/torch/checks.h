@@ -182,6 +182,14 @@ void check_shape(const char* op, const char* name, const Tensor& t, std::initial
               sizes_of<Int>(t));
 }
 
+/// How far a kernel reaches must be a number.
+template <class Int>
+void check_reach(const char* op, c10::ArrayRef<Int> weight, const Pair& dilation) {
+  TORCH_CHECK(weight[2] - 1 <= kMostConv2d / dilation[0] && weight[3] - 1 <= kMostConv2d / dilation[1], op,
+              ": dilation * (kernel size - 1) must be at most ", kMostConv2d,
+              ", but got dilation=", IntArrayRef(dilation), " for weight of shape ", weight);
+}
+
 /// The geometry of a convolution from the shapes of its input {n, c, h, w} and weight {k, c/groups, kh, kw}.
 template <class Int>
 BasicConv2dGeometry<Int> conv2d_geometry(const char* op, c10::ArrayRef<Int> input, c10::ArrayRef<Int> weight,
@@ -207,6 +215,7 @@ BasicConv2dGeometry<Int> conv2d_geometry(const char* op, c10::ArrayRef<Int> inpu
   g.groups = s.groups;
   g.layout = layout;
   g.border = s.border;
+  check_reach<Int>(op, weight, s.dilation);
   Int padded[2], extent[2];
   for (int dim = 0; dim < 2; ++dim) {
     g.in[dim] = input[2 + dim];
@@ -228,17 +237,6 @@ BasicConv2dGeometry<Int> conv2d_geometry(const char* op, c10::ArrayRef<Int> inpu
               padded[0], " x ", padded[1], "), kernel size with dilation: (", extent[0], " x ", extent[1],
               "): the kernel can't be greater than the padded input");
   for (int dim = 0; dim < 2; ++dim) g.out[dim] = (padded[dim] - extent[dim]) / g.stride[dim] + 1;
-  return g;
-}
-
-/// Of an input with its border written out, which is plain: what the gradient of an input with a border starts from.
-inline Conv2dGeometry written_out(Conv2dGeometry g) {
-  if (g.border == Border::zeros) return g;
-  g.border = Border::zeros;
-  for (int dim = 0; dim < 2; ++dim) {
-    g.padding[dim] = 0;
-    g.in[dim] = (g.out[dim] - 1) * g.stride[dim] + (g.kernel[dim] - 1) * g.dilation[dim] + 1;
-  }
   return g;
 }
 

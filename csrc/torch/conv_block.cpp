@@ -6,16 +6,16 @@
 // memory that stays in the cache, and from there activated and pooled. A chunk is some images, or of a large image a
 // band of rows. Both are convolutions again, by the same kernels, of fewer images or of fewer rows with another padding
 // at the top. So all bits are those of the three operators one after the other (law 3); the size of a chunk may look at
-// what it likes. A thread makes whole chunks in its own cache, without waiting for others between the steps; where there
-// are too few for that, or filters to transform for each, all threads share a chunk.
+// what it likes. A thread makes whole chunks in its own cache, without waiting for others between the steps; where
+// there are too few for that, or filters to transform for each, all threads share a chunk.
 //
 // For the gradient the input, the weight, the output and the positions of its maxima are kept: an activation's slope at
 // a maximum can be told from the output. The gradient of the convolution's output exists while it is made use of. With
 // leaky_relu and windows that overlap it is rounded in another order than the chain's.
 //
-// On a GPU the convolution's kernel activates its results before it writes them; where windows of 2 x 2 are pooled, as they
-// mostly are, it writes the largest of each and the position alone. Other windows, and algorithms that cannot do this, take
-// one operator after the other.
+// On a GPU the convolution's kernel activates its results before it writes them; where windows of 2 x 2 are pooled, as
+// they mostly are, it writes the largest of each and the position alone. Other windows, and algorithms that cannot do
+// this, take one operator after the other.
 #include "conv_block.h"
 
 #include <ATen/autocast_mode.h>
@@ -27,12 +27,11 @@
 namespace cnnops {
 namespace {
 
-// Bytes of a chunk: as the second-level cache holds them, but several times the filters, which are packed for each chunk;
-// where winograd transforms them, as the third-level cache does.
+// Bytes of a chunk: as the second-level cache holds them, but several times the filters, which are packed for each
+// chunk; where winograd transforms them, as the third-level cache does.
 constexpr int64_t kChunk = int64_t(1) << 18, kWinogradChunk = int64_t(1) << 22, kLargestChunk = int64_t(1) << 23;
 constexpr int64_t kManyChunks = 8;  // of a thread, which may then be one more or less
 constexpr int64_t kOverlap = 8;     // Where windows overlap, one row of so many is made twice, if they fit.
-constexpr int64_t kTileRows = 4;    // of winograd, whose outputs of one tile share their rounding
 
 // ---- check and allocate ----
 
@@ -61,11 +60,14 @@ Prepared<Int> prepare(const Tensor& input, const Tensor& weight, const OptionalT
 
 // ---- run ----
 
+/// Rows of outputs in steps of which bands begin and end: those of winograd's tiles, which share their rounding.
+int64_t tile_rows(const Conv2dGeometry& g, bool winograd) { return winograd ? 4 * g.dilation[0] : 1; }
+
 /// A chunk is `images` whole images, or of one image the rows that `rows` rows of outputs are made from.
 struct Chunks {
   int64_t images, rows;
 
-  Chunks(const Conv2dGeometry& g, const Pool2dGeometry& p, int64_t element, int64_t size) {
+  Chunks(const Conv2dGeometry& g, const Pool2dGeometry& p, int64_t element, int64_t size, int64_t tile) {
     const int64_t row = g.k * g.out[1] * element, image = row * g.out[0];
     images = std::max<int64_t>(1, size / image);
     rows = p.out[0];
@@ -74,7 +76,7 @@ struct Chunks {
     const int64_t wanted = kOverlap * (reach - p.stride[0]) / p.stride[0];
     const auto fit = [&](int64_t bytes) { return std::max<int64_t>(1, (bytes / row - reach) / p.stride[0] + 1); };
     rows = std::max(fit(size), std::min(fit(kWinogradChunk), wanted));
-    if (rows > kTileRows) rows = rows / kTileRows * kTileRows;
+    rows = rows > tile ? rows / tile * tile : std::max(rows, tile / p.stride[0]);
     rows = std::min(rows, p.out[0]);
   }
 };
@@ -162,23 +164,27 @@ void run_chunks(const Prepared<int64_t>& prepared, const Block& block, const Ten
   const auto& kernels = cpu_kernels<S>();
   const auto& algorithm = choose_or_throw(kernels.conv2d, g, Pass::forward, block.conv.algorithm);
   if (g.n == 0) return;
+  const bool winograd = same_name(algorithm.name, "winograd");
+  const int64_t tile = tile_rows(g, winograd), filters = w.numel() * int64_t(sizeof(S));
+  const Chunks chunks(g, p, sizeof(S), winograd ? kWinogradChunk : std::clamp(4 * filters, kChunk, kWinogradChunk),
+                      tile);
+  const int64_t bands = (p.out[0] + chunks.rows - 1) / chunks.rows, count = g.n * bands;
+  // The file that a whole image wants computes its bands too: for them alone another might be chosen, which rounds
+  // otherwise.
+  const auto& file = bands > 1 && algorithm.file ? algorithm.file(g, Pass::forward) : algorithm;
   const Maker<S> make{g,
                       p,
                       block.activation,
                       block.pooling.has_value(),
                       kernels,
-                      algorithm.forward,
+                      file.forward,
                       {data_of<S>(x), data_of<S>(w), bias.defined() ? data_of<S>(bias) : nullptr, nullptr},
                       mutable_data_of<S>(prepared.out),
                       mutable_data_of<uint8_t>(prepared.positions)};
-  const bool winograd = same_name(algorithm.name, "winograd");
-  const int64_t filters = w.numel() * int64_t(sizeof(S));
-  const Chunks chunks(g, p, sizeof(S), winograd ? kWinogradChunk : std::clamp(4 * filters, kChunk, kWinogradChunk));
-  const int64_t bands = (p.out[0] + chunks.rows - 1) / chunks.rows, count = g.n * bands;
   const auto make_some = [&](int64_t begin, int64_t end, const auto& divide) {
     for (int64_t i = begin, images; i < end; i += images) {
       images = bands == 1 ? std::min(chunks.images, end - i) : 1;
-      const Chunk chunk(g, p, images, i % bands * chunks.rows, chunks.rows, winograd ? kTileRows : 1);
+      const Chunk chunk(g, p, images, i % bands * chunks.rows, chunks.rows, tile);
       make(chunk, i / bands, divide);
     }
   };
@@ -245,8 +251,9 @@ TwoTensors run(const Tensor& input, const Tensor& weight, const OptionalTensor& 
   if (input.is_cuda()) return run_cuda(prepared, input, weight, bias, b);
   const Conv2dGeometry& g = prepared.conv;
   const Pool2dGeometry& p = prepared.pool;
-  const Chunks chunks(g, p, input.element_size(), kWinogradChunk);
-  const int64_t largest = Chunk(g, p, 1, 0, chunks.rows, kTileRows).end * g.k * g.out[1] * input.element_size();
+  const int64_t tile = tile_rows(g, true);
+  const Chunks chunks(g, p, input.element_size(), kWinogradChunk, tile);
+  const int64_t largest = Chunk(g, p, 1, 0, chunks.rows, tile).end * g.k * g.out[1] * input.element_size();
   const bool nothing_to_fuse = !b.pooling && b.activation.kind == Kind::none;
   if (nothing_to_fuse || largest > kLargestChunk) return chain(input, weight, bias, b);
   const Tensor x = in_layout(input, g.layout), w = in_layout(weight, g.layout);
@@ -254,14 +261,6 @@ TwoTensors run(const Tensor& input, const Tensor& weight, const OptionalTensor& 
     run_chunks<decltype(number)>(prepared, b, x, w, bias ? bias->contiguous() : Tensor());
   });
   return {prepared.out, prepared.positions};
-}
-
-/// An input without a batch goes through as a batch of one.
-template <class Call>
-TwoTensors two_batched(const Tensor& input, const Block& b, const Call& call) {
-  if (input.dim() != 3) return call(input);
-  const auto [y, positions] = call(input.unsqueeze(0));
-  return {y.squeeze(0), b.pooling ? positions.squeeze(0) : positions};
 }
 
 // ---- the operator ----
@@ -273,7 +272,7 @@ TwoTensors conv_relu_max_pool2d(const Tensor& input, const Tensor& weight, const
                                 IntArrayRef pool_dilation, bool ceil_mode, std::string_view algorithm) {
   const Block b(stride, padding, dilation, groups, padding_mode, activation, negative_slope, pool_kernel_size,
                 pool_stride, pool_padding, pool_dilation, ceil_mode, algorithm);
-  return two_batched(input, b, [&](const Tensor& x) { return run(x, weight, bias, b); });
+  return two_batched(input, [&](const Tensor& x) { return run(x, weight, bias, b); });
 }
 
 TwoTensors conv_relu_max_pool2d_meta(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
@@ -283,7 +282,7 @@ TwoTensors conv_relu_max_pool2d_meta(const Tensor& input, const Tensor& weight, 
                                      IntArrayRef pool_dilation, bool ceil_mode, std::string_view algorithm) {
   const Block b(stride, padding, dilation, groups, padding_mode, activation, negative_slope, pool_kernel_size,
                 pool_stride, pool_padding, pool_dilation, ceil_mode, algorithm);
-  return two_batched(input, b, [&](const Tensor& x) -> TwoTensors {
+  return two_batched(input, [&](const Tensor& x) -> TwoTensors {
     const auto p = prepare<c10::SymInt>(x, weight, bias, b);
     return {p.out, p.positions};
   });
@@ -309,7 +308,7 @@ TwoTensors conv_relu_max_pool2d_autograd(const Tensor& input, const Tensor& weig
   const auto has_tangent = [](const Tensor& t) { return t.defined() && t._fw_grad(0).defined(); };
   if (!may_be_differentiated(input, weight, or_none(bias)))
     return below_autograd([&] { return call(input, weight, bias, b); });
-  return two_batched(input, b, [&](const Tensor& x) -> TwoTensors {
+  return two_batched(input, [&](const Tensor& x) -> TwoTensors {
     if (has_tangent(x) || has_tangent(weight) || has_tangent(or_none(bias))) return chain(x, weight, bias, b);
     const auto outputs = differentiable(
         "ConvReluMaxPool2dBackward", {x, weight, or_none(bias)},

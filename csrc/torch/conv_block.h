@@ -1,4 +1,5 @@
-// What a convolution block consists of besides its convolution: an activation and pooling, as operators, with gradients.
+// What a convolution block consists of besides its convolution: an activation and pooling, as operators, with
+// gradients.
 #pragma once
 
 #include <optional>
@@ -10,8 +11,6 @@
 namespace cnnops {
 
 inline constexpr const char* kBlockName = "conv_relu_max_pool2d";
-
-using TwoTensors = std::tuple<Tensor, Tensor>;
 
 enum class Kind { none, relu, relu6, leaky_relu };
 

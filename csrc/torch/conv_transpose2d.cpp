@@ -35,6 +35,7 @@ Tensor conv_transpose2d(const Tensor& input, const Tensor& weight, const Optiona
     TORCH_CHECK(x.sym_size(1) == weight.sym_size(0), op, ": given weight of shape ", weight.sym_sizes(),
                 ", expected input of shape ", x.sym_sizes(), " to have ", weight.sym_size(0), " channels, but got ",
                 x.sym_size(1));
+    check_reach<c10::SymInt>(op, weight.sym_sizes(), d);
     c10::SymInt size[2];
     for (int dim = 0; dim < 2; ++dim) {
       size[dim] =

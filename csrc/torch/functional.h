@@ -1,3 +1,4 @@
+// Shortcuts from Python to operators: functional.cpp tells what they save.
 #pragma once
 
 #include <pybind11/pybind11.h>

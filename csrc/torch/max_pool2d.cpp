@@ -34,11 +34,14 @@ Int places_of(const FixedMax& w, const BasicPool2dGeometry<Int>&) {
 }
 
 template <class Int>
-Int places_of(const AdaptiveMax&, const BasicPool2dGeometry<Int>& g) {
+Int places_of(const AdaptiveMax& w, const BasicPool2dGeometry<Int>& g) {
   Int places = 1;
   for (int dim = 0; dim < 2; ++dim) {
     if (g.out[dim] > 0) places = places * ((g.in[dim] - 1) / g.out[dim] + 2);
   }
+  TORCH_CHECK(places <= kMostPool2d, w.name,
+              ": windows of more than 2^31 places are not supported, but got an image of ", g.in[0], " x ", g.in[1],
+              " for output_size=(", g.out[0], ", ", g.out[1], ")");
   return places;
 }
 
@@ -112,16 +115,6 @@ PreparedPool<Int> prepare_gather(const Tensor& input, const Tensor& positions, c
 }
 
 // ---- run ----
-
-using TwoTensors = std::tuple<Tensor, Tensor>;
-
-/// An input without a batch goes through as a batch of one.
-template <class Call>
-TwoTensors two_batched(const Tensor& input, const Call& call) {
-  if (input.dim() != 3) return call(input);
-  const auto [values, positions] = call(input.unsqueeze(0));
-  return {values.squeeze(0), positions.squeeze(0)};
-}
 
 template <class Max>
 TwoTensors run(const Tensor& input, const Max& max) {

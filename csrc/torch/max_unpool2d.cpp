@@ -1,7 +1,7 @@
 // Max unpooling: a plane of zeros with each number put back where max pooling found it, from arguments to kernels.
 //
-// Indices are torch's int64 ones, into the plane (H, W). Of several numbers with the same index the last stays, on every
-// device and in every run. The derivative gathers at the indices, as torch's does.
+// Indices are torch's int64 ones, into the plane (H, W). Of several numbers with the same index the last stays, on
+// every device and in every run. The derivative gathers at the indices, as torch's does.
 #include "autograd.h"
 #include "checks.h"
 #include "numbers.h"

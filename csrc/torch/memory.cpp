@@ -1,3 +1,4 @@
+// The cache of freed blocks behind our tensors on the CPU: memory.h tells what it promises, docs/memory.md why.
 #include "memory.h"
 
 #include <c10/core/CPUAllocator.h>
@@ -106,8 +107,8 @@ int64_t limit_by_default() {
 
 // ---- the cache ----
 
-/// Free memory is ranges of pages; neighbours are one range, wherever they came from. A block is the start of the highest
-/// range that is long enough, so that what is wanted seldom gathers at the low end, which is what goes back.
+/// Free memory is ranges of pages; neighbours are one range, wherever they came from. A block is the start of the
+/// highest range that is long enough, so that what is wanted seldom gathers at the low end, which is what goes back.
 class WarmMemory final : public c10::Allocator {
  public:
   /// Made at the first call and never destroyed: tensors may outlive everything else of the process.
@@ -162,8 +163,8 @@ class WarmMemory final : public c10::Allocator {
   }
 
  private:
-  /// A fork waits until no other thread is in here. The child starts with nothing kept: to write to memory that it shares
-  /// with its parent would cost it more than fresh memory does.
+  /// A fork waits until no other thread is in here. The child starts with nothing kept: to write to memory that it
+  /// shares with its parent would cost it more than fresh memory does.
   WarmMemory() : limit_(limit_by_default()) {
     pthread_atfork([] { instance().mutex_.lock(); }, [] { instance().mutex_.unlock(); },
                    [] {

@@ -27,8 +27,8 @@ void empty_cache();
 /// How many bytes are kept at most; 0 keeps none, and leaves all memory to torch.
 void set_cache_limit(int64_t bytes);
 
-/// Once in so many seconds what is in use and kept is cut to one and a half times the most that was in use meanwhile. This
-/// happens when a block is freed.
+/// Once in so many seconds what is in use and kept is cut to one and a half times the most that was in use meanwhile.
+/// This happens when a block is freed.
 void set_cache_seconds(double seconds);
 
 }  // namespace cnnops

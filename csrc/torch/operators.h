@@ -5,6 +5,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 
 #include <optional>
+#include <tuple>
 
 namespace cnnops {
 
@@ -20,6 +21,16 @@ c10::TypedOperatorHandle<Signature> find_operator(const char* name) {
 template <class Call>
 at::Tensor batched(const at::Tensor& input, const Call& call) {
   return input.dim() == 3 ? call(input.unsqueeze(0)).squeeze(0) : call(input);
+}
+
+using TwoTensors = std::tuple<at::Tensor, at::Tensor>;
+
+/// The same of two results.
+template <class Call>
+TwoTensors two_batched(const at::Tensor& input, const Call& call) {
+  if (input.dim() != 3) return call(input);
+  const auto [first, second] = call(input.unsqueeze(0));
+  return {first.squeeze(0), second.squeeze(0)};
 }
 
 /// (N, C, ...) -> (C): the gradient of a bias.

@@ -10,8 +10,6 @@
 namespace cnnops {
 namespace {
 
-using TwoTensors = std::tuple<Tensor, Tensor>;
-
 // ---- check and allocate ----
 
 void check_weight(const char* op, const Tensor& input, const Tensor& weight) {
@@ -116,8 +114,9 @@ TwoTensors call_backward(const Tensor& grad_output, const Tensor& input, const T
   return op.call(grad_output, input, weight);
 }
 
-/// gx = gy * (x > 0 ? 1 : w) and gw = sum of gy * min(x, 0) per channel. What follows from them in second derivatives is
-/// rarely run, so it is written with torch's operators, but for the sums: those are ours, for the sake of their bits.
+/// gx = gy * (x > 0 ? 1 : w) and gw = sum of gy * min(x, 0) per channel. What follows from them in second derivatives
+/// is rarely run, so it is written with torch's operators, but for the sums: those are ours, for the sake of their
+/// bits.
 struct Formula {
   Tensor x, weight, negative, none;
   Formula(const Tensor& x, const Tensor& weight)

@@ -1,3 +1,4 @@
+// Which instruction set is in use, and the scratch memory of threads.
 #include "run.h"
 
 #include <atomic>

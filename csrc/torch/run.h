@@ -38,8 +38,8 @@ void* scratch(int64_t bytes, Scratch whose = Scratch::of_kernel);
 
 [[noreturn]] void refuse_cuda();
 
-/// Calls run(begin, end) for ranges of tasks, on as many of torch's threads as have `grain` tasks or more to do. (Asking
-/// torch costs more than a tiny tensor's kernel.)
+/// Calls run(begin, end) for ranges of tasks, on as many of torch's threads as have `grain` tasks or more to do.
+/// (Asking torch costs more than a tiny tensor's kernel.)
 template <class Run>
 void split(int64_t tasks, int64_t grain, const Run& run) {
   if (tasks <= grain) {
