@@ -1,6 +1,7 @@
 # What a person types. Everything lives in .venv; nothing is installed elsewhere.
 #
 #   make mnist    train a CNN of our operators on handwritten digits, beside its torch.nn twin
+#   make filters  shows what a filter does to a digit
 #   make test     the whole test suite
 #   make sanitize the CUDA kernels, emulated on the CPU, under sanitizers: see tests/cuda_on_cpu/README.md
 #   make models   converts every classifier of torchvision, compares it with torch's, and writes docs/models.md

@@ -68,7 +68,7 @@ def nvcc_version(nvcc: Path) -> str:
 
 
 def packing(nvcc: Path) -> str:
-    """The same kernel for five architectures is much alike: packed well, it is a quarter as large as by default."""
+    """The same kernel for several architectures is much alike: packed well, it is a quarter as large as by default."""
     return "-compress-mode=size" if int(nvcc_version(nvcc).split(".")[0]) >= 13 else ""
 
 

@@ -131,7 +131,7 @@ def machine(data: dict) -> str:
 
 
 MAIN_PAGE = "performance"
-NO_GPU = "Not measured yet: `make gpu-check` measures, and `python -m benchmarks.gpu_check --write-docs` writes here.\n"
+NO_GPU = "Not measured yet: `make gpu-check` measures, `python -m benchmarks.gpu_check --write-docs DIR` writes here.\n"
 
 
 def page(
@@ -145,7 +145,7 @@ def page(
     gpu = f"## On a GPU\n\n{block_of(before, 'gpu', NO_GPU)}\n" if name == MAIN_PAGE else ""
     return f"""# Performance
 
-Written from measurements by `python -m cnnops bench --write-docs`; `make bench` repeats them. Not to be edited.
+Written from measurements by `python -m cnnops bench --write-docs JSON`; `make bench` repeats them. Not to be edited.
 
 {machine(data)}. The machine's load before the run was {data["machine"]["load before"]}.
 

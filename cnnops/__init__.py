@@ -17,8 +17,8 @@ except ImportError:
 if TORCH_VERSION != torch.__version__:
     raise ImportError(
         f"cnnops was built for torch {TORCH_VERSION}, but torch {torch.__version__} is installed: "
-        "run pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps cnnops "
-        "(or . in its repository) to build it for this one"
+        "run pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps . "
+        "in its repository to build it for this one"
     )
 
 from cnnops import _vmap, functional, nn, ops  # noqa: E402, F401

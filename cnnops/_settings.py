@@ -40,8 +40,9 @@ class Settings:
 
     @property
     def accurate(self) -> bool:
-        """Whether ``algorithm="auto"`` means ``"accurate"``: the fastest algorithm whose rounding error is at most 1.5
-        times that of ``"direct"``. False, unless set here or by the environment variable CNNOPS_ACCURATE=1.
+        """Whether ``algorithm="auto"`` means ``"accurate"``: the fastest of the algorithms that round about as
+        ``"direct"`` does (on every layer of docs/accuracy.md at most 1.5 times its error). False, unless set here or by
+        the environment variable CNNOPS_ACCURATE=1.
 
         It is read when a convolution runs, also in a graph that torch.compile made before.
         """

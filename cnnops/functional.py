@@ -47,8 +47,8 @@ def conv2d(
             all four sides as ((top, bottom), (left, right)).
         groups: C and K are cut into so many groups, each convolved with its own.
         padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``; the input is not copied.
-        algorithm: for this pass and its gradients: ``"auto"``, the fastest; ``"accurate"``, the fastest whose rounding
-            error is at most 1.5 times that of ``"direct"`` (``cnnops.settings.accurate`` makes ``"auto"`` mean this);
+        algorithm: for this pass and its gradients: ``"auto"``, the fastest; ``"accurate"``, the fastest of those that
+            round about as ``"direct"`` does (``cnnops.settings.accurate`` makes ``"auto"`` mean this);
             or a name from ``cnnops.ops.algorithms()``.
 
     Returns:

@@ -260,5 +260,8 @@ compared with float64 first.
 def write_docs(folder: Path, root: Path = stage.ROOT) -> None:
     from benchmarks.report import with_block
 
+    data = load(folder)
+    if not any(data.values()):
+        raise SystemExit(f"{folder} has no results of gpu_check: nothing is written")
     path = root / "docs" / "performance.md"
-    path.write_text(with_block(path.read_text(), "gpu", section(load(folder))))
+    path.write_text(with_block(path.read_text(), "gpu", section(data)))
