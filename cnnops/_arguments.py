@@ -18,9 +18,14 @@ def overridable(function):
     return wrapper
 
 
+def is_integer(value) -> bool:
+    """Also of numpy."""
+    return isinstance(value, int) or hasattr(type(value), "__index__")
+
+
 def pair(value):
     """``3 -> (3, 3)``; ``(3,) -> (3, 3)``; ``(3, 5) -> (3, 5)``, as torch takes sizes."""
-    if isinstance(value, int):
+    if is_integer(value):
         return value, value
     if len(value) not in (1, 2):
         raise RuntimeError(f"expected one integer or two, (h, w), but got {value}")

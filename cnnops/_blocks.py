@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from cnnops import ops
-from cnnops._arguments import four_sides, overridable
+from cnnops._arguments import four_sides, is_integer, overridable, pair
 
 
 @overridable
@@ -92,6 +92,7 @@ def conv_relu_max_pool2d(
 
 
 def _convolution(weight, stride, padding, dilation, groups, padding_mode):
-    if not isinstance(padding, int) and (isinstance(padding, str) or not isinstance(padding[0], int)):
+    if not is_integer(padding) and (isinstance(padding, str) or not is_integer(padding[0])):
         padding = four_sides(padding, weight.shape[2:], stride, dilation) if weight.dim() == 4 else 0
+    stride, padding, dilation = (pair(v) if is_integer(v) else v for v in (stride, padding, dilation))
     return stride, padding, dilation, groups, padding_mode

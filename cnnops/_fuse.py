@@ -1,9 +1,10 @@
 """What ``convert(model, fuse=True)`` and ``convert(model, inference=True)`` do to a model that has our kernels.
 
-Fusing changes the class of a convolution to a block's, which does all of its chain, and puts nothing in the place of
-the chain's other modules. Parameters, names and the keys of the state_dict stay. Where the chains are, torch.fx tells:
-it runs the model's forward on a stand-in, which also sees whether anybody else looks at what is in between. A forward
-that torch.fx cannot follow is not looked into; its nn.Sequentials are.
+Fusing changes the class of a convolution to a block's, which does all of its chain, and the classes of the chain's
+other modules to ones that hand on what they get. Parameters, names and the keys of the state_dict stay. Where the
+chains are, torch.fx tells: it runs the model's forward on a stand-in, which also sees whether anybody else looks at
+what is in between. Of a forward that torch.fx cannot follow nobody knows which modules it calls by themselves: there
+the nn.Sequentials alone change, to ones that run blocks when they are called as a whole.
 
 For inference the graph itself is rewritten, so that functions and modules that are called twice count, too.
 """
@@ -16,19 +17,39 @@ from torch import nn as tnn
 from torch.nn.utils.parametrize import is_parametrized
 
 from cnnops import functional, nn
+from cnnops._arguments import is_integer
 
 HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 
 
-class Absorbed(tnn.Identity):
-    """Stands where a module stood whose work a block does."""
+class Absorbed:
+    """What makes a module one whose work a block does: it is still of its class, but hands on what it gets."""
 
-    def __init__(self, original: tnn.Module):
-        super().__init__()
-        self.original = (original,)  # in a tuple, so that it is no submodule
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return input
 
-    def extra_repr(self) -> str:
-        return type(self.original[0]).__name__
+
+ABSORBED = {
+    cls: type(f"Absorbed{cls.__name__}", (Absorbed, cls), {"__module__": __name__, "absorbed_from": cls})
+    for cls in (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.MaxPool2d)
+}
+globals().update({cls.__name__: cls for cls in ABSORBED.values()})  # where pickle looks for them
+
+
+class FusedSequential(tnn.Sequential):
+    """A Sequential whose chains are computed as blocks. Its modules, called by others, do what they always did."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self._blocks = {}  # place of a chain's convolution -> its number of modules, and a block in their stead
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        modules, place = list(self), 0
+        while place < len(modules):
+            length, module = self._blocks.get(place, (1, modules[place]))
+            input = module(input)
+            place += length
+        return input
 
 
 class Tracer(fx.Tracer):
@@ -46,6 +67,8 @@ class Step(NamedTuple):
 
 
 def _step_of_module(module: tnn.Module) -> Step | None:
+    if type(module) not in ABSORBED:
+        return None
     match module:
         case tnn.ReLU():
             return Step("activation", {"activation": "relu"})
@@ -73,7 +96,7 @@ def _pooling(kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False) -
 
 
 def _places(kernel_size) -> int:
-    return kernel_size**2 if isinstance(kernel_size, int) else kernel_size[0] * kernel_size[-1]
+    return kernel_size**2 if is_integer(kernel_size) else kernel_size[0] * kernel_size[-1]
 
 
 def _settings(steps: list[Step]) -> dict:
@@ -127,41 +150,51 @@ def _chain_from(node: fx.Node, calls: list[str]) -> list[str]:
     return chain
 
 
-def _sequential_chains(model: tnn.Module) -> list[list[str]]:
-    """The same from nn.Sequential alone."""
-    chains = []
-    for name, module in model.named_modules():
-        if type(module) is tnn.Sequential:
-            names = [f"{name}.{child}".lstrip(".") for child in module._modules]
-            chains += [names[i:] for i in range(len(names))]
-    return chains
-
-
 def fuse(model: tnn.Module) -> None:
     """Makes blocks of the chains convolution, activation, max pooling of a converted model, in place."""
     chains = _traced_chains(model)
+    used = list(dict(model.named_modules(remove_duplicate=False)).values())
     if chains is None:
-        chains = _sequential_chains(model)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    used = list(modules.values())
+        for module in model.modules():
+            if type(module) is tnn.Sequential:
+                _fuse_sequential(module, used)
+        return
     for chain in chains:
-        conv = modules[chain[0]]
-        if not _plain(conv, nn.Conv2d) or used.count(conv) != 1:
-            continue
-        steps, absorbed = [], []
-        for name in chain[1:]:
-            module, step = modules[name], _step_of_module(modules[name])
-            if not step or step.kind not in _next_kinds(steps) or used.count(module) != 1:
-                break
-            if not _plain(module, type(module)):
-                break
-            steps.append(step)
-            absorbed.append(name)
-        if not steps:
-            continue
-        become_block(conv, steps)
-        for name in absorbed:
-            _replace(model, name, Absorbed(modules[name]))
+        conv, *others = map(model.get_submodule, chain)
+        steps = _steps_after(conv, others, used)
+        if steps:
+            become_block(conv, steps)
+            for module in others[: len(steps)]:
+                module.__class__ = ABSORBED[type(module)]
+
+
+def _steps_after(conv: tnn.Module, others: list[tnn.Module], used: list[tnn.Module]) -> list[Step]:
+    """What a block could do besides the convolution, of the modules that follow it."""
+    steps = []
+    if not _plain(conv, nn.Conv2d) or used.count(conv) != 1:
+        return steps
+    for module in others:
+        step = _step_of_module(module)
+        if not step or step.kind not in _next_kinds(steps):
+            break
+        if used.count(module) != 1 or not _plain(module, type(module)):
+            break
+        steps.append(step)
+    return steps
+
+
+def _fuse_sequential(sequential: tnn.Sequential, used: list[tnn.Module]) -> None:
+    modules, blocks = list(sequential), {}
+    for place, conv in enumerate(modules):
+        steps = _steps_after(conv, modules[place + 1 :], used)
+        if steps:
+            block = nn.Conv2d.__new__(nn.Conv2d)
+            vars(block).update(vars(conv))  # the dict of parameters is the convolution's own
+            become_block(block, steps)
+            blocks[place] = len(steps) + 1, block
+    if blocks:
+        sequential.__class__ = FusedSequential
+        sequential._blocks = blocks
 
 
 def become_block(conv: tnn.Conv2d, steps: list[Step]) -> None:
@@ -172,20 +205,16 @@ def become_block(conv: tnn.Conv2d, steps: list[Step]) -> None:
 
 def unfuse(model: tnn.Module) -> None:
     """Undoes :func:`fuse`, in place."""
-    for name, module in list(model.named_modules()):
+    for module in model.modules():
         if isinstance(module, Absorbed):
-            original = module.original[0]
-            original.train(module.training)
-            _replace(model, name, original)
+            module.__class__ = module.absorbed_from
+        elif isinstance(module, FusedSequential):
+            module.__class__ = tnn.Sequential
+            del module._blocks
         elif "fused" in vars(module):
             for setting in (*module.fused, "fused"):
                 delattr(module, setting)
             module.__class__ = nn.Conv2d
-
-
-def _replace(model: tnn.Module, name: str, module: tnn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    model.get_submodule(parent)._modules[child] = module
 
 
 # --- for inference ---
@@ -203,8 +232,14 @@ def for_inference(model: tnn.Module) -> fx.GraphModule:
         ) from error
     modules = dict(model.named_modules(remove_duplicate=False))
     calls = [node.target for node in graph.nodes if node.op == "call_module"]
+    read = {node.target.rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}  # weights, by others
     for node in list(graph.nodes):
-        if node.op != "call_module" or calls.count(node.target) != 1 or not _plain(modules[node.target], nn.Conv2d):
+        if (
+            node.op != "call_module"
+            or node.target in read
+            or calls.count(node.target) != 1
+            or not _plain(modules[node.target], nn.Conv2d)
+        ):
             continue
         conv, last, steps = modules[node.target], node, []
         while (following := _only_user(last)) is not None:
@@ -225,6 +260,7 @@ def for_inference(model: tnn.Module) -> fx.GraphModule:
             become_block(conv, steps)
     fused = fx.GraphModule(model, graph, type(model).__name__)
     fused.delete_all_unused_submodules()
+    vars(fused).update({name: hooks for name, hooks in vars(model).items() if name.startswith("_forward")})
     return fused.eval()
 
 

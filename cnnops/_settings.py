@@ -6,6 +6,8 @@ from cnnops import _C
 class Settings:
     """What can be set for the whole process; ``cnnops.settings`` is the one instance."""
 
+    __slots__ = ()  # a misspelt name is an error
+
     @property
     def instruction_sets(self) -> list[str]:
         """The instruction sets of this build that the processor runs, widest first."""

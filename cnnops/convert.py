@@ -115,7 +115,7 @@ def _calls_functions(cls: type) -> bool:
 
 
 def _to_ours(cls: type) -> type:
-    if cls.__module__ == nn.__name__ or "_rerouted_from" in vars(cls):
+    if cls.__module__ in (nn.__name__, _fuse.__name__) or "_rerouted_from" in vars(cls):
         return cls
     return OURS.get(cls) or (_rerouted(cls) if _calls_functions(cls) else cls)
 
@@ -182,7 +182,7 @@ def _why_left_alone(module: tnn.Module) -> str | None:
     cls, name, obstacle = _to_theirs(_class(module)), _original_name(module), _obstacle(module)
     if isinstance(module, torch.fx.GraphModule):
         return obstacle if any(node.target in FUNCTIONS for node in module.graph.nodes) else None
-    if cls.__module__ == nn.__name__:  # a block, which torch has not
+    if cls.__module__ in (nn.__name__, _fuse.__name__):  # a block, which torch has not, or of one
         return None
     replaced = [c for c in cls.__mro__ if c in OURS]
     is_torchs = cls.__module__.startswith("torch.")
@@ -204,8 +204,9 @@ def convert(model: tnn.Module, *, fuse: bool = False, inference: bool = False, l
     ``fuse=True`` makes one operator of each convolution and what follows it: an activation (ReLU, ReLU6, LeakyReLU),
     max pooling, or both. The convolution becomes a :class:`cnnops.nn.ConvReLU2d` or ``ConvReLUMaxPool2d``, the other
     modules step aside; parameters and the keys of the state_dict stay, and results are the same bits. Chains are found
-    by torch.fx; in a model that it cannot trace, in nn.Sequential only. What is in between can no longer be looked at:
-    so modules with hooks, and those whose outputs somebody else takes, are left as they are.
+    by torch.fx; in a model that it cannot trace, in nn.Sequential only, and where that is called as a whole. What is in
+    between can no longer be looked at: so modules with hooks, and those whose outputs somebody else takes, are left as
+    they are.
 
     ``inference=True`` does that and folds each BatchNorm2d, with the statistics that it has at this moment, into the
     convolution before it. The model stays as it was, and the result is a new one, a torch.fx.GraphModule, in eval mode;
@@ -214,6 +215,9 @@ def convert(model: tnn.Module, *, fuse: bool = False, inference: bool = False, l
     ``linear=True`` makes Linear modules ours, too: then a whole classifier's outputs are the same bits whatever the
     batch size. On the CPU batches gain by it, a single image does not; on a GPU it has not been measured. Calls of
     ``F.linear`` stay torch's.
+
+    ReLU6, Hardtanh, LeakyReLU and blocks keep their output for the backward pass, as ReLU does; torch's keep the input.
+    An operation in place right after them, such as ``Dropout(inplace=True)``, makes autograd raise an error.
 
     :func:`left_alone` tells which modules remain with torch, and why; the logger ``cnnops`` does so in a line, at level
     INFO. These calls of functions remain with torch:

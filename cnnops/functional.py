@@ -13,7 +13,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function
 
 from cnnops import _C, ops
-from cnnops._arguments import four_sides, overridable, pair
+from cnnops._arguments import four_sides, is_integer, overridable, pair
 from cnnops._blocks import conv_relu2d, conv_relu_max_pool2d  # noqa: F401
 
 # Where torch.compile looks on, functions call the operators by torch.ops; otherwise by _C, which costs less.
@@ -59,7 +59,7 @@ def conv2d(
         NotImplementedError: a dtype without kernels.
         ValueError: an unknown algorithm or padding_mode.
     """
-    if not isinstance(padding, int) and (isinstance(padding, str) or not isinstance(padding[0], int)):
+    if not is_integer(padding) and (isinstance(padding, str) or not is_integer(padding[0])):
         if has_torch_function((input, weight)):
             settings = {"padding_mode": padding_mode, "algorithm": algorithm}
             arguments = (input, weight, bias, stride, padding, dilation, groups)
@@ -171,15 +171,13 @@ def max_pool2d(
 
 @overridable
 def _max_pool2d_with_indices(input: Tensor, kernel_size, stride, padding, dilation, ceil_mode):
-    values, positions = ops.max_pool2d(
-        input, kernel_size, () if stride is None else stride, padding, dilation, ceil_mode
-    )
-    starts = []
-    for out, s, p in zip(
-        values.shape[-2:], pair(kernel_size if stride in (None, ()) else stride), pair(padding), strict=True
-    ):
-        starts.append(arange(out, device=input.device) * s - p)
-    return values, _plane_indices(input, positions, pair(kernel_size)[1], pair(dilation), *starts)
+    stride = kernel_size if stride in (None, ()) else stride
+    kernel_size, stride, padding, dilation = map(pair, (kernel_size, stride, padding, dilation))
+    values, positions = ops.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode)
+    starts = [
+        arange(out, device=input.device) * s - p for out, s, p in zip(values.shape[-2:], stride, padding, strict=True)
+    ]
+    return values, _plane_indices(input, positions, kernel_size[1], dilation, *starts)
 
 
 def _plane_indices(input: Tensor, positions: Tensor, width: int, dilation, tops, lefts) -> Tensor:
@@ -282,7 +280,7 @@ def adaptive_avg_pool2d(input: Tensor, output_size) -> Tensor:
     Returns:
         (N, C, OH, OW).
     """
-    if not isinstance(output_size, int) and None in output_size:
+    if not is_integer(output_size) and None in output_size:
         if has_torch_function((input,)):
             return handle_torch_function(adaptive_avg_pool2d, (input,), input, output_size)
         output_size = _adaptive_size(input, output_size)
@@ -297,7 +295,7 @@ def adaptive_max_pool2d(input: Tensor, output_size, return_indices: bool = False
 
     The windows are those of :func:`adaptive_avg_pool2d`; the rest is as for :func:`max_pool2d`.
     """
-    if not isinstance(output_size, int) and None in output_size:
+    if not is_integer(output_size) and None in output_size:
         output_size = _adaptive_size(input, output_size)
     values, positions = ops.adaptive_max_pool2d(input, pair(output_size))
     if not return_indices:

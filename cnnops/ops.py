@@ -30,6 +30,7 @@ prelu, prelu_backward
 import torch
 
 from cnnops import _C
+from cnnops._arguments import is_integer
 
 conv2d = torch.ops.cnnops.conv2d.default
 conv2d_grad_input = torch.ops.cnnops.conv2d_grad_input.default
@@ -84,7 +85,7 @@ def conv2d_algorithm(
     ``which`` is ``"forward"``, ``"grad_input"`` or ``"grad_weight"``. Raises RuntimeError with the algorithm's own
     sentence if ``algorithm`` names one that refuses, ValueError if there is none of that name.
     """
-    stride, padding, dilation = ([v] if isinstance(v, int) else v for v in (stride, padding, dilation))
+    stride, padding, dilation = ([v] if is_integer(v) else v for v in (stride, padding, dilation))
     return _C.conv2d_algorithm(input, weight, stride, padding, dilation, groups, padding_mode, algorithm, which)
 
 
@@ -102,7 +103,7 @@ def conv2d_workspace(
 ) -> int:
     """The scratch memory of the same algorithm, in bytes: each thread's on the CPU, all of a call's on a GPU.
 
-    It grows neither with the batch nor with the image. Arguments and errors are :func:`conv2d_algorithm`'s.
+    It is bounded, whatever the batch and the image are. Arguments and errors are :func:`conv2d_algorithm`'s.
     """
-    stride, padding, dilation = ([v] if isinstance(v, int) else v for v in (stride, padding, dilation))
+    stride, padding, dilation = ([v] if is_integer(v) else v for v in (stride, padding, dilation))
     return _C.conv2d_workspace(input, weight, stride, padding, dilation, groups, padding_mode, algorithm, which)

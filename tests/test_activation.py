@@ -170,6 +170,27 @@ def test_in_place_where_autograd_forbids_it(name):
     y.sum().backward()
 
 
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_in_place_is_noticed_in_inference_mode(name):
+    x, w = numbers(4), torch.ones(4, dtype=torch.float64, requires_grad=True)
+    y = (x * w).sum()  # keeps x
+    with torch.inference_mode():
+        getattr(F, name)(x, *IN_PLACE[name], inplace=True)
+        made_there = numbers(4)
+        getattr(F, name)(made_there, *IN_PLACE[name], inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+    with pytest.raises(RuntimeError, match="inference tensor"):
+        getattr(F, name)(made_there, *IN_PLACE[name], inplace=True)
+
+
+def test_what_is_kept_may_not_be_overwritten():
+    for function in F.relu, F.relu6, F.hardtanh, F.leaky_relu:
+        y = function(numbers(4).requires_grad_()).mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
 def test_in_place_with_a_negative_slope():
     """The output's sign no longer tells the input's, so the gradient may not be computed from it."""
     x = numbers(9).requires_grad_()

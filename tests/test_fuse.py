@@ -1,6 +1,7 @@
 """convert(model, fuse=True) and convert(model, inference=True): what becomes a block, and that nothing else changes."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -53,8 +54,8 @@ def test_a_sequential():
     keys = [*model.state_dict()]
     assert cnnops.convert(model, fuse=True) is model
     assert classes(model) == [
-        "ConvReLUMaxPool2d", "Absorbed", "Absorbed", "ConvReLU2d", "Absorbed",
-        "ConvReLUMaxPool2d", "Absorbed", "ReLU6", "Conv2d",
+        "ConvReLUMaxPool2d", "AbsorbedReLU", "AbsorbedMaxPool2d", "ConvReLU2d", "AbsorbedLeakyReLU",
+        "ConvReLUMaxPool2d", "AbsorbedMaxPool2d", "ReLU6", "Conv2d",
     ]  # fmt: skip
     assert [*model.state_dict()] == keys and all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     x = images(2, 3, 16, 14)
@@ -63,7 +64,9 @@ def test_a_sequential():
     assert not cnnops.left_alone(model)
     assert "ReLU" in repr(model[1])
     cnnops.convert(model, fuse=True)  # a second time changes nothing
-    assert classes(model)[:3] == ["ConvReLUMaxPool2d", "Absorbed", "Absorbed"]
+    assert classes(model)[:3] == ["ConvReLUMaxPool2d", "AbsorbedReLU", "AbsorbedMaxPool2d"]
+    assert isinstance(model[1], nn.ReLU) and isinstance(model[2], nn.MaxPool2d)  # for a forward that asks
+    assert classes(pickle.loads(pickle.dumps(model))) == classes(model)
     assert repr(cnnops.restore(model)) == repr(before)
     assert_all_equal(step(model, x), step(before, x))
     assert all(vars(a).keys() == vars(b).keys() for a, b in zip(model, before, strict=True))
@@ -104,6 +107,11 @@ class Modes(nn.Module):
         return self.relu(y) + y if self.training else self.relu(y)
 
 
+def count_of_blocks(model):
+    in_place = sum(isinstance(module, cnnops.nn.ConvReLU2d) for module in model.modules())
+    return in_place + sum(len(getattr(module, "_blocks", ())) for module in model.modules())
+
+
 @pytest.mark.parametrize(
     "make, blocks", [(Shared, 0), (Untraceable, 3), (Modes, 0)], ids=lambda v: getattr(v, "__name__", v)
 )
@@ -115,7 +123,7 @@ def test_what_is_a_chain(make, blocks):
     assert training.training and training(x).shape == expected[0].shape
     cnnops.convert(model, fuse=True)
     assert not model.training
-    assert sum(isinstance(module, cnnops.nn.ConvReLU2d) for module in model.modules()) == blocks
+    assert count_of_blocks(model) == blocks
     assert_all_equal(step(model, x), expected)
 
 
@@ -128,9 +136,78 @@ def test_watched_modules_stay():
         assert seen == [(1, 8, 8, 7) if index == 2 else (1, 8, 16, 14)]
     model = small()
     parametrizations.weight_norm(model[0])
-    assert "Absorbed" not in classes(cnnops.convert(model, fuse=True))[:3]
+    assert not any(name.startswith("Absorbed") for name in classes(cnnops.convert(model, fuse=True))[:3])
     model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.LeakyReLU(-0.5), nn.Conv2d(3, 3, 1), nn.MaxPool2d(17))
-    assert "Absorbed" not in classes(cnnops.convert(model, fuse=True))
+    assert not any(name.startswith("Absorbed") for name in classes(cnnops.convert(model, fuse=True)))
+
+
+class Picks(nn.Module):
+    """Calls some of a Sequential's modules by themselves, and cannot be traced."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = small()
+
+    def forward(self, x):
+        if x.sum() > 1e9:
+            raise ValueError
+        y = self.features[0](x)
+        for module in self.features[1:3]:
+            y = module(y)
+        return self.features(x), y, self.features[:2](x), self.features[1:](self.features[0](x))
+
+
+def test_modules_of_a_sequential_that_others_call():
+    model = Picks()
+    x = images(2, 3, 16, 14)
+    expected = cnnops.convert(copy.deepcopy(model))(x)
+    fused = cnnops.convert(copy.deepcopy(model), fuse=True)
+    for copied in fused, copy.deepcopy(fused), pickle.loads(pickle.dumps(fused)):
+        assert len(copied.features._blocks) == 3
+        assert_all_equal(copied(x), expected)
+        with torch.no_grad():
+            copied.features[0].weight.mul_(2)
+        assert not torch.equal(copied(x)[0], expected[0])
+    assert repr(cnnops.restore(fused)) == repr(model)
+
+
+class MyReLU(nn.ReLU):
+    def forward(self, x):
+        return -super().forward(x)
+
+
+def test_a_subclass_is_another_module():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), MyReLU())
+    x = images(1, 3, 8, 8)
+    expected = cnnops.convert(copy.deepcopy(model))(x)
+    assert_equal(cnnops.convert(model, fuse=True)(x), expected)
+    assert_equal(cnnops.convert(copy.deepcopy(model), inference=True)(x), expected)
+
+
+def test_pooling_alone_keeps_no_result():
+    """What follows may write over it."""
+    model = nn.Sequential(nn.Conv2d(1, 4, 5), nn.MaxPool2d(2), nn.ReLU(inplace=True), nn.Conv2d(4, 2, 3))
+    x = images(2, 1, 20, 20)
+    expected = step(cnnops.convert(copy.deepcopy(model)), x)
+    assert_all_equal(step(cnnops.convert(model, fuse=True), x), expected)
+
+
+class ReadsWeight(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.relu = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()
+
+    def forward(self, x):
+        return self.relu(self.norm(self.conv(x))) * self.conv.weight.abs().sum()
+
+
+def test_what_inference_leaves():
+    model = ReadsWeight().eval()
+    model.norm.running_mean.normal_()
+    model.register_forward_hook(lambda module, args, y: -y)
+    x = images(1, 3, 8, 8)
+    expected = cnnops.convert(copy.deepcopy(model))(x)
+    assert_equal(cnnops.convert(model, inference=True)(x), expected)
 
 
 def relative_error(got, expected):

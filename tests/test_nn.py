@@ -4,11 +4,15 @@ import copy
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from helpers import DEVICES, DTYPES, assert_equal, name_of, numbers
 from torch import nn as tnn
+from torch.nn import functional as TF
 
+import cnnops
+from cnnops import functional as F
 from cnnops import nn
 
 every_device = pytest.mark.parametrize("device", DEVICES)
@@ -218,3 +222,28 @@ def train_convolutions():
         for p in net.parameters():
             p.data -= 1e-4 * p.grad
     return [p.detach() for p in net.parameters()]
+
+
+def test_integers_of_numpy():
+    """torch takes them wherever it takes integers."""
+    one, two = np.int64(1), np.int64(2)
+    x, w = torch.randn(1, 4, 9, 8), torch.randn(2, 4, 3, 3)
+    up = torch.randn(4, 2, 3, 3)
+    for call in (
+        lambda f: f.conv2d(x, w, None, two, one, one, one),
+        lambda f: f.conv2d(x, w, None, (two, one), (one, two)),
+        lambda f: f.conv_transpose2d(x, up, None, two, one, one),
+        lambda f: f.max_pool2d(x, two),
+        lambda f: f.max_pool2d(x, two, return_indices=True)[1],
+        lambda f: f.avg_pool2d(x, two, one),
+        lambda f: f.lp_pool2d(x, 2, two),
+    ):
+        torch.testing.assert_close(call(F), call(TF), rtol=1e-4, atol=1e-4)
+    assert cnnops.nn.Conv2d(4, 2, 3, padding=one)(x).shape == (1, 2, 9, 8)
+    assert F.conv_relu2d(x, w, padding=one).shape == (1, 2, 9, 8)
+    assert cnnops.convert(torch.nn.MaxPool2d(two))(x).shape == (1, 4, 4, 4)
+
+
+def test_a_misspelt_setting():
+    with pytest.raises(AttributeError):
+        cnnops.settings.acurate = True

@@ -240,6 +240,19 @@ Tensor autograd_backward(const Tensor& grad_output, const Tensor& kept, Paramete
       })[0];
 }
 
+/// Counts that the tensor was written over, for those who have kept it.
+template <class Rule, class... Parameters>
+Tensor& counted_in_place(Tensor& input, Parameters... parameters) {
+  static const auto op =
+      find_operator<Tensor&(Tensor&, Parameters...)>((std::string("cnnops::") + Rule::name + "_").c_str());
+  {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    op.call(input, parameters...);
+  }
+  torch::autograd::impl::bump_version(input);
+  return input;
+}
+
 /// For torch.compile: an operator that writes over its input becomes one that does not, and the result is put in place.
 template <class Rule, class... Parameters>
 Tensor& functionalized(Tensor& input, Parameters... parameters) {
@@ -289,6 +302,9 @@ struct Operator {
     m.impl(name("_").c_str(), autograd_in_place<Rule, Parameters...>);
     m.impl(name("_backward").c_str(), autograd_backward<Rule, Parameters...>);
   }
+  static void implement_counting(torch::Library& m) {
+    m.impl(name("_").c_str(), counted_in_place<Rule, Parameters...>);
+  }
   static void implement_functionalize(torch::Library& m) {
     m.impl(name("_").c_str(), functionalized<Rule, Parameters...>);
   }
@@ -325,6 +341,12 @@ TORCH_LIBRARY_IMPL(cnnops, Autograd, m) {
   ReluOperator::implement_autograd(m);
   HardtanhOperator::implement_autograd(m);
   LeakyReluOperator::implement_autograd(m);
+}
+
+TORCH_LIBRARY_IMPL(cnnops, ADInplaceOrView, m) {
+  ReluOperator::implement_counting(m);
+  HardtanhOperator::implement_counting(m);
+  LeakyReluOperator::implement_counting(m);
 }
 
 TORCH_LIBRARY_IMPL(cnnops, Functionalize, m) {

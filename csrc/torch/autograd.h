@@ -160,10 +160,9 @@ at::Tensor& differentiable_in_place(const char* name, at::Tensor& input, const F
   }
   const auto [primals, directions] = split_tangents({input});
   {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    const at::AutoDispatchBelowAutograd below_autograd;  // where the version is counted, in inference mode too
     forward(input);
   }
-  torch::autograd::impl::bump_version(input);
   if (step) {
     torch::autograd::rebase_history(variable_list{input}, NodePointer(step));
     step->keep(input, true, input.is_view());

@@ -316,10 +316,14 @@ TwoTensors conv_relu_max_pool2d_autograd(const Tensor& input, const Tensor& weig
           const auto [y, positions] = call(x, weight, bias, b);
           return variable_list{y, positions};
         },
-        [&](const variable_list& outputs) { return variable_list{x, weight, outputs[0], outputs[1]}; },
+        [&](const variable_list& outputs) {
+          const bool has_slope = b.activation.kind != Kind::none;
+          return variable_list{x, weight, has_slope ? outputs[0] : Tensor(), outputs[1]};
+        },
         [b](const Backward& step) {
-          const Tensor &x = step.kept[0], &weight = step.kept[1], &y = step.kept[2], &positions = step.kept[3];
+          const Tensor &x = step.kept[0], &weight = step.kept[1], &positions = step.kept[3];
           if (!step.grads[0].defined()) return variable_list(3);
+          const Tensor& y = step.kept[2].defined() ? step.kept[2] : step.grads[0];  // not looked at
           const auto plane = [](const Tensor& t) { return t.sym_sizes().slice(2); };
           const auto g =
               conv2d_geometry<c10::SymInt>(kBlockName, x.sym_sizes(), weight.sym_sizes(), b.conv, Layout::contiguous);

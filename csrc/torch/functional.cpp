@@ -4,6 +4,7 @@
 // torch.nn.functional.max_pool2d takes on a small tensor; this parser, which torch's built-in functions use, takes one.
 // It also honours __torch_function__, so subclasses, modes and torch.fx see cnnops.functional's functions as they see
 // torch's. torch.compile cannot look into C++: there cnnops.functional calls the operators themselves.
+#define USE_NUMPY        // torch's parser takes numpy's integers: its inline parts have to know
 #define FMT_HEADER_ONLY  // torch's parser formats its errors with a library that torch does not share
 #include "functional.h"
 
