@@ -112,8 +112,8 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* work
   const auto copy = [&](const Strip& strip, T* to) {
     for (int64_t c = 0; c < t.channels; ++c) {
       const S* from = o.a + (strip.plane * t.channels + c) * t.in_plane;
-      copy_strip(s, from, size, t.border, strip, workspace, to + c * s.plane);
-      prefetch(from + (strip.i0 + strip.rows) * s.step_h * size[1], strip.rows * s.step_h * size[1]);  // the next's
+      const S* next = from + (strip.i0 + strip.rows) * s.step_h * size[1];  // of this plane, or the one after it
+      copy_strip(s, from, size, t.border, strip, workspace, to + c * s.plane, next);
     }
   };
   const auto compute = [&](const Strip& strip, const T* buffer) {
@@ -254,11 +254,10 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* wo
     const auto copy = [&](const Strip& strip, bool odd) {
       const bool last = strip.i0 + s.rows >= g.out[0];  // the next strip is another image's first
       const int64_t n = strip.plane + last, i0 = last ? 0 : strip.i0 + s.rows;
-      if (s.across == 1 && n < g.n) {
-        prefetch(x + n * g.c * plane + i0 * s.step_h * g.in[1], s.rows * s.step_h * g.in[1]);
-        prefetch(gy + n * g.k * out_plane + i0 * g.out[1], s.rows * g.out[1]);
-      }
-      copy_strip(s, x + strip.plane * g.c * plane, g.in, g.border, strip, workspace, buffers[odd]);
+      const bool known = s.across == 1 && n < g.n;
+      if (known) prefetch(gy + n * g.k * out_plane + i0 * g.out[1], s.rows * g.out[1]);
+      copy_strip(s, x + strip.plane * g.c * plane, g.in, g.border, strip, workspace, buffers[odd],
+                 known ? x + n * g.c * plane + i0 * s.step_h * g.in[1] : nullptr);
     };
     const auto add = [&](const Strip& strip, bool odd) {
       const S* grad = gy + strip.plane * g.k * out_plane + strip.i0 * g.out[1] + strip.j0;

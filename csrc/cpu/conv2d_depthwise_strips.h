@@ -114,11 +114,12 @@ void prefetch(const S* p, int64_t count) {
   for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(S))) __builtin_prefetch(p + i, 0, 2);
 }
 
-/// Fills the buffer with what the outputs of a strip see of a plane.
+/// Fills the buffer with what the outputs of a strip see of a plane. Meanwhile the rows from `next` on are asked for, if
+/// it is not null, a row at a time: all of a strip at once would be waited for.
 template <class S>
 void copy_strip(const Strips& s, const S* plane, const int64_t* size, Border border, const Strip& strip, Sum<S>* line,
-                Sum<S>* to) {
-  constexpr int64_t L = kLanes<Sum<S>>;
+                Sum<S>* to, const S* next) {
+  constexpr int64_t L = kLanes<Sum<S>>, kLine = 64 / sizeof(S);
   const int64_t row0 = strip.i0 * s.step_h + s.first_h, column0 = strip.j0 * s.step_w + s.first_w;
   const int64_t count = (strip.columns - 1) * s.step_w + s.reach_w + 1;
   const int64_t all = (strip.rows - 1) * s.step_h + s.reach_h + 1;
@@ -128,12 +129,15 @@ void copy_strip(const Strips& s, const S* plane, const int64_t* size, Border bor
       const int64_t lanes = smaller(count - j, L);
       for (int64_t i = 0; i < above; ++i) store(to + i * s.pitch + j, Vec<Sum<S>>{});
       const S* from = plane + (row0 + above) * size[1];
-      for (int64_t i = above; i < below; ++i, from += size[1])
+      for (int64_t i = above; i < below; ++i, from += size[1]) {
+        if (next && j % kLine == 0) __builtin_prefetch(next + i * size[1] + j);
         store(to + i * s.pitch + j, load_inside(from, size[1], column0 + j, lanes));
+      }
       for (int64_t i = below; i < all; ++i) store(to + i * s.pitch + j, Vec<Sum<S>>{});
     }
   } else {
     for (int64_t i = 0; i < all; ++i, to += s.pitch) {
+      for (int64_t j = 0; next && j < size[1]; j += kLine) __builtin_prefetch(next + i * size[1] + j);
       const int64_t row = pixel_at(row0 + i, size[0], border);
       const bool inside = row >= 0 && row < size[0];
       const S* from = plane + (inside ? row : 0) * size[1];
