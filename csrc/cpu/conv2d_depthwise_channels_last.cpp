@@ -11,8 +11,7 @@
 // the classes of a strided grad_input (../correlation.h), load a pixel once for every tap.
 //
 // Processors read ahead of a program that reads on from where it was. A tile takes a line from each of many pixels
-// instead, so inputs that come from memory are asked for one tile ahead, in the order in which they lie: twice the
-// speed.
+// instead, so inputs that come from memory are asked for one tile ahead, in the order in which they lie.
 //
 // A task is two rows of outputs (of each class) of a block of channels. The gradient of the weight is in
 // conv2d_depthwise_grad_weight.cpp.

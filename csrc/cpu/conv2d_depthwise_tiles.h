@@ -45,19 +45,18 @@ struct Tiles {
   Windows t;
   bool dense;
   Footprint h, w;
-  const S* in;                       // images, from the first channel of the block on
-  const S* zeros;                    // for pixels that are not there
-  int64_t table_j;                   // the tile for which the table was made, if it may be shifted
-  const S* seen[kTile * kMostTaps];  // [h.count][w.count]
-  int64_t places[kTile];             // of the outputs among all pixels, -1 for none
-  int64_t in_shift, place_shift;     // from the table to the current tile
-  int64_t
-      next[2 * kTileW * kBlockLines];  // from the first pixel that a tile sees first to the lines of the next tile's
-  bool whole;                          // all outputs of the tile exist
+  const S* in;                             // images, from the first channel of the block on
+  const S* zeros;                          // for pixels that are not there
+  int64_t table_j;                         // the tile for which the table was made, if it may be shifted
+  const S* seen[kTile * kMostTaps];        // [h.count][w.count]
+  int64_t places[kTile];                   // of the outputs among all pixels, -1 for none
+  int64_t in_shift, place_shift;           // from the table to the current tile
+  int64_t next[2 * kTileW * kBlockLines];  // from what a tile sees first to the lines of the next tile's
+  bool whole;                              // all outputs of the tile exist
 
   Tiles(const Windows& t, bool dense) : t(t), dense(dense), h(t.h, kTileH, dense), w(t.w, kTileW, dense) {}
 
-  /// So many channels will be read of every pixel.
+  /// So many channels will be read of every pixel: prepares prefetch_next().
   void read_ahead(int64_t channels) {
     if (!dense) return;
     const int64_t fresh = kTileW * t.w.in_step, lines = ceil_div(channels, kLineNumbers<S>);
