@@ -14,6 +14,61 @@
 namespace cnnops {
 namespace {
 
+// ---- check and allocate: the same for real sizes and symbolic ones ----
+
+template <class Int>
+struct Prepared {
+  BasicConv2dGeometry<Int> geometry;
+  Tensor out;
+};
+
+template <class Int>
+Prepared<Int> prepare(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const Conv2dSettings& s) {
+  const auto g = check_conv2d<Int>("conv2d", input, weight, bias, s);
+  const Int sizes[] = {g.n, g.k, g.out[0], g.out[1]};
+  return {g, empty<Int>(sizes, input.options(), format_of(g.layout))};
+}
+
+template <class Int>
+Prepared<Int> prepare_grad_input(const Tensor& grad_output, const Tensor& weight, const OptionalTensor& bias,
+                                 c10::ArrayRef<Int> input_size, const Conv2dSettings& s) {
+  const char* op = "conv2d_grad_input or conv_transpose2d";
+  check_dim(op, "grad_output", grad_output, 4);
+  check_dim(op, "weight", weight, 4);
+  check_alike(op, {{"grad_output", grad_output}, {"weight", weight}, {"bias", or_none(bias)}});
+  TORCH_CHECK(input_size.size() == 2, op, ": expected input_size to be {h, w}, but got ", input_size);
+  TORCH_CHECK(!bias || s.border == Border::zeros, op, ": a bias goes with padding_mode='zeros' only, but got '",
+              s.padding_mode, "'");
+  const auto w = sizes_of<Int>(weight);
+  const Int sizes[] = {sizes_of<Int>(grad_output)[0], w[1] * s.groups, input_size[0], input_size[1]};
+  const Layout layout = layout_of({grad_output, weight});
+  const auto g = conv2d_geometry<Int>(op, sizes, w, s, layout);
+  check_shape<Int>(op, "grad_output", grad_output, {g.n, g.k, g.out[0], g.out[1]});
+  if (bias) check_shape<Int>(op, "bias", *bias, {g.c});
+  check_algorithm(s.algorithm);
+  return {g, empty<Int>(sizes, grad_output.options(), format_of(layout))};
+}
+
+template <class Int>
+Prepared<Int> prepare_grad_weight(const Tensor& grad_output, const Tensor& input, c10::ArrayRef<Int> kernel_size,
+                                  const Conv2dSettings& s) {
+  const char* op = "conv2d_grad_weight";
+  check_dim(op, "grad_output", grad_output, 4);
+  check_dim(op, "input", input, 4);
+  check_alike(op, {{"grad_output", grad_output}, {"input", input}});
+  TORCH_CHECK(kernel_size.size() == 2, op, ": expected kernel_size to be {h, w}, but got ", kernel_size);
+  TORCH_CHECK(s.groups >= 1, op, ": groups must be at least 1, but got ", s.groups);
+  const auto x = sizes_of<Int>(input);
+  TORCH_CHECK(x[1] % s.groups == 0, op, ": expected input of shape ", x,
+              " to have channels divisible by groups=", s.groups);
+  const Int sizes[] = {sizes_of<Int>(grad_output)[1], x[1] / s.groups, kernel_size[0], kernel_size[1]};
+  const Layout layout = layout_of({grad_output, input});
+  const auto g = conv2d_geometry<Int>(op, x, sizes, s, layout);
+  check_shape<Int>(op, "grad_output", grad_output, {g.n, g.k, g.out[0], g.out[1]});
+  check_algorithm(s.algorithm);
+  return {g, empty<Int>(sizes, input.options(), format_of(layout))};
+}
+
 // ---- run ----
 
 /// Nothing to compute: a refusal comes first all the same, so that it does not depend on the batch size.
@@ -76,61 +131,6 @@ void run_grad_input_and_fold(const Conv2dGeometry& g, const std::string& algorit
       call(kernels.fold_border, g, data_of<S>(padded), mutable_data_of<S>(out));
     });
   });
-}
-
-// ---- check and allocate: the same for real sizes and symbolic ones ----
-
-template <class Int>
-struct Prepared {
-  BasicConv2dGeometry<Int> geometry;
-  Tensor out;
-};
-
-template <class Int>
-Prepared<Int> prepare(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const Conv2dSettings& s) {
-  const auto g = check_conv2d<Int>("conv2d", input, weight, bias, s);
-  const Int sizes[] = {g.n, g.k, g.out[0], g.out[1]};
-  return {g, empty<Int>(sizes, input.options(), format_of(g.layout))};
-}
-
-template <class Int>
-Prepared<Int> prepare_grad_input(const Tensor& grad_output, const Tensor& weight, const OptionalTensor& bias,
-                                 c10::ArrayRef<Int> input_size, const Conv2dSettings& s) {
-  const char* op = "conv2d_grad_input or conv_transpose2d";
-  check_dim(op, "grad_output", grad_output, 4);
-  check_dim(op, "weight", weight, 4);
-  check_alike(op, {{"grad_output", grad_output}, {"weight", weight}, {"bias", or_none(bias)}});
-  TORCH_CHECK(input_size.size() == 2, op, ": expected input_size to be {h, w}, but got ", input_size);
-  TORCH_CHECK(!bias || s.border == Border::zeros, op, ": a bias goes with padding_mode='zeros' only, but got '",
-              s.padding_mode, "'");
-  const auto w = sizes_of<Int>(weight);
-  const Int sizes[] = {sizes_of<Int>(grad_output)[0], w[1] * s.groups, input_size[0], input_size[1]};
-  const Layout layout = layout_of({grad_output, weight});
-  const auto g = conv2d_geometry<Int>(op, sizes, w, s, layout);
-  check_shape<Int>(op, "grad_output", grad_output, {g.n, g.k, g.out[0], g.out[1]});
-  if (bias) check_shape<Int>(op, "bias", *bias, {g.c});
-  check_algorithm(s.algorithm);
-  return {g, empty<Int>(sizes, grad_output.options(), format_of(layout))};
-}
-
-template <class Int>
-Prepared<Int> prepare_grad_weight(const Tensor& grad_output, const Tensor& input, c10::ArrayRef<Int> kernel_size,
-                                  const Conv2dSettings& s) {
-  const char* op = "conv2d_grad_weight";
-  check_dim(op, "grad_output", grad_output, 4);
-  check_dim(op, "input", input, 4);
-  check_alike(op, {{"grad_output", grad_output}, {"input", input}});
-  TORCH_CHECK(kernel_size.size() == 2, op, ": expected kernel_size to be {h, w}, but got ", kernel_size);
-  TORCH_CHECK(s.groups >= 1, op, ": groups must be at least 1, but got ", s.groups);
-  const auto x = sizes_of<Int>(input);
-  TORCH_CHECK(x[1] % s.groups == 0, op, ": expected input of shape ", x,
-              " to have channels divisible by groups=", s.groups);
-  const Int sizes[] = {sizes_of<Int>(grad_output)[1], x[1] / s.groups, kernel_size[0], kernel_size[1]};
-  const Layout layout = layout_of({grad_output, input});
-  const auto g = conv2d_geometry<Int>(op, x, sizes, s, layout);
-  check_shape<Int>(op, "grad_output", grad_output, {g.n, g.k, g.out[0], g.out[1]});
-  check_algorithm(s.algorithm);
-  return {g, empty<Int>(sizes, input.options(), format_of(layout))};
 }
 
 // ---- the operators on real tensors, and on meta tensors ----

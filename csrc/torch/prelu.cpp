@@ -201,8 +201,6 @@ void register_kernels(torch::Library& m) {
   m.impl("prelu_backward", run_backward);
 }
 
-}  // namespace
-
 template <at::DeviceType device, c10::DispatchKey key>
 Tensor prelu_autocast(const Tensor& input, const Tensor& weight) {
   const c10::impl::ExcludeDispatchKeyGuard below_autocast(key);
@@ -210,6 +208,8 @@ Tensor prelu_autocast(const Tensor& input, const Tensor& weight) {
   const auto dtype = at::autocast::get_autocast_dtype(device);
   return op.call(at::autocast::cached_cast(dtype, input, device), at::autocast::cached_cast(dtype, weight, device));
 }
+
+}  // namespace
 
 TORCH_LIBRARY_FRAGMENT(cnnops, m) {
   m.def("prelu(Tensor input, Tensor weight) -> Tensor");
