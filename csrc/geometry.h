@@ -95,6 +95,22 @@ struct Unpool2dGeometry {
   Layout layout;
 };
 
+/// How far apart neighbours along each axis of an (n, c, h, w) tensor are in memory; a weight's n and c are its k and c.
+/// Index holds what is within an image.
+template <class Index = int64_t>
+struct Strides {
+  int64_t n;
+  Index c, h, w;
+
+  Strides() = default;
+  CNNOPS_HOST_DEVICE Strides(Layout layout, int64_t channels, int64_t height, int64_t width)
+      : n(channels * height * width),
+        c(static_cast<Index>(layout == Layout::contiguous ? height * width : 1)),
+        h(static_cast<Index>(layout == Layout::contiguous ? width : width * channels)),
+        w(static_cast<Index>(layout == Layout::contiguous ? 1 : channels)) {}
+  Strides(Layout layout, int64_t channels, const int64_t* size) : Strides(layout, channels, size[0], size[1]) {}
+};
+
 /// The pixel that position i of an axis shows, for i beyond [0, size): -1 for none. Where it shows the
 /// image again or mirrored, i is at most `size` away.
 CNNOPS_HOST_DEVICE static inline int64_t pixel_at(int64_t i, int64_t size, Border border) {

@@ -10,8 +10,8 @@
 // there are, as each channel is one task. Memory is read once, in its own order: many channels of one image, then the
 // same of the next. Prelu and the sums see a channels_last tensor as one whose images are single pixels, inner = 1; a
 // sum then takes four pixels at a time, all their channels.
+#include "cache.h"
 #include "kernels.h"
-#include "simd.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
@@ -205,7 +205,7 @@ template <class Add, class... From>
 template <class Add, class... From>
 void sum_pixels(int64_t pixels, int64_t channels, int64_t count, int64_t room, double* totals, const Add& add,
                 const From*... from) {
-  constexpr int64_t L = kLanes<double>, kLine = 64 / sizeof(std::common_type_t<From...>), kAhead = 8;
+  constexpr int64_t L = kLanes<double>, kLine = kLineNumbers<std::common_type_t<From...>>, kAhead = 8;
   const auto add_pixels = [&](auto together, int64_t n) {
     const int64_t first = n * channels, last = first + (together - 1) * channels;
     const auto add_vector = [&](int64_t c, int64_t room) {

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "channels_last.h"
+#include "panels.h"
 #include "transpose.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
@@ -74,16 +75,6 @@ template <int M, int V>
 /// A vector of sums, rounded.
 [[gnu::target("avx512bf16")]] static inline void store_rounded(BFloat16* p, Vec<float> v, int64_t count) {
   _mm256_mask_storeu_epi16(p, __mmask16((1u << count) - 1), (__m256i)_mm512_cvtneps_pbh((__m512)v));
-}
-
-/// Calls tile(std::integral_constant M) for the last `left` rows, or the next of them.
-template <class Tile>
-static inline void with_rows(int64_t left, const Tile& tile) {
-  if (left > kDotRows / 2) {
-    tile(std::integral_constant<int, kDotRows>());
-  } else {
-    tile(std::integral_constant<int, kDotRows / 2>());
-  }
 }
 
 /// Numbers [begin, end) of the 16 at p, widened; zeros elsewhere.

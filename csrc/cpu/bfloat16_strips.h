@@ -7,22 +7,12 @@ namespace cnnops::cpu::CNNOPS_ISA {
 
 #if defined(__AVX512F__)
 
-/// The distances between neighbours in a tensor.
-struct Distances {
-  int64_t image, channel, row, column;
-  Distances(Layout layout, int64_t channels, const int64_t (&size)[2])
-      : image(channels * size[0] * size[1]),
-        channel(layout == Layout::contiguous ? size[0] * size[1] : 1),
-        row(layout == Layout::contiguous ? size[1] : size[1] * channels),
-        column(layout == Layout::contiguous ? 1 : channels) {}
-};
-
 /// How far the taps of an axis reach from the window's first place, and how many places `count` outputs see.
 inline int64_t reach(const Axis& a) { return a.taps == 0 ? 0 : (a.taps - 1) * a.offset_step; }
 inline int64_t seen_places(const Axis& a, int64_t count) { return (count - 1) * a.in_step + reach(a) + 1; }
 
 /// How the outputs of a class are cut into strips: several images, or rows and columns of one.
-struct Strips {
+struct ClassStrips {
   int64_t images, rows, columns;  // outputs of a strip
   int64_t batches, down, across;  // strips
   int64_t in_rows, in_columns;    // what a strip sees
@@ -31,7 +21,7 @@ struct Strips {
   int64_t pixels() const { return images * rows * columns; }
 
   /// `most` pixels; at most `numbers` of what they see, so many for each place.
-  Strips(const Axis& h, const Axis& w, int64_t n, int64_t most, int64_t numbers_of_place, int64_t numbers) {
+  ClassStrips(const Axis& h, const Axis& w, int64_t n, int64_t most, int64_t numbers_of_place, int64_t numbers) {
     const auto cut = [&](int64_t most_images, int64_t most_rows, int64_t most_columns) {
       images = larger(most_images, 1);
       down = ceil_div(h.count, larger(most_rows, 1));
@@ -60,10 +50,10 @@ struct Strips {
 };
 
 /// A strip's place in the tensors.
-struct Strip {
+struct ClassStrip {
   int64_t n, i, j;  // its first image and output
   int64_t images, rows, columns;
-  Strip(const Strips& s, int64_t number, const Axis& h, const Axis& w, int64_t n_all) {
+  ClassStrip(const ClassStrips& s, int64_t number, const Axis& h, const Axis& w, int64_t n_all) {
     j = number % s.across * s.columns;
     i = number / s.across % s.down * s.rows;
     n = number / s.across / s.down * s.images;

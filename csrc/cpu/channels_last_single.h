@@ -6,8 +6,6 @@
 #pragma once
 
 #include "channels_last_tile.h"
-#include "fetch.h"
-#include "transpose.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 
@@ -84,7 +82,8 @@ static inline void find_single(const Windows& t, int64_t first, int64_t count, i
 template <class T, int V, class Seen, class Made>
 void correlate_single(const Windows& t, const Conv2dOperands<T>& o, int64_t row0, int64_t count, bool past, bool fetch,
                       const Seen& seen, const Made& made, bool packed, T* weights) {
-  constexpr int64_t M = kRows<V>, L = kLanes<T>, kDepth = kWeights<T> / (V * L);
+  constexpr int M = kRows<V>;
+  constexpr int64_t L = kLanes<T>, kDepth = kWeights<T> / (V * L);
   const int64_t channel = t.out_channel0 + row0, left = t.rows - row0;
   const int64_t piece = ceil_div(t.channels, ceil_div(t.channels, kDepth));
   alignas(64) T rest[M * V * L] = {};  // what has no place in y
@@ -93,7 +92,7 @@ void correlate_single(const Windows& t, const Conv2dOperands<T>& o, int64_t row0
     const bool last = c + depth == t.channels;
     if (!packed) pack_weights<T, V>(t, o.b, row0, {0, 0, c, depth, c, true}, weights);
     const T* const columns = packed ? weights + c * V * L : weights;
-    const auto tile = [&](int64_t p, auto rows) {
+    for_tiles<M>(0, count, [&](int64_t p, auto rows) {
       const T *a[rows], *bias[rows];
       T* to[rows];
       const int64_t inside = smaller(rows, count - p);
@@ -123,16 +122,7 @@ void correlate_single(const Windows& t, const Conv2dOperands<T>& o, int64_t row0
           if (last && o.bias) v = v + load_first(o.bias + channel + j, lanes);
           store_first(out, v, lanes);
         }
-    };
-    for (int64_t p = 0; p < count;) {
-      if (count - p > M / 2) {
-        tile(p, std::integral_constant<int, int(M)>());
-        p += M;
-      } else {
-        tile(p, std::integral_constant<int, int(M) / 2>());
-        p += M / 2;
-      }
-    }
+    });
   }
 }
 

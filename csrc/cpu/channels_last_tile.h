@@ -2,15 +2,14 @@
 // line of pixels is copied, and how gradients of the weight are put together.
 #pragma once
 
+#include "cache.h"
 #include "channels_last.h"
+#include "panels.h"
 #include "transpose.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 
-constexpr int kSums = 3 * kTileRows;                  // vectors of sums in a tile
-constexpr int kMostVectors = kTileRows == 8 ? 4 : 3;  // in a row of it
-constexpr int kMostRows = 12;
-
+constexpr int kMostRows = 12;  // of a tile
 template <int V>
 constexpr int kRows = kSums / V < kMostRows ? kSums / V : kMostRows;
 
@@ -49,30 +48,6 @@ void multiply_tile(int64_t runs, const int64_t* lengths, const T* const* a, int6
         store(to[m] + v * L, result);
       }
     }
-}
-
-/// How `columns` are cut into panels of about the same number of vectors.
-template <class T>
-struct Panels {
-  int64_t width, count;
-  explicit Panels(int64_t columns, int64_t most = kMostVectors) {
-    const int64_t vectors = ceil_div(columns, kLanes<T>);
-    count = ceil_div(vectors, most);
-    width = ceil_div(vectors, count) * kLanes<T>;
-    count = ceil_div(columns, width);
-  }
-};
-
-/// Calls f(std::integral_constant V) for a panel of that many vectors.
-template <class T, class F>
-void with_vectors(int64_t columns, const F& f) {
-  const int64_t vectors = ceil_div(columns, kLanes<T>);
-  if (vectors == 1) f(std::integral_constant<int, 1>());
-  if (vectors == 2) f(std::integral_constant<int, 2>());
-  if (vectors == 3) f(std::integral_constant<int, 3>());
-  if constexpr (kMostVectors == 4) {
-    if (vectors == 4) f(std::integral_constant<int, 4>());
-  }
 }
 
 /// `length` numbers of a window, all in one row of taps: from channel c of tap (th, tw) on. They are `straight` if they

@@ -36,7 +36,7 @@ struct Layer {
   Pass pass;
   int64_t n, groups, classes_h, classes_w;
   int64_t channels, rows;  // of a group: summed over, and produced
-  Distances in, out;
+  Strides<> in, out;
   int64_t weight_group, weight_row, weight_channel, weight_tap, kernel_width, kernel_plane;
   Border border;
   bool in_place;  // read the input where it stands
@@ -87,7 +87,7 @@ struct Plan {
   Layer t;
   Cut blocks;  // of panels
   Axis h, w;
-  Strips strips;
+  ClassStrips strips;
   int64_t most_pairs;  // steps of a filter
 
   Plan(const Conv2dGeometry& g, Pass pass)
@@ -165,21 +165,21 @@ void pack_weights(const Layer& t, const Axis& h, const Axis& w, const Steps& ste
 void copy_row(const Layer& t, const BFloat16* row, int64_t size, int64_t w0, int64_t columns, BFloat16* to) {
   const int64_t C = t.channels, begin = smaller(larger(-w0, 0), columns);
   const int64_t end = larger(smaller(size - w0, columns), begin);
-  if (t.in.column == 1 && C > 1) {
+  if (t.in.w == 1 && C > 1) {
     for (int64_t c = 0; c < C; c += kPanel)
       for (int64_t j = 0; j < columns; j += kDotLanes) {
         const int64_t from = smaller(larger(begin - j, 0), kDotLanes), till = smaller(larger(end - j, from), kDotLanes);
         transpose_words(
             smaller(kPanel, C - c), smaller(kDotLanes, columns - j),
-            [&](int64_t i) { return load_words(row + (c + i) * t.in.channel + w0 + j, from, till); },
+            [&](int64_t i) { return load_words(row + (c + i) * t.in.c + w0 + j, from, till); },
             [&](int64_t i, Vec<uint32_t> words) { store_words(to + (j + i) * C + c, words, smaller(kPanel, C - c)); });
       }
   } else {
     __builtin_memset(to, 0, begin * C * sizeof *to);
-    if (t.in.column == C) {
+    if (t.in.w == C) {
       __builtin_memcpy(to + begin * C, row + (w0 + begin) * C, (end - begin) * C * sizeof *to);
     } else {
-      for (int64_t j = begin; j < end; ++j) __builtin_memcpy(to + j * C, row + (w0 + j) * t.in.column, C * sizeof *to);
+      for (int64_t j = begin; j < end; ++j) __builtin_memcpy(to + j * C, row + (w0 + j) * t.in.w, C * sizeof *to);
     }
     __builtin_memset(to + end * C, 0, (columns - end) * C * sizeof *to);
   }
@@ -187,11 +187,11 @@ void copy_row(const Layer& t, const BFloat16* row, int64_t size, int64_t w0, int
   for (int64_t j = 0; j < columns; ++j) {
     if (j == begin && end > begin) j = end;
     for (int64_t c = 0; c < C && j < columns; ++c)
-      to[j * C + c] = row[pixel_at(w0 + j, size, t.border) * t.in.column + c * t.in.channel];
+      to[j * C + c] = row[pixel_at(w0 + j, size, t.border) * t.in.w + c * t.in.c];
   }
 }
 
-void copy_strip(const Layer& t, const Axis& h, const Axis& w, const Strip& s, const BFloat16* in, BFloat16* to) {
+void copy_strip(const Layer& t, const Axis& h, const Axis& w, const ClassStrip& s, const BFloat16* in, BFloat16* to) {
   const int64_t rows = seen_places(h, s.rows), columns = seen_places(w, s.columns);
   const int64_t h0 = s.i * h.in_step + h.offset0, w0 = s.j * w.in_step + w.offset0;
   for (int64_t n = s.n; n < s.n + s.images; ++n)
@@ -200,29 +200,29 @@ void copy_strip(const Layer& t, const Axis& h, const Axis& w, const Strip& s, co
       if (row < 0) {
         __builtin_memset(to, 0, columns * t.channels * sizeof *to);
       } else {
-        copy_row(t, in + n * t.in.image + row * t.in.row, w.in_size, w0, columns, to);
+        copy_row(t, in + n * t.in.n + row * t.in.h, w.in_size, w0, columns, to);
       }
     }
 }
 
 /// All outputs of a strip for one panel of channels.
 template <int V>
-void strip_panel(const Layer& t, const Axis& h, const Axis& w, const Strip& s, const Steps& steps, const BFloat16* base,
-                 const int64_t* offsets, const BFloat16* weights, int64_t lanes, const BFloat16* bias, float* sums,
-                 BFloat16* out) {
+void strip_panel(const Layer& t, const Axis& h, const Axis& w, const ClassStrip& s, const Steps& steps,
+                 const BFloat16* base, const int64_t* offsets, const BFloat16* weights, int64_t lanes,
+                 const BFloat16* bias, float* sums, BFloat16* out) {
   const int64_t plane = s.rows * s.columns, count = s.images * plane;
-  for (int64_t p = 0; p < count; p += kDotRows) {
-    const BFloat16* rows[kDotRows];
-    for (int64_t m = 0; m < kDotRows; ++m) rows[m] = base + offsets[smaller(p + m, count - 1)];
-    with_rows(count - p, [&](auto m) { dot_tile<m, V>(steps, rows, weights, sums + p * V * kDotLanes, false); });
-  }
+  for_tiles<kDotRows>(0, count, [&](int64_t p, auto height) {
+    const BFloat16* rows[height];
+    for (int64_t m = 0; m < height; ++m) rows[m] = base + offsets[smaller(p + m, count - 1)];
+    dot_tile<height, V>(steps, rows, weights, sums + p * V * kDotLanes, false);
+  });
   for (int64_t n = 0; n < s.images; ++n)
     for (int64_t i = 0; i < s.rows; ++i, sums += s.columns * V * kDotLanes) {
-      BFloat16* row = out + (s.n + n) * t.out.image + (h.first + (s.i + i) * h.step) * t.out.row +
-                      (w.first + s.j * w.step) * t.out.column;
-      if (t.out.column == 1) {  // rows that follow each other are one
-        const bool whole = w.step == 1 && h.step == 1 && s.columns == t.out.row;
-        store_transposed<V>(sums, whole ? plane : s.columns, lanes, bias, w.step, t.out.channel, row);
+      BFloat16* row =
+          out + (s.n + n) * t.out.n + (h.first + (s.i + i) * h.step) * t.out.h + (w.first + s.j * w.step) * t.out.w;
+      if (t.out.w == 1) {  // rows that follow each other are one
+        const bool whole = w.step == 1 && h.step == 1 && s.columns == t.out.h;
+        store_transposed<V>(sums, whole ? plane : s.columns, lanes, bias, w.step, t.out.c, row);
         if (!whole) continue;
         sums += plane * V * kDotLanes;
         break;
@@ -231,7 +231,7 @@ void strip_panel(const Layer& t, const Axis& h, const Axis& w, const Strip& s, c
         for (int64_t k = 0; k < lanes; k += kDotLanes) {
           const int64_t some = smaller(kDotLanes, lanes - k);
           const Vec<float> add = bias ? load_first(bias + k, some) : Vec<float>{};
-          store_rounded(row + j * w.step * t.out.column + k, load(sums + j * V * kDotLanes + k) + add, some);
+          store_rounded(row + j * w.step * t.out.w + k, load(sums + j * V * kDotLanes + k) + add, some);
         }
     }
 }
@@ -250,14 +250,14 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<BFloat16>& o, float
     const int64_t cls = filters / plan.blocks.count % t.classes(), group = filters / plan.blocks.count / t.classes();
     const Axis h = in_memory_order(make_axis(g, pass, 0, cls / t.classes_w));
     const Axis w = in_memory_order(make_axis(g, pass, 1, cls % t.classes_w));
-    const Strip s(plan.strips, task % plan.strips.count(), h, w, g.n);
+    const ClassStrip s(plan.strips, task % plan.strips.count(), h, w, g.n);
     if (s.rows <= 0 || s.columns <= 0) continue;  // a smaller class than class 0
 
-    const int64_t column = t.in_place ? t.in.column : t.channels;
-    const int64_t row = t.in_place ? t.in.row : seen_places(w, s.columns) * column;
-    const int64_t image = t.in_place ? t.in.image : seen_places(h, s.rows) * row;
+    const int64_t column = t.in_place ? t.in.w : t.channels;
+    const int64_t row = t.in_place ? t.in.h : seen_places(w, s.columns) * column;
+    const int64_t image = t.in_place ? t.in.n : seen_places(h, s.rows) * row;
     const Steps steps = filter_steps(t, h, w, row, column);
-    const BFloat16* in = o.a + group * t.channels * t.in.channel;
+    const BFloat16* in = o.a + group * t.channels * t.in.c;
     const BFloat16* base = copy;
     if (steps.pairs() == 0) {
       base = in;
@@ -281,7 +281,7 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<BFloat16>& o, float
           pack_weights<v>(t, h, w, steps, o.b + group * t.weight_group + row0 * t.weight_row, lanes, lines,
                           weights + panel * size);
         strip_panel<v>(t, h, w, s, steps, base, offsets, weights + panel * size, lanes,
-                       o.bias ? o.bias + channel : nullptr, sums, o.out + channel * t.out.channel);
+                       o.bias ? o.bias + channel : nullptr, sums, o.out + channel * t.out.c);
       });
     }
     packed = filters;

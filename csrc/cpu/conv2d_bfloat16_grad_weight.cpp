@@ -29,11 +29,11 @@ struct WeightPlan {
   int64_t n, k_group, c_group, taps, kernel_width;
   bool planes;
   Border border;
-  Distances x, gy;
+  Strides<> x, gy;
   Axis h, w;
   Cut channels, blocks;    // of channels, of panels
   int64_t phases, beyond;  // columns a stride apart stand together: so many lists, longer than a row of outputs by that
-  Strips strips;
+  ClassStrips strips;
 
   explicit WeightPlan(const Conv2dGeometry& g)
       : n(g.n),
@@ -57,14 +57,14 @@ struct WeightPlan {
   int64_t tasks(int64_t groups) const { return groups * blocks.count * channels.count; }
 
   int64_t row(int64_t columns) const { return phases * (columns + beyond); }
-  int64_t image(const Strip& s) const { return seen_places(h, s.rows) * row(s.columns); }
+  int64_t image(const ClassStrip& s) const { return seen_places(h, s.rows) * row(s.columns); }
   /// Where what the first output sees through a tap lies in a plane.
   int64_t shift(int64_t tap, int64_t columns) const {
     const int64_t th = tap / kernel_width * h.offset_step, tw = tap % kernel_width * w.offset_step;
     return th * row(columns) + tw % w.in_step * (columns + beyond) + tw / w.in_step;
   }
   /// The rows of outputs of a strip; they are one if no row sees more than its own columns.
-  Steps steps(const Strip& s) const {
+  Steps steps(const ClassStrip& s) const {
     const bool whole = row(s.columns) == s.columns && h.in_step == 1 && strips.across == 1;
     return {s.images, image(s), whole ? 1 : s.rows, h.in_step * row(s.columns), whole ? s.rows * s.columns : s.columns};
   }
@@ -76,14 +76,14 @@ struct WeightPlan {
 };
 
 /// The planes of channels [c0, c0 + channels) that a strip of outputs sees: [c][image][row][column % stride][column].
-void copy_planes(const WeightPlan& t, const Strip& s, const BFloat16* x, int64_t channels, BFloat16* to) {
+void copy_planes(const WeightPlan& t, const ClassStrip& s, const BFloat16* x, int64_t channels, BFloat16* to) {
   const int64_t length = s.columns + t.beyond, plane = s.images * t.image(s), rows = seen_places(t.h, s.rows);
   const int64_t h0 = s.i * t.h.in_step + t.h.offset0, w0 = s.j * t.w.in_step + t.w.offset0;
   for (int64_t n = 0; n < s.images; ++n)
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t phase = 0; phase < t.phases; ++phase, to += length) {
         const int64_t ih = pixel_at(h0 + i, t.h.in_size, t.border);
-        const BFloat16* row = x + (s.n + n) * t.x.image + ih * t.x.row;
+        const BFloat16* row = x + (s.n + n) * t.x.n + ih * t.x.h;
         const auto column = [&](int64_t j) {
           return ih < 0 ? -1 : pixel_at(w0 + phase + j * t.w.in_step, t.w.in_size, t.border);
         };
@@ -91,7 +91,7 @@ void copy_planes(const WeightPlan& t, const Strip& s, const BFloat16* x, int64_t
           const int64_t first = w0 + phase, begin = smaller(larger(-first, 0), length);
           const int64_t end = larger(smaller(t.w.in_size - first, length), begin);
           for (int64_t c = 0; c < channels; ++c) {
-            const BFloat16* from = row + c * t.x.channel;
+            const BFloat16* from = row + c * t.x.c;
             BFloat16* line = to + c * plane;
             const bool straight = t.w.in_step == 1 && ih >= 0;
             if (straight) __builtin_memcpy(line + begin, from + first + begin, (end - begin) * sizeof *to);
@@ -108,7 +108,7 @@ void copy_planes(const WeightPlan& t, const Strip& s, const BFloat16* x, int64_t
                   pixels, some,
                   [&](int64_t i) {
                     const int64_t iw = column(j + i);
-                    return iw < 0 ? Vec<uint32_t>{} : load_words(row + iw * t.x.column + c, 0, some);
+                    return iw < 0 ? Vec<uint32_t>{} : load_words(row + iw * t.x.w + c, 0, some);
                   },
                   [&](int64_t i, Vec<uint32_t> words) { store_words(to + (c + i) * plane + j, words, pixels); });
             }
@@ -118,15 +118,15 @@ void copy_planes(const WeightPlan& t, const Strip& s, const BFloat16* x, int64_t
 
 /// A panel of gy in the order of the steps, in pairs.
 template <int V>
-void pack_gradient(const WeightPlan& t, const Strip& s, const Steps& steps, const BFloat16* gy, int64_t lanes,
+void pack_gradient(const WeightPlan& t, const ClassStrip& s, const Steps& steps, const BFloat16* gy, int64_t lanes,
                    BFloat16* to) {
   for (int64_t n = 0; n < s.images; ++n)
     for (int64_t i = 0; i < steps.inner; ++i, to += steps.run_pairs() * V * 2 * kDotLanes) {
-      const BFloat16* from = gy + (s.n + n) * t.gy.image + (s.i + i) * t.gy.row + s.j * t.gy.column;
+      const BFloat16* from = gy + (s.n + n) * t.gy.n + (s.i + i) * t.gy.h + s.j * t.gy.w;
       if (!t.planes) {
         for (int64_t p = 0; p < steps.length; p += 2)
-          store_pairs<V>(load_first_words(from + p * t.gy.column, lanes),
-                         p + 1 < steps.length ? load_first_words(from + (p + 1) * t.gy.column, lanes) : Words{},
+          store_pairs<V>(load_first_words(from + p * t.gy.w, lanes),
+                         p + 1 < steps.length ? load_first_words(from + (p + 1) * t.gy.w, lanes) : Words{},
                          to + p * V * kDotLanes);
         continue;
       }
@@ -136,7 +136,7 @@ void pack_gradient(const WeightPlan& t, const Strip& s, const Steps& steps, cons
           Vec<uint32_t> square[kDotLanes];
           for (int64_t k = 0; k < kDotLanes; ++k)
             square[k] = v * kDotLanes + k < lanes
-                            ? (Vec<uint32_t>)load_first_words(from + (v * kDotLanes + k) * t.gy.channel + p, count)
+                            ? (Vec<uint32_t>)load_first_words(from + (v * kDotLanes + k) * t.gy.c + p, count)
                             : Vec<uint32_t>{};
           transpose<uint32_t>(square);
           for (int64_t j = 0; 2 * j < count; ++j)
@@ -170,24 +170,22 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<BFloat16>& o, flo
     __builtin_memset(sums, 0, plan.room_sums() * sizeof *sums);
 
     for (int64_t number = 0; number < plan.strips.count(); ++number) {
-      const Strip s(plan.strips, number, plan.h, plan.w, g.n);
+      const ClassStrip s(plan.strips, number, plan.h, plan.w, g.n);
       const Steps steps = plan.steps(s);
-      copy_planes(plan, s, o.b + (group * plan.c_group + c0) * plan.x.channel, channels, x);
+      copy_planes(plan, s, o.b + (group * plan.c_group + c0) * plan.x.c, channels, x);
       for (int64_t k = 0; k < ks; k += kPanel)
         with_panel(ks - k, [&](auto v) {
-          pack_gradient<v>(plan, s, steps, o.a + (channel + k) * plan.gy.channel, smaller(kPanel, ks - k), gy);
-          for (int64_t r = 0; r < rows; r += kDotRows) {
-            const BFloat16* row[kDotRows];
-            for (int64_t m = 0; m < kDotRows; ++m) {
+          pack_gradient<v>(plan, s, steps, o.a + (channel + k) * plan.gy.c, smaller(kPanel, ks - k), gy);
+          for_tiles<kDotRows>(0, rows, [&](int64_t r, auto height) {
+            const BFloat16* row[height];
+            for (int64_t m = 0; m < height; ++m) {
               const int64_t at = smaller(r + m, rows - 1);
               const int64_t c = plan.planes ? at / plan.taps : at % channels;
               const int64_t tap = plan.planes ? at % plan.taps : at / channels;
               row[m] = x + c * s.images * plan.image(s) + plan.shift(tap, s.columns);
             }
-            with_rows(rows - r, [&](auto m) {
-              dot_tile<m, v>(steps, row, gy, sums + k / kPanel * panel + r * v * kDotLanes, true);
-            });
-          }
+            dot_tile<height, v>(steps, row, gy, sums + k / kPanel * panel + r * v * kDotLanes, true);
+          });
         });
     }
 

@@ -19,8 +19,9 @@
 // what is outside is copied instead, as zeros or as what it shows.)
 //
 // Through a 1x1 kernel each output sees one pixel, and nothing is sorted (channels_last_single.h). Outputs too many for
-// the caches are written past them, if a panel's are whole lines of the cache; otherwise panels that follow each other
-// put lines together in the cache, and a tile fetches its share of them while it computes.
+// the caches are written past them, if a panel's are whole lines of the cache (where they are sums of few numbers, and
+// memory sets the pace, panels are made so); otherwise panels that follow each other put lines together in the cache,
+// and a tile fetches its share of them while it computes.
 //
 // A task is a set of panels for a block of pixels, of each class (../correlation.h): so all tasks are alike. Sums are
 // made in blocks of steps, each from a fresh zero, that are then added in order; the batch size decides how pixels are
@@ -39,6 +40,7 @@ constexpr int64_t kPackedTogether = 16;                       // summed channels
 constexpr int64_t kManyPixels = 1024;                         // for which weights may be packed by each thread
 constexpr int64_t kSeenBytes = 256 << 10, kLeastPixels = 48;  // what a task sees, to be read again by each panel
 constexpr int64_t kMostRuns = 64;                             // of a block
+constexpr int64_t kFewSummed = 32;                            // numbers of a sum that is made faster than written
 
 /// A window as runs: rows of taps, or taps, whose channels are cut into equal pieces where they are many.
 struct Runs {
@@ -135,7 +137,8 @@ template <class S, int V>
 void correlate_panel(const Windows& t, const Conv2dOperands<S>& o, int64_t row0, const Pixel<S>* pixels,
                      const Alike* sorts, int64_t kinds, bool past, bool packed, Sum<S>* weights, Sum<S>* copies) {
   using T = Sum<S>;
-  constexpr int64_t M = kRows<V>, L = kLanes<T>, kDepth = kWeights<T> / (V * L);
+  constexpr int M = kRows<V>;
+  constexpr int64_t L = kLanes<T>, kDepth = kWeights<T> / (V * L);
   static_assert(kDepth >= kShortRow && kTileMultiple % M == 0);
   T* const sums = copies + kCopies<T>;
   const Runs runs(t, kDepth);
@@ -164,23 +167,28 @@ void correlate_panel(const Windows& t, const Conv2dOperands<S>& o, int64_t row0,
         runs_seen.lengths[runs_seen.count] = part.length;
         runs_seen.weights[runs_seen.count++] = weights + (starts[r] + skipped) * V * L;
       }
-      for (int64_t p = sorts[k].first; p < sorts[k].last;) {
-        const int64_t left = sorts[k].last - p;
-        const auto go = [&](auto rows) {
-          correlate_tile<S, V, rows>(t, o, row0, runs_seen, pixels + p, smaller(left, rows), first, last, past, copies,
-                                     sums + p * V * L);
-        };
-        if (left > M / 2) {
-          go(std::integral_constant<int, int(M)>());
-          p += M;
-        } else {
-          go(std::integral_constant<int, int(M) / 2>());
-          p += M / 2;
-        }
-      }
+      for_tiles<M>(sorts[k].first, sorts[k].last, [&](int64_t p, auto rows) {
+        correlate_tile<S, V, rows>(t, o, row0, runs_seen, pixels + p, smaller(sorts[k].last - p, rows), first, last,
+                                   past, copies, sums + p * V * L);
+      });
     }
     if (packed) weights += depth * V * L;
   } while (i < runs.count);
+}
+
+/// Numbers of a pass's outputs.
+static inline int64_t outputs(const Conv2dGeometry& g, Pass pass) {
+  return pass == Pass::forward ? g.n * g.k * g.out[0] * g.out[1] : g.n * g.c * g.in[0] * g.in[1];
+}
+
+/// How many vectors a panel has at most: whole lines of the cache, if these will be written past it. (So few numbers
+/// are summed in one block by any panel: its width leaves their order as it is.)
+template <class T>
+int64_t most_vectors(const Conv2dGeometry& g, Pass pass) {
+  constexpr int kWholeLines = kMostVectors / kLineVectors * kLineVectors;
+  const bool few = (pass == Pass::forward ? g.c : g.k) * g.kernel[0] * g.kernel[1] <= kFewSummed * g.groups;
+  const bool lines = kWholeLines > 0 && (pass == Pass::forward ? g.k : g.c) / g.groups % kLineNumbers<T> == 0;
+  return few && lines && past_cache<T>(nullptr, outputs(g, pass)) ? kWholeLines : kMostVectors;
 }
 
 /// Tasks are numbered (group, set of panels, block of pixels of each class). Weights that serve several tasks are
@@ -193,7 +201,8 @@ struct Tasks {
   int64_t set, sets;  // panels of a set
   bool kept;
   Tasks(const Conv2dGeometry& g, Pass pass, int64_t good = kGoodTasks)
-      : classes(cpu::CNNOPS_ISA::classes(g, pass)), panels((pass == Pass::forward ? g.k : g.c) / g.groups) {
+      : classes(cpu::CNNOPS_ISA::classes(g, pass)),
+        panels((pass == Pass::forward ? g.k : g.c) / g.groups, most_vectors<T>(g, pass)) {
     const int64_t most = g.n * make_windows(g, pass, 0, 0).pixels();  // class 0 has the most outputs
     const int64_t channels = larger(1, (pass == Pass::forward ? g.c : g.k) / g.groups);
     const int64_t fit = kKept<T> / (channels * g.kernel[0] * g.kernel[1] * larger(1, panels.width));
@@ -254,10 +263,11 @@ void fill(const Windows& t, const Conv2dOperands<S>& o, int64_t row0, int64_t ro
 /// The outputs [first, first + count) of a class: each_panel(f) calls f(V, its first channel, its weights).
 template <class S, class EachPanel>
 void correlate_class(const Windows& t, const Conv2dOperands<S>& o, int64_t first, int64_t count, int64_t row0,
-                     int64_t rows, bool large, bool fetch, bool packed, const EachPanel& each_panel, Sum<S>* copies) {
+                     int64_t rows, int64_t width, bool large, bool fetch, bool packed, const EachPanel& each_panel,
+                     Sum<S>* copies) {
   using T = Sum<S>;
   const bool aligned = large && (t.out_channel0 + row0) % kLanes<T> == 0,
-             past = aligned && kLineVectors == 1;  // or panels put lines together
+             past = aligned && width % kLineNumbers<T> == 0 && t.rows % kLineNumbers<T> == 0;
   if constexpr (std::is_same_v<S, T>) {
     if (is_single(t)) {
       const auto go = [&](const auto& seen, const auto& made) {
@@ -290,9 +300,7 @@ template <class S>
 void correlate(const Conv2dGeometry& g, Pass pass, const Tasks<Sum<S>>& tasks, const Conv2dOperands<S>& o,
                Sum<S>* workspace, int64_t begin, int64_t end) {
   using T = Sum<S>;
-  const int64_t out_channels = pass == Pass::forward ? g.k : g.c;
-  const int64_t* size = pass == Pass::forward ? g.out : g.in;
-  const bool large = past_cache(o.out, g.n * size[0] * size[1] * out_channels) && out_channels % kLanes<T> == 0;
+  const bool large = past_cache(o.out, outputs(g, pass)) && (pass == Pass::forward ? g.k : g.c) % kLanes<T> == 0;
   const int64_t* in_size = pass == Pass::forward ? g.in : g.out;
   const int64_t inputs = g.n * in_size[0] * in_size[1] * (pass == Pass::forward ? g.c : g.k);
   const bool fetch = inputs * int64_t(sizeof(S)) > kMuchInput;
@@ -315,7 +323,8 @@ void correlate(const Conv2dGeometry& g, Pass pass, const Tasks<Sum<S>>& tasks, c
           with_vectors<T>(smaller(width, rows - row),
                           [&](auto v) { compute(v, row0 + row, tasks.kept ? weights + row * depth : weights); });
       };
-      if (count > 0) correlate_class(t, o, first, count, row0, rows, large, fetch, tasks.kept, each_panel, copies);
+      if (count > 0)
+        correlate_class(t, o, first, count, row0, rows, width, large, fetch, tasks.kept, each_panel, copies);
       if (tasks.kept) weights += round_up(rows, kLanes<T>) * depth;
     }
   }

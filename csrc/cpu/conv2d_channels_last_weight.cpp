@@ -33,31 +33,21 @@ namespace {
 constexpr int64_t kManyRows = 128;       // for which it pays to copy columns
 constexpr int64_t kMuchInput = 8 << 20;  // bytes that are not in a cache when they are read
 
-template <class T>
-constexpr int64_t kLine = 64 / int64_t(sizeof(T));  // numbers of a line of the cache
-
 /// A distance between pixels of at least `numbers` by which many of them fit in a cache: an odd number of lines.
 template <class T>
 int64_t spread(int64_t numbers) {
-  return round_up(numbers, 2 * kLine<T>) + kLine<T>;
+  return round_up(numbers, 2 * kLineNumbers<T>) + kLineNumbers<T>;
 }
 
 /// Whether pixels so far apart share so few places in a cache that they are better copied for so many rows of tiles.
 template <class T>
 bool crowded(int64_t step, int64_t rows) {
-  return step % (8 * kLine<T>) == 0 && rows >= kManyRows;
-}
-
-/// Starts loading so many numbers.
-template <class S>
-void fetch(const S* from, int64_t numbers) {
-  constexpr int64_t line = 64 / int64_t(sizeof(S));
-  for (int64_t i = 0; i < numbers; i += line) __builtin_prefetch(from + i, 0, 2);
+  return step % (8 * kLineNumbers<T>) == 0 && rows >= kManyRows;
 }
 
 template <class T>
 constexpr int64_t kProductWorkspace =
-    kBlockPixels * (kBlockRows + kBlockColumns<T> + 4 * kLine<T>)+(kBlockRows + kMostRows) * kBlockColumns<T>;
+    kBlockPixels * (kBlockRows + kBlockColumns<T> + 4 * kLineNumbers<T>)+(kBlockRows + kMostRows) * kBlockColumns<T>;
 
 /// Only the outputs that see the image through one tap, and only that tap.
 static void narrow(Axis& axis, int64_t tap, Border border) {
@@ -84,7 +74,8 @@ template <class S, int V>
 void sum_block(const Conv2dGeometry& g, const Windows& t, const Conv2dOperands<S>& o, bool by_tap, bool turned,
                const Block& block, Sum<S>* workspace, Sum<S>* sums) {
   using T = Sum<S>;
-  constexpr int64_t M = kRows<V>, L = kLanes<T>, kPanel = V * L;
+  constexpr int M = kRows<V>;
+  constexpr int64_t L = kLanes<T>, kPanel = V * L;
   const int64_t pitch = round_up(block.columns, kPanel);
   const int64_t x0 = turned ? block.row0 : block.column0, xs = turned ? block.rows : block.columns;
   const int64_t gy0 = turned ? block.column0 : block.row0, gys = turned ? block.columns : block.rows;
@@ -147,7 +138,7 @@ void sum_block(const Conv2dGeometry& g, const Windows& t, const Conv2dOperands<S
     const Side<T> left = turned ? x : gy, right = turned ? gy : x;
     for (int64_t j = 0; j < block.columns; j += kPanel) {
       const T* b = right.from + j;
-      const auto tile = [&](int64_t r, auto rows) {
+      for_tiles<M>(0, block.rows, [&](int64_t r, auto rows) {
         if (ahead) fetch_next();
         const T* a[rows];
         T* to[rows];
@@ -156,16 +147,7 @@ void sum_block(const Conv2dGeometry& g, const Windows& t, const Conv2dOperands<S
           to[m] = sums + (r + m) * pitch + j;
         }
         multiply_tile<T, V, rows>(1, &count, a, left.step, &b, to, p0 == block.first ? nullptr : to, right.step);
-      };
-      for (int64_t r = 0; r < block.rows;) {
-        if (block.rows - r > M / 2) {
-          tile(r, std::integral_constant<int, int(M)>());
-          r += M;
-        } else {
-          tile(r, std::integral_constant<int, int(M) / 2>());
-          r += M / 2;
-        }
-      }
+      });
     }
   }
 }
@@ -175,7 +157,7 @@ void grad_weight_by_taps(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Su
                          int64_t end) {
   using T = Sum<S>;
   const Products<T> all(g);
-  T* sums = workspace + kBlockPixels * (kBlockRows + kBlockColumns<T> + 4 * kLine<T>);
+  T* sums = workspace + kBlockPixels * (kBlockRows + kBlockColumns<T> + 4 * kLineNumbers<T>);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t part = task % all.parts, columns = task / all.parts % all.column_blocks;
     const int64_t rows = task / all.parts / all.column_blocks % all.row_blocks;
@@ -237,7 +219,8 @@ template <class S, int V>
 void grad_weight_panel_by_rows(const Conv2dGeometry& g, const Conv2dOperands<S>& o, int64_t line, int64_t k0,
                                int64_t r0, int64_t r1, Sum<S>* workspace) {
   using T = Sum<S>;
-  constexpr int64_t M = kRows<V>, L = kLanes<T>;
+  constexpr int M = kRows<V>;
+  constexpr int64_t L = kLanes<T>;
   const int64_t taps_row = g.kernel[1] * g.c, channels = smaller(V * L, g.k - k0);
   T *lines = workspace, *grads = lines + kMostLines, *sums = grads + kBlockPixels * V * L;
   T* beyond = sums + kMostNumbers * V * L;  // what a tile has too many of
@@ -257,7 +240,7 @@ void grad_weight_panel_by_rows(const Conv2dGeometry& g, const Conv2dOperands<S>&
           copy_line(g, image, oh * g.stride[0] + kh * g.dilation[0] - g.padding[0], ow * g.stride[1] - g.padding[1],
                     (count - 1) * g.stride[1] + (g.kernel[1] - 1) * g.dilation[1] + 1, lines + kh * line);
 
-        const auto tile = [&](int64_t r, auto rows) {
+        for_tiles<M>(r0, r1, [&](int64_t r, auto rows) {
           const T* a[rows];
           T* to[rows];
           for (int64_t m = 0; m < rows; ++m) {
@@ -266,16 +249,7 @@ void grad_weight_panel_by_rows(const Conv2dGeometry& g, const Conv2dOperands<S>&
             to[m] = r + m < r1 ? sums + (r + m - r0) * V * L : beyond + m * V * L;
           }
           multiply_tile<T, V, rows>(1, &count, a, g.stride[1] * g.c, &grads_begin, to, to);
-        };
-        for (int64_t r = r0; r < r1;) {
-          if (r1 - r > M / 2) {
-            tile(r, std::integral_constant<int, int(M)>());
-            r += M;
-          } else {
-            tile(r, std::integral_constant<int, int(M) / 2>());
-            r += M / 2;
-          }
-        }
+        });
       }
 
   const int64_t filter = g.kernel[0] * taps_row;

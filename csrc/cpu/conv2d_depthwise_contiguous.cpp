@@ -27,7 +27,7 @@ namespace {
 
 /// sums[vector of columns][r] = sum over the taps of channel after channel, for kRows rows from `x` on.
 template <class T, int K, int stride>
-void dense_rows(const Strips& s, const Taps&, const T* x, const T* weight, int64_t channels, int64_t columns,
+void dense_rows(const PlaneStrips& s, const Taps&, const T* x, const T* weight, int64_t channels, int64_t columns,
                 Vec<T>* sums) {
   for (int64_t j = 0; j < columns; j += kLanes<T>, x += kLanes<T>, sums += kRows) {
     Vec<T> sum[kRows]{};
@@ -51,7 +51,7 @@ void dense_rows(const Strips& s, const Taps&, const T* x, const T* weight, int64
 }
 
 template <class T>
-void any_rows(const Strips& s, const Taps& taps, const T* x, const T* weight, int64_t channels, int64_t columns,
+void any_rows(const PlaneStrips& s, const Taps& taps, const T* x, const T* weight, int64_t channels, int64_t columns,
               Vec<T>* sums) {
   for (int64_t j = 0; j < columns; j += kLanes<T>, x += kLanes<T>, sums += kRows) {
     Vec<T> sum[kRows]{};
@@ -99,7 +99,7 @@ template <class S, Pass pass>
 void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace, int64_t begin, int64_t end) {
   using T = Sum<S>;
   constexpr int64_t L = kLanes<T>;
-  const Strips s = make_strips<T>(g, pass);
+  const PlaneStrips s = make_strips<T>(g, pass);
   const Correlation t = make_correlation(g, pass, 0, 0, 0);
   const int64_t filter = g.kernel[0] * g.kernel[1];
   const int64_t size[2] = {t.h.in_size, t.w.in_size};
@@ -109,14 +109,14 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* work
   const AllTaps all_taps(g, pass, s);
   const bool rows_in_order = s.across == 1 && s.classes_h == 1;
 
-  const auto copy = [&](const Strip& strip, T* to) {
+  const auto copy = [&](const PlaneStrip& strip, T* to) {
     for (int64_t c = 0; c < t.channels; ++c) {
       const S* from = o.a + (strip.plane * t.channels + c) * t.in_plane;
       const S* next = from + (strip.i0 + strip.rows) * s.step_h * size[1];  // of this plane, or the one after it
       copy_strip(s, from, size, t.border, strip, workspace, to + c * s.plane, next);
     }
   };
-  const auto compute = [&](const Strip& strip, const T* buffer) {
+  const auto compute = [&](const PlaneStrip& strip, const T* buffer) {
     const auto [plane, i0, rows, j0, columns] = strip;
     const int64_t group = plane % g.groups;
     for (int64_t ch = 0; ch < s.classes_h; ++ch) {
@@ -151,14 +151,14 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* work
     }
   };
   each_strip(
-      s, begin, end, [&](const Strip& strip, bool odd) { copy(strip, buffers[odd]); },
-      [&](const Strip& strip, bool odd) { compute(strip, buffers[odd]); });
+      s, begin, end, [&](const PlaneStrip& strip, bool odd) { copy(strip, buffers[odd]); },
+      [&](const PlaneStrip& strip, bool odd) { compute(strip, buffers[odd]); });
 }
 
 /// A line, two times the strips of a group's channels, the sums of kRows rows, and the weights of one output channel.
 template <class T>
 int64_t correlation_workspace(const Conv2dGeometry& g, Pass pass) {
-  const Strips s = make_strips<T>(g, pass);
+  const PlaneStrips s = make_strips<T>(g, pass);
   const int64_t channels = pass == Pass::grad_input ? g.k / g.groups : 1;
   return s.pitch + channels * (2 * s.plane + g.kernel[0] * g.kernel[1]) + s.classes_w * s.sums() * kLanes<T>;
 }
@@ -167,7 +167,7 @@ int64_t correlation_workspace(const Conv2dGeometry& g, Pass pass) {
 
 /// totals[th*TW + tw] += sum over `columns` outputs of R rows, for TH x TW taps that stand at x + places.
 template <class S, int R, int TH, int TW, int stride>
-void sum_taps(const Strips& s, const S* gy, int64_t width, int64_t columns, const Sum<S>* x, Vec<Sum<S>>* totals) {
+void sum_taps(const PlaneStrips& s, const S* gy, int64_t width, int64_t columns, const Sum<S>* x, Vec<Sum<S>>* totals) {
   using T = Sum<S>;
   constexpr int64_t L = kLanes<T>;
   Vec<T> sum[TH * TW]{};
@@ -196,7 +196,7 @@ void sum_taps(const Strips& s, const S* gy, int64_t width, int64_t columns, cons
 
 /// Any tap alone: the first of it.
 template <class S>
-void sum_tap(const Strips& s, const S* gy, int64_t width, int64_t rows, int64_t columns, const Sum<S>* x,
+void sum_tap(const PlaneStrips& s, const S* gy, int64_t width, int64_t rows, int64_t columns, const Sum<S>* x,
              Vec<Sum<S>>* total) {
   using T = Sum<S>;
   Vec<T> sum{};
@@ -209,7 +209,7 @@ void sum_tap(const Strips& s, const S* gy, int64_t width, int64_t rows, int64_t 
 }
 
 template <class S, int K, int stride>
-void sum_filter(const Strips& s, const S* gy, int64_t width, int64_t rows, int64_t columns, const Sum<S>* x,
+void sum_filter(const PlaneStrips& s, const S* gy, int64_t width, int64_t rows, int64_t columns, const Sum<S>* x,
                 Vec<Sum<S>>* totals) {
   constexpr int TH = K == 3 ? 3 : 1;  // whole filters of 9 sums, or row by row
   for (int64_t kh = 0; kh < K; kh += TH, x += TH * s.pitch, totals += TH * K) {
@@ -234,7 +234,7 @@ auto sum_filter_of(int size, int64_t stride) {
 /// A line, two strips, and a vector of sums for each tap.
 template <class T>
 int64_t weight_workspace(const Conv2dGeometry& g) {
-  const Strips s = make_strips<T>(g, Pass::forward);
+  const PlaneStrips s = make_strips<T>(g, Pass::forward);
   return s.pitch + 2 * s.plane + g.kernel[0] * g.kernel[1] * kLanes<T>;
 }
 
@@ -242,7 +242,7 @@ int64_t weight_workspace(const Conv2dGeometry& g) {
 template <class S>
 void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace, int64_t begin, int64_t end) {
   using T = Sum<S>;
-  const Strips s = make_strips<T>(g, Pass::forward);
+  const PlaneStrips s = make_strips<T>(g, Pass::forward);
   const AllTaps all_taps(g, Pass::forward, s);
   const Taps& taps = all_taps.of[0][0];
   const int64_t plane = g.in[0] * g.in[1], out_plane = g.out[0] * g.out[1], strips = s.down * s.across;
@@ -251,15 +251,15 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* wo
   for (int64_t k = begin; k < end; ++k) {
     const S* x = o.b + k / (g.k / g.groups) * plane;
     const S* gy = o.a + k * out_plane;
-    const auto copy = [&](const Strip& strip, bool odd) {
+    const auto copy = [&](const PlaneStrip& strip, bool odd) {
       const bool last = strip.i0 + s.rows >= g.out[0];  // the next strip is another image's first
       const int64_t n = strip.plane + last, i0 = last ? 0 : strip.i0 + s.rows;
       const bool known = s.across == 1 && n < g.n;
-      if (known) prefetch(gy + n * g.k * out_plane + i0 * g.out[1], s.rows * g.out[1]);
+      if (known) fetch(gy + n * g.k * out_plane + i0 * g.out[1], s.rows * g.out[1]);
       copy_strip(s, x + strip.plane * g.c * plane, g.in, g.border, strip, workspace, buffers[odd],
                  known ? x + n * g.c * plane + i0 * s.step_h * g.in[1] : nullptr);
     };
-    const auto add = [&](const Strip& strip, bool odd) {
+    const auto add = [&](const PlaneStrip& strip, bool odd) {
       const S* grad = gy + strip.plane * g.k * out_plane + strip.i0 * g.out[1] + strip.j0;
       if (taps.size) {
         sum_filter_of<S>(taps.size, s.step_w)(s, grad, g.out[1], strip.rows, strip.columns, buffers[odd], totals);
@@ -293,7 +293,7 @@ const char* refuses(const Conv2dGeometry& g, Pass) {
 template <class S, Pass pass>
 Conv2dRun<S> correlation_run() {
   return {[](const Conv2dGeometry& g) {
-            const Strips s = make_strips<Sum<S>>(g, pass);
+            const PlaneStrips s = make_strips<Sum<S>>(g, pass);
             return g.n * g.groups * s.down * s.across;
           },
           [](const Conv2dGeometry& g) { return correlation_workspace<Sum<S>>(g, pass); }, correlate<S, pass>};

@@ -2,6 +2,7 @@
 // and where the taps of a filter stand there.
 #pragma once
 
+#include "cache.h"
 #include "channels_last.h"
 #include "correlate.h"
 
@@ -13,7 +14,7 @@ constexpr int64_t kWidestPiece = 256;  // outputs of a row; wider images are cut
 constexpr int64_t kGoodBuffer = 1 << 12, kLargestBuffer = 1 << 17;
 
 /// How images are cut into strips of rows x columns outputs (of every class), and how the buffer holds what they see.
-struct Strips {
+struct PlaneStrips {
   int64_t classes_h, classes_w;
   int64_t count_h, count_w;  // outputs of class 0, which has the most
   int64_t step_h, step_w;    // between the inputs of two outputs
@@ -26,7 +27,7 @@ struct Strips {
 };
 
 /// Outputs [i0, i0 + rows) x [j0, j0 + columns) of a plane.
-struct Strip {
+struct PlaneStrip {
   int64_t plane, i0, rows, j0, columns;
 };
 
@@ -45,10 +46,10 @@ static inline void find_reach(const Conv2dGeometry& g, Pass pass, int dim, int64
 }
 
 template <class T>
-Strips make_strips(const Conv2dGeometry& g, Pass pass) {
+PlaneStrips make_strips(const Conv2dGeometry& g, Pass pass) {
   if (pass == Pass::grad_weight) pass = Pass::forward;
   const Axis h = make_axis(g, pass, 0, 0), w = make_axis(g, pass, 1, 0);
-  Strips s;
+  PlaneStrips s;
   s.classes_h = axis_classes(g, pass, 0);
   s.classes_w = axis_classes(g, pass, 1);
   s.count_h = h.count;
@@ -71,14 +72,14 @@ Strips make_strips(const Conv2dGeometry& g, Pass pass) {
   return s;
 }
 
-/// Strips are numbered (plane, strip down, strip across). Of number after number, copy(strip, number % 2) is called one
+/// PlaneStrips are numbered (plane, strip down, strip across). Of number after number, copy(strip, number % 2) is called one
 /// strip ahead of compute(strip, number % 2): numbers just stored are loaded slowly.
 template <class Copy, class Compute>
-void each_strip(const Strips& s, int64_t begin, int64_t end, const Copy& copy, const Compute& compute) {
+void each_strip(const PlaneStrips& s, int64_t begin, int64_t end, const Copy& copy, const Compute& compute) {
   const int64_t of_plane = s.down * s.across;
-  Strip now{};
+  PlaneStrip now{};
   for (int64_t i = begin; i <= end; ++i) {
-    const Strip last = now;
+    const PlaneStrip last = now;
     if (i < end) {
       const int64_t i0 = i % of_plane / s.across * s.rows, j0 = i % s.across * s.columns;
       now = {i / of_plane, i0, smaller(s.rows, s.count_h - i0), j0, smaller(s.columns, s.count_w - j0)};
@@ -108,18 +109,12 @@ void part_columns(const T* line, int64_t count, int64_t step, int64_t phase, T* 
     for (int64_t j = 0; j < ceil_div(count, step); ++j) to[p * phase + j] = line[j * step + p];
 }
 
-/// Starts loading the `count` numbers from p on.
-template <class S>
-void prefetch(const S* p, int64_t count) {
-  for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(S))) __builtin_prefetch(p + i, 0, 2);
-}
-
 /// Fills the buffer with what the outputs of a strip see of a plane. Meanwhile the rows from `next` on are asked for, if
 /// it is not null, a row at a time: all of a strip at once would be waited for.
 template <class S>
-void copy_strip(const Strips& s, const S* plane, const int64_t* size, Border border, const Strip& strip, Sum<S>* line,
-                Sum<S>* to, const S* next) {
-  constexpr int64_t L = kLanes<Sum<S>>, kLine = 64 / sizeof(S);
+void copy_strip(const PlaneStrips& s, const S* plane, const int64_t* size, Border border, const PlaneStrip& strip,
+                Sum<S>* line, Sum<S>* to, const S* next) {
+  constexpr int64_t L = kLanes<Sum<S>>;
   const int64_t row0 = strip.i0 * s.step_h + s.first_h, column0 = strip.j0 * s.step_w + s.first_w;
   const int64_t count = (strip.columns - 1) * s.step_w + s.reach_w + 1;
   const int64_t all = (strip.rows - 1) * s.step_h + s.reach_h + 1;
@@ -130,14 +125,14 @@ void copy_strip(const Strips& s, const S* plane, const int64_t* size, Border bor
       for (int64_t i = 0; i < above; ++i) store(to + i * s.pitch + j, Vec<Sum<S>>{});
       const S* from = plane + (row0 + above) * size[1];
       for (int64_t i = above; i < below; ++i, from += size[1]) {
-        if (next && j % kLine == 0) __builtin_prefetch(next + i * size[1] + j);
+        if (next && j % kLineNumbers<S> == 0) __builtin_prefetch(next + i * size[1] + j);
         store(to + i * s.pitch + j, load_inside(from, size[1], column0 + j, lanes));
       }
       for (int64_t i = below; i < all; ++i) store(to + i * s.pitch + j, Vec<Sum<S>>{});
     }
   } else {
     for (int64_t i = 0; i < all; ++i, to += s.pitch) {
-      for (int64_t j = 0; next && j < size[1]; j += kLine) __builtin_prefetch(next + i * size[1] + j);
+      if (next) fetch(next + i * size[1], size[1]);
       const int64_t row = pixel_at(row0 + i, size[0], border);
       const bool inside = row >= 0 && row < size[0];
       const S* from = plane + (inside ? row : 0) * size[1];
@@ -165,7 +160,7 @@ struct AllTaps {
   Taps of[kMostStride][kMostStride];
   int64_t place[kMostTaps], of_filter[kMostTaps];
 
-  AllTaps(const Conv2dGeometry& g, Pass pass, const Strips& s) {
+  AllTaps(const Conv2dGeometry& g, Pass pass, const PlaneStrips& s) {
     int64_t used = 0;
     for (int64_t ch = 0; ch < s.classes_h; ++ch) {
       h[ch] = in_memory_order(make_axis(g, pass, 0, ch));
@@ -184,7 +179,7 @@ struct AllTaps {
   }
   AllTaps(const AllTaps&) = delete;
 
-  static int unrolled(const Strips& s, const Axis& h, const Axis& w) {
+  static int unrolled(const PlaneStrips& s, const Axis& h, const Axis& w) {
     const bool square = h.taps == w.taps && h.in_step == w.in_step && h.offset_step == 1 && w.offset_step == 1 &&
                         s.classes_h * s.classes_w == 1;
     const bool known =

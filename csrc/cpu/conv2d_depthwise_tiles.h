@@ -2,6 +2,7 @@
 // table of the pixels under them.
 #pragma once
 
+#include "cache.h"
 #include "channels_last.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
@@ -14,9 +15,6 @@ constexpr int64_t kClassRows = 4;  // rows of tiles of one class, before another
 
 template <class T>
 constexpr int64_t kBlock = kBlockVectors * kLanes<T>;
-
-template <class S>
-constexpr int64_t kLineNumbers = 64 / sizeof(S);  // numbers of a line of the cache
 
 /// Blocks of about the same size, which end where a line of the cache does.
 template <class T>

@@ -24,7 +24,7 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* work
   using T = Sum<S>;
   constexpr int64_t L = kLanes<T>;
   const Packing<T> pack(g, make_windows(g, pass, 0, 0));
-  const Strips<T> strips(g, pass, kTileH);
+  const TurnedStrips<T> strips(g, pass, kTileH);
   const Memory<S> memory(strips, workspace);
   for (int64_t task = begin, packed = -1; task < end; ++task) {
     const int64_t v = task / strips.count / g.n, n = task / strips.count % g.n, group = v * pack.groups;
@@ -40,7 +40,7 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* work
         memory.bias[lane] = o.bias && lane < groups * pack.rows ? o.bias[k + lane] : S{};
       packed = v;
     }
-    const Strip s = make_strip(g, pass, strips, task % strips.count);
+    const TurnedStrip s = make_strip(g, pass, strips, task % strips.count);
     gather_strip<pass>(g, s, pack, o.a, n, v, v + 1, 0, memory.in);
     const T* weights = memory.rest;
     for (int64_t cls = 0; cls < classes(s.g, pass); ++cls) {
@@ -57,7 +57,7 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* work
 template <class T>
 int64_t correlation_workspace(const Conv2dGeometry& g, Pass pass) {
   const int64_t channels = (pass == Pass::forward ? g.c : g.k) / g.groups;
-  return Memory<T>::size(Strips<T>(g, pass, kTileH)) + g.kernel[0] * g.kernel[1] * channels * kLanes<T>;
+  return Memory<T>::size(TurnedStrips<T>(g, pass, kTileH)) + g.kernel[0] * g.kernel[1] * channels * kLanes<T>;
 }
 
 /// Sums and totals of [j][tap][lane].
@@ -66,7 +66,7 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* wo
   using T = Sum<S>;
   constexpr int64_t L = kLanes<T>;
   const Packing<T> pack(g, make_windows(g, Pass::grad_weight, 0, 0));
-  const Strips<T> strips(g, Pass::grad_weight, kTileH);
+  const TurnedStrips<T> strips(g, Pass::grad_weight, kTileH);
   const Memory<S> memory(strips, workspace);
   const int64_t out_plane = g.out[0] * g.out[1];
   const int64_t taps = g.kernel[0] * g.kernel[1], used = pack.channels * taps * L;
@@ -77,7 +77,7 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* wo
     for (int64_t i = 0; i < used; ++i) sums[i] = totals[i] = 0;
     for (int64_t n = 0; n < g.n; ++n)
       for (int64_t number = 0; number < strips.count; ++number) {
-        const Strip s = make_strip(g, Pass::grad_weight, strips, number);
+        const TurnedStrip s = make_strip(g, Pass::grad_weight, strips, number);
         gather_strip<Pass::grad_weight>(g, s, pack, o.b, n, v, v + 1, 0, memory.in);
         turn(o.a + (n * g.k + k) * out_plane + s.out * g.out[1], out_plane, s.g.out[0] * g.out[1], groups * pack.rows,
              L, memory.out);
@@ -99,7 +99,7 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* wo
 
 template <class T>
 int64_t weight_workspace(const Conv2dGeometry& g) {
-  return Memory<T>::size(Strips<T>(g, Pass::grad_weight, kTileH)) +
+  return Memory<T>::size(TurnedStrips<T>(g, Pass::grad_weight, kTileH)) +
          2 * g.c / g.groups * g.kernel[0] * g.kernel[1] * kLanes<T>;
 }
 
@@ -111,7 +111,7 @@ const char* refuses(const Conv2dGeometry& g, Pass pass) {
   if (pass == Pass::grad_weight && kTileRows < 8) return "a tile's gradients and its sums want more registers";
   if (g.groups < kLanes<T> / widest) return "it wants as many groups as its vectors hold";
   if (widest * g.kernel[0] * g.kernel[1] > kMostWeights) return "a filter's weights pass its buffer of 512";
-  const Strips<T> strips(g, pass, kTileH);
+  const TurnedStrips<T> strips(g, pass, kTileH);
   if (g.border != Border::zeros && strips.count > 1) return "the strips of its images have borders of zeros only";
   if (larger(strips.in, strips.out) > kMostNumbers)
     return "the rows under two rows of results pass its buffer of 2^18 numbers";
@@ -122,7 +122,7 @@ template <class S, Pass pass>
 Conv2dRun<S> correlation_run() {
   using T = Sum<S>;
   return {[](const Conv2dGeometry& g) {
-            return Packing<T>(g, make_windows(g, pass, 0, 0)).vectors * g.n * Strips<T>(g, pass, kTileH).count;
+            return Packing<T>(g, make_windows(g, pass, 0, 0)).vectors * g.n * TurnedStrips<T>(g, pass, kTileH).count;
           },
           [](const Conv2dGeometry& g) { return correlation_workspace<T>(g, pass); }, correlate<S, pass>};
 }

@@ -5,8 +5,8 @@
 // Asked what it has to collect, a pixel of gx would be a long sum over filters and taps, and with one or three channels
 // few of them fill a register tile. So the loops are turned round. A tile is the products, summed over k, of some
 // vectors of a row of gy and one column of taps, all its rows and channels: these go to different rows of gx, to which
-// they are added from the registers. gx is summed up in scratch memory, a row laid out by phases: columns 0, stride,
-// 2*stride, ... then 1, stride + 1, ... So consecutive outputs are added to consecutive numbers whatever the stride.
+// they are added from the registers. gx is summed up in scratch memory (phases.h), so that consecutive outputs are added
+// to consecutive numbers.
 //
 // gy is read once, a few vectors of all its channels at a time, which the first tile (or in channels_last a
 // transposition) leaves in the first-level cache for the others; what comes next is fetched from memory meanwhile.
@@ -15,6 +15,7 @@
 // so that its sum is the same in every band. Refuses few output channels, where adding costs more than the products,
 // and rows that fill no vector.
 #include "few_channels.h"
+#include "phases.h"
 #include "transpose.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
@@ -30,15 +31,11 @@ constexpr int kTileTaps = kTileRows == 8 ? 9 : kTileRows;
 
 /// Tasks are numbered (n, band).
 struct InputTasks {
-  int64_t stride, first, width;  // phases of a row, the first column of gy's that is added to, numbers of a phase
+  Phases phases;
   int64_t rows, bands;
-  int64_t row_numbers() const { return stride * width; }
 
-  explicit InputTasks(const Conv2dGeometry& g) {
-    stride = g.stride[1];
-    first = floor_div(-g.padding[1], stride);
-    width = g.out[1] + floor_div((g.kernel[1] - 1) * g.dilation[1] - g.padding[1], stride) - first;
-    rows = smaller(kMostSums / (g.c * row_numbers()), larger(kFewRows, ceil_div(g.in[0], kGoodBands)));
+  explicit InputTasks(const Conv2dGeometry& g) : phases(g) {
+    rows = smaller(kMostSums / (g.c * phases.row_numbers()), larger(kFewRows, ceil_div(g.in[0], kGoodBands)));
     rows = larger(1, smaller(g.in[0], rows));
     bands = ceil_div(g.in[0], rows);
   }
@@ -130,28 +127,11 @@ void pack_filters(const Conv2dGeometry& g, const S* weight, int64_t depth, Sum<S
 template <class S>
 void write_rows(const Conv2dGeometry& g, const InputTasks& tasks, const Sum<S>* sums, const S* bias, int64_t h0,
                 int64_t rows, S* image) {
-  using T = Sum<S>;
-  constexpr int64_t L = kLanes<T>;
   const bool planes = g.layout == Layout::contiguous;
-  const int64_t step = planes ? 1 : g.c, width = g.in[1];
-  for (int64_t c = 0; c < g.c; ++c) {
-    const T added = bias ? value(bias[c]) : T(0);
-    for (int64_t i = 0; i < rows; ++i, sums += tasks.row_numbers()) {
-      S* to = image + (planes ? (c * g.in[0] + h0 + i) * width : (h0 + i) * width * g.c + c);
-      if (step == 1 && tasks.stride == 1) {
-        for (int64_t j = 0; j < width; j += L) {
-          const int64_t lanes = smaller(L, width - j);
-          store_first(to + j, load_inside(sums, tasks.width, j - tasks.first, lanes) + broadcast(added), lanes);
-        }
-        continue;
-      }
-      for (int64_t phase = 0; phase < smaller(tasks.stride, width); ++phase) {
-        const T* places = sums + phase * tasks.width;
-        for (int64_t j = phase, place = -tasks.first; j < width; j += tasks.stride, ++place)
-          to[j * step] = rounded<S>((place < tasks.width ? places[place] : T(0)) + added);
-      }
-    }
-  }
+  for (int64_t c = 0; c < g.c; ++c)
+    for (int64_t i = 0; i < rows; ++i, sums += tasks.phases.row_numbers())
+      tasks.phases.write_row(sums, bias ? value(bias[c]) : Sum<S>(0), g.in[1], planes ? 1 : g.c,
+                             image + (planes ? (c * g.in[0] + h0 + i) * g.in[1] : (h0 + i) * g.in[1] * g.c + c));
 }
 
 template <class S>
@@ -168,10 +148,10 @@ void grad_input(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* wor
   for (int64_t task = begin; task < end; ++task) {
     const int64_t n = task / tasks.bands, h0 = task % tasks.bands * tasks.rows;
     const int64_t rows = smaller(tasks.rows, g.in[0] - h0);
-    for (int64_t i = 0; i < g.c * rows * tasks.row_numbers(); i += L) store(sums + i, Vec<T>{});
+    for (int64_t i = 0; i < g.c * rows * tasks.phases.row_numbers(); i += L) store(sums + i, Vec<T>{});
     int64_t line[kMostTaps];  // where row kh of taps adds to channel c, if the row of gy were the band's first of gx
     for (int64_t i = 0; i < lines; ++i)
-      line[i] = (i % g.c * rows + i / g.c * g.dilation[0] - g.padding[0] - h0) * tasks.row_numbers() - tasks.first;
+      line[i] = (i % g.c * rows + i / g.c * g.dilation[0] - g.padding[0] - h0) * tasks.phases.row_numbers();
 
     for (int64_t k0 = 0; k0 < g.k; k0 += kDepth) {
       const int64_t depth = smaller(kDepth, g.k - k0);
@@ -179,12 +159,11 @@ void grad_input(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* wor
       packed = k0;
       const S* gy = o.a + (planes ? (n * g.k + k0) * plane : n * plane * g.k + k0);
       for (int64_t oh = 0; oh < g.out[0]; ++oh) {
-        const int64_t top = h0 + g.padding[0] - oh * g.stride[0];
-        const int64_t kh0 = larger(0, -floor_div(-top, g.dilation[0]));
-        const int64_t kh1 = smaller(g.kernel[0], floor_div(top + rows - 1, g.dilation[0]) + 1);
+        const KernelRows kh(g, oh, h0, rows);
+        const int64_t kh0 = kh.first, kh1 = kh.last;
         if (kh0 >= kh1) continue;
         const int64_t size = ceil_div((kh1 - kh0) * g.c, ceil_div((kh1 - kh0) * g.c, kTileTaps));
-        T* to = sums + oh * g.stride[0] * tasks.row_numbers();
+        T* to = sums + oh * g.stride[0] * tasks.phases.row_numbers();
         for (int64_t ow0 = 0, ow1; ow0 < g.out[1]; ow0 = ow1) {
           ow1 = smaller(ow0 + piece, g.out[1]);
           const int64_t next = oh * g.out[1] + ow1, count = smaller(piece, plane - next), bytes = sizeof(S);
@@ -202,8 +181,7 @@ void grad_input(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* wor
             if (!planes) turn(from, g.k, depth, pixels, (v1 - v0) * L, columns);
             bool copied = !planes;
             for (int64_t kw = 0; kw < g.kernel[1]; ++kw) {
-              const int64_t left = kw * g.dilation[1] - g.padding[1], shift = floor_div(left, tasks.stride);
-              T* column = to + (left - shift * tasks.stride) * tasks.width + shift + ow;
+              T* column = to + tasks.phases.place(g, kw) + ow;
               for (int64_t m0 = kh0 * g.c; m0 < kh1 * g.c; m0 += size)
                 with_count<kMostColumnVectors>(v1 - v0, [&](auto v) {
                   with_count<kTileTaps>(smaller(size, kh1 * g.c - m0), [&](auto m) {
@@ -232,7 +210,7 @@ void grad_input(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* wor
 const char* few_channels_grad_input_refuses(const Conv2dGeometry& g) {
   if (g.k < kFewOutputs) return "with less than 4 output channels the adding costs more than the products";
   if (g.out[1] < kShortestRow) return "rows of less than 12 outputs fill no vector";
-  if (g.c * InputTasks(g).row_numbers() > kMostSums) return "a row of results passes its buffer of 2^16 numbers";
+  if (g.c * Phases(g).row_numbers() > kMostSums) return "a row of results passes its buffer of 2^16 numbers";
   return nullptr;
 }
 

@@ -112,9 +112,8 @@ struct Ahead {
   int64_t lines, pitch, length;
   /// Fetches part i of `parts` of them.
   void fetch(int64_t i, int64_t parts) const {
-    constexpr int64_t kLine = 64 / sizeof(S);
     for (int64_t line = lines * i / parts; line < lines * (i + 1) / parts; ++line)
-      for (int64_t j = 0; j < length; j += kLine) __builtin_prefetch(from + line * pitch + j, 0, 2);
+      CNNOPS_ISA::fetch(from + line * pitch, length);
   }
 };
 

@@ -8,17 +8,16 @@
 // padding is less than the kernel's reach, zeros are collected. Here channels and taps together are the rows of one
 // product (gemm.h), nothing outside gy is touched, and what is added afterwards is cheap where k is not small.
 //
-// gx is added up in scratch memory, where a row of it is laid out by phases: columns 0, stride, 2*stride, ... then 1,
-// stride + 1, ... So a row of P is added to consecutive numbers whatever the stride. Blocks of columns of P are whole
-// rows of gy (of a row too wide, pieces cut at the same places always), added from the first to the last, their taps in
-// one order: the same sum for every pixel, wherever its image lies in the batch.
+// gx is added up in scratch memory (phases.h), so that a row of P is added to consecutive numbers. Blocks of columns of P
+// are whole rows of gy (of a row too wide, pieces cut at the same places always), added from the first to the last,
+// their taps in one order: the same sum for every pixel, wherever its image lies in the batch.
 //
 // A task is a band of rows of gx, for a few channels, of one image, or of several that are small. Each row of gy meets
 // a band through some rows of the kernel; P is made of these alone. Refuses what it is not good for: forward,
 // grad_weight, 1x1 kernels, kernels of more than 128 taps, few output channels, and layers of more than four input
 // channels if there is little border beyond gy, or in channels_last, where `direct` leaves out the border as well.
-#include "correlate.h"
 #include "gemm.h"
+#include "phases.h"
 #include "transpose.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
@@ -31,19 +30,15 @@ constexpr int64_t kFewInputs = 4, kFewOutputs = 4;
 
 /// Tasks are numbered (group, block of channels, block of images, band).
 struct Folds {
+  Phases phases;
   int64_t channels, blocks, images, image_blocks, rows, bands, tasks;
-  int64_t stride, first, width;  // phases of a row, the first column of gy's that is added to, numbers of a phase
-  int64_t row_numbers() const { return stride * width; }
 
-  explicit Folds(const Conv2dGeometry& g) {
+  explicit Folds(const Conv2dGeometry& g) : phases(g) {
     const int64_t c_group = g.c / g.groups, taps = g.kernel[0] * g.kernel[1];
     blocks = larger(1, ceil_div(c_group, larger(1, kBlockRows / taps)));
     channels = larger(1, ceil_div(c_group, blocks));
     blocks = ceil_div(c_group, channels);
-    stride = g.stride[1];
-    first = floor_div(-g.padding[1], stride);
-    width = g.out[1] + floor_div((g.kernel[1] - 1) * g.dilation[1] - g.padding[1], stride) - first;
-    const int64_t fitting = larger(1, kFoldNumbers / (channels * row_numbers()));
+    const int64_t fitting = larger(1, kFoldNumbers / (channels * phases.row_numbers()));
     rows = smaller(smaller(g.in[0], fitting), larger(kFewRows, ceil_div(g.in[0], kBands)));
     bands = ceil_div(g.in[0], rows);
     const int64_t small = kBlockColumns / (g.out[0] * g.out[1]);
@@ -72,17 +67,15 @@ int64_t list_numbers(const Conv2dGeometry& g, const Folds& f, const Meeting& mee
   const bool planes = g.layout == Layout::contiguous;
   const int64_t c_group = g.c / g.groups, kernel_h = g.kernel[0], kernel_w = g.kernel[1];
   const int64_t count = channels * (meet.kh1 - meet.kh0) * kernel_w;
-  for (int64_t kw = 0, i = 0; kw < kernel_w; ++kw) {
-    const int64_t left = kw * g.dilation[1] - g.padding[1], shift = floor_div(left, f.stride);
+  for (int64_t kw = 0, i = 0; kw < kernel_w; ++kw)
     for (int64_t kh = meet.kh0; kh < meet.kh1; ++kh)
       for (int64_t c = 0; c < channels; ++c, ++i) {
         const int64_t m = planes ? (c * (meet.kh1 - meet.kh0) + kh - meet.kh0) * kernel_w + kw
                                  : ((kh - meet.kh0) * kernel_w + kw) * channels + c;
         list[m] = {planes ? ((c0 + c) * kernel_h + kh) * kernel_w + kw : (kh * kernel_w + kw) * c_group + c0 + c,
-                   (c * rows + kh * g.dilation[0]) * f.row_numbers() + (left - shift * f.stride) * f.width + shift};
+                   (c * rows + kh * g.dilation[0]) * f.phases.row_numbers() + f.phases.place(g, kw)};
         order[i] = m;
       }
-  }
   return count;
 }
 
@@ -167,7 +160,7 @@ void fold(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace
     const int64_t group = task / f.bands / f.image_blocks / f.blocks;
     const int64_t c0 = block * f.channels, channels = smaller(f.channels, c_group - c0);
     const int64_t h0 = band * f.rows, rows = smaller(f.rows, g.in[0] - h0);
-    const int64_t numbers = images * channels * rows * f.row_numbers();
+    const int64_t numbers = images * channels * rows * f.phases.row_numbers();
     for (int64_t i = 0; i < numbers; i += L) store(sums + i, Vec<T>{});
 
     const auto add_meeting = [&](const Meeting& meet) {
@@ -192,7 +185,7 @@ void fold(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace
           const int64_t p = p0 + j, ow = p % g.out[1], oh = meet.oh0 + p % pixels / g.out[1];
           run = smaller(g.out[1] - ow, columns - j);
           const int64_t row = p / pixels * channels * rows + oh * g.stride[0] - g.padding[0] - h0;
-          T* to = sums + row * f.row_numbers() + ow - f.first;
+          T* to = sums + row * f.phases.row_numbers() + ow;
           for (int64_t i = 0; i < count; ++i)
             add_row(product + order[i] * kBlockColumns + j, run, to + list[order[i]].to);
         }
@@ -202,39 +195,25 @@ void fold(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* workspace
     // Neighbouring rows of gy that meet the band through the same rows of the kernel go together.
     Meeting meet{n0, images, 0, 0, 0, 0};
     for (int64_t oh = 0; oh < g.out[0]; ++oh) {
-      const int64_t top = h0 + g.padding[0] - oh * g.stride[0];
-      const int64_t kh0 = larger(0, -floor_div(-top, g.dilation[0]));
-      const int64_t kh1 = smaller(g.kernel[0], floor_div(top + rows - 1, g.dilation[0]) + 1);
-      if (kh0 != meet.kh0 || kh1 != meet.kh1) {
+      const KernelRows kh(g, oh, h0, rows);
+      if (kh.first != meet.kh0 || kh.last != meet.kh1) {
         if (meet.kh0 < meet.kh1 && meet.oh0 < meet.oh1) add_meeting(meet);
-        meet = {n0, images, oh, oh, kh0, kh1};
+        meet = {n0, images, oh, oh, kh.first, kh.last};
       }
       meet.oh1 = oh + 1;
     }
     if (meet.kh0 < meet.kh1 && meet.oh0 < meet.oh1) add_meeting(meet);
 
     const bool planes = g.layout == Layout::contiguous;
-    const int64_t step = planes ? 1 : g.c;
     for (int64_t n = 0; n < images; ++n)
       for (int64_t c = 0; c < channels; ++c) {
         const int64_t channel = group * c_group + c0 + c;
         const T bias = o.bias ? value(o.bias[channel]) : T(0);
         for (int64_t i = 0; i < rows; ++i) {
-          const T* from = sums + ((n * channels + c) * rows + i) * f.row_numbers();
+          const T* from = sums + ((n * channels + c) * rows + i) * f.phases.row_numbers();
           S* to = o.out + (planes ? (((n0 + n) * g.c + channel) * g.in[0] + h0 + i) * g.in[1]
                                   : (((n0 + n) * g.in[0] + h0 + i) * g.in[1]) * g.c + channel);
-          if (step == 1 && f.stride == 1) {
-            for (int64_t j = 0; j < g.in[1]; j += L) {
-              const int64_t lanes = smaller(L, g.in[1] - j);
-              store_first(to + j, load_inside(from, f.width, j - f.first, lanes) + broadcast(bias), lanes);
-            }
-            continue;
-          }
-          for (int64_t phase = 0; phase < smaller(f.stride, g.in[1]); ++phase) {
-            const T* places = from + phase * f.width;
-            for (int64_t j = phase, place = -f.first; j < g.in[1]; j += f.stride, ++place)
-              to[j * step] = rounded<S>((place < f.width ? places[place] : T(0)) + bias);
-          }
+          f.phases.write_row(from, bias, g.in[1], planes ? 1 : g.c, to);
         }
       }
   }
@@ -254,7 +233,7 @@ const char* refuses(const Conv2dGeometry& g, Pass pass) {
   if (g.c / g.groups > kFewInputs && folded > 0.7 * collected)
     return "more than 4 input channels fill vectors, and there is little border for the others to collect zeros from";
   const Folds f(g);
-  if (f.channels * f.row_numbers() > kFoldNumbers) return "a row of results passes its buffer of 2^15 numbers";
+  if (f.channels * f.phases.row_numbers() > kFoldNumbers) return "a row of results passes its buffer of 2^15 numbers";
   return nullptr;
 }
 

@@ -18,7 +18,8 @@
 //
 // A task is a block of columns, or if these are few, some output channels of it. Sums are made in chunks of 128 steps,
 // each from a fresh zero, that are added in order. The gradient of the weight is in conv2d_planar_weight.cpp.
-#include "fetch.h"
+#include "cache.h"
+#include "panels.h"
 #include "planar_columns.h"
 #include "transpose.h"
 
@@ -264,14 +265,8 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* work
       }
     };
     const auto columns_of_tiles = [&](const ColumnPanel* first_panel, const ColumnPanel* last_panel, auto vectors) {
-      constexpr int M = kHeight<vectors>;
-      for (int64_t m = 0; m < rows; m += M) {
-        if (rows - m > M / 2) {
-          tiles(first_panel, last_panel, vectors, m, std::integral_constant<int, M>());
-        } else {
-          tiles(first_panel, last_panel, vectors, m, std::integral_constant<int, M / 2>());
-        }
-      }
+      for_tiles<kHeight<vectors>>(0, rows,
+                                  [&](int64_t m, auto height) { tiles(first_panel, last_panel, vectors, m, height); });
     };
     const ColumnPanel* const last = columns.panels + columns.count - 1;  // which may be narrower
     columns_of_tiles(columns.panels, last, std::integral_constant<int, kTileVectors>());

@@ -65,7 +65,8 @@ void put_side_by_side(const Planes<T>& columns, const Stretch* stretches, int64_
 template <class T, int V>
 void sum_block(const Planes<T>& rows, const Planes<T>& columns, int64_t height, int64_t width, const Block& block,
                T* packed, T* sums) {
-  constexpr int64_t M = kRows<V>, L = kLanes<T>, kPanel = V * L;
+  constexpr int M = kRows<V>;
+  constexpr int64_t L = kLanes<T>, kPanel = V * L;
   const int64_t pitch = round_up(block.columns, kPanel);
   if (block.first == block.last) {
     for (int64_t i = 0; i < block.rows * pitch; i += L) store(sums + i, Vec<T>{});
@@ -85,7 +86,7 @@ void sum_block(const Planes<T>& rows, const Planes<T>& columns, int64_t height, 
     for (int64_t j = 0; j < block.columns; j += kPanel) {
       const T* b[kBlockPixels];
       for (int64_t i = 0; i < count; ++i) b[i] = packed + j * pixels + stretches[i].first * kPanel;
-      const auto tile = [&](int64_t r, auto tall) {
+      for_tiles<M>(0, block.rows, [&](int64_t r, auto tall) {
         const T* a[kBlockPixels * tall];
         T* to[tall];
         for (int64_t i = 0; i < count; ++i) {
@@ -99,16 +100,7 @@ void sum_block(const Planes<T>& rows, const Planes<T>& columns, int64_t height, 
         }
         multiply_tile<T, V, tall>(count, lengths, a, rows.step, b, to, p0 == block.first ? nullptr : to, kPanel, false,
                                   j == 0 ? ahead : nullptr);
-      };
-      for (int64_t r = 0; r < block.rows;) {
-        if (block.rows - r > M / 2) {
-          tile(r, std::integral_constant<int, int(M)>());
-          r += M;
-        } else {
-          tile(r, std::integral_constant<int, int(M) / 2>());
-          r += M / 2;
-        }
-      }
+      });
     }
   }
 }

@@ -15,16 +15,6 @@
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
 
-/// Distances in memory between neighbours along the axes of a tensor; a weight's n and c are its k and c.
-struct Strides {
-  int64_t n, c, h, w;
-  Strides(Layout layout, int64_t channels, const int64_t* size) : n(channels * size[0] * size[1]) {
-    w = layout == Layout::channels_last ? channels : 1;
-    h = size[1] * w;
-    c = layout == Layout::channels_last ? 1 : size[0] * size[1];
-  }
-};
-
 /// Forward and grad_input are one loop nest: `rows` are the channels written, `channels` those summed over.
 template <class S, Pass pass>
 void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& t, Sum<S>*, int64_t begin, int64_t end) {

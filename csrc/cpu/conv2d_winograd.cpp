@@ -52,7 +52,7 @@ struct Tasks {
 
   explicit Tasks(const Layer& t) {
     constexpr int64_t L = kLanes<T>;
-    const ChannelPanels<T> all(t.rows);
+    const Panels<T> all(t.rows);
     const int64_t all_panels = all.count;
     points = t.points;
     vectors = all.vectors;
@@ -88,17 +88,17 @@ void transform_outputs(const Layer& t, const Tasks<Sum<S>>& tasks, const Sum<S>*
   const int64_t point = tasks.sum_point();
   using Rows = Numbers<Form::rows, Form::height>;
   using Columns = Numbers<Form::columns, Form::width>;
-  for_runs<T>(t, tile0, count, channels, [&](const Run& run, int64_t c, int64_t lanes) {
+  for_runs<T>(t, tile0, count, channels, [&](const TileRun& run, int64_t c, int64_t lanes) {
     const Vec<T> plus = bias ? load_first(bias + c, lanes) : Vec<T>{};
     const int64_t height = smaller(Form::height, t.left(run.h, 0));
-    S* image = out + run.n * t.out.image + c * t.out.channel;
+    S* image = out + run.n * t.out.n + c * t.out.c;
     const T* from = sums + c / tasks.width * Form::points * point + run.first * tasks.width + c % tasks.width;
     const auto get = [&](int i, int j) { return load(from + (i * Form::columns + j) * point); };
     if (t.layout == Layout::channels_last) {
       for (int64_t tile = 0; tile < run.count; ++tile, from += tasks.width) {
         const int64_t w = run.w + tile * Form::width * t.apart[1], width = smaller(Form::width, t.left(w, 1));
-        S* to = image + run.h * t.out.row + w * t.out.pixel;
-        const int64_t row = t.apart[0] * t.out.row, pixel = t.apart[1] * t.out.pixel;
+        S* to = image + run.h * t.out.h + w * t.out.w;
+        const int64_t row = t.apart[0] * t.out.h, pixel = t.apart[1] * t.out.w;
         transform<Rows, Columns, T>(get, [&](int i, int j, Vec<T> y) {
           if (i < height && j < width) store_first(to + i * row + j * pixel, y + plus, lanes);
         });
@@ -109,8 +109,7 @@ void transform_outputs(const Layer& t, const Tasks<Sum<S>>& tasks, const Sum<S>*
     for (int64_t lane = 0; lane < lanes; ++lane)
       for (int64_t i = 0; i < height; ++i)
         for (int64_t j = 0; j < columns; j += kLine)
-          __builtin_prefetch(
-              image + lane * t.out.channel + (run.h + i * t.apart[0]) * t.out.row + run.w + j * t.apart[1], 1);
+          __builtin_prefetch(image + lane * t.out.c + (run.h + i * t.apart[0]) * t.out.h + run.w + j * t.apart[1], 1);
     for (int64_t w = 0; w < columns; w += Form::width, from += tasks.width)
       transform<Rows, Columns, T>(get, [&](int i, int j, Vec<T> y) {
         if (w + j < columns) store(scratch + (i * columns + w + j) * L, y + plus);
@@ -135,7 +134,7 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* work
     const int64_t group = task / tasks.tile_blocks / tasks.blocks, rows = smaller(tasks.rows(), t.rows - row0);
     for (int64_t c0 = 0; c0 < t.channels; c0 += tasks.depth) {
       const int64_t depth = smaller(tasks.depth, t.channels - c0);
-      const S* in = o.a + (group * t.channels + c0) * t.in.channel;
+      const S* in = o.a + (group * t.channels + c0) * t.in.c;
       transform_tiles<InputPoints<Form::rows>, InputPoints<Form::columns>>(
           t, in, tile0, count, depth, tasks.input_point(), tasks.depth, scratch, v);
       const S* weight = o.b + group * t.weight_group + row0 * t.weight_row + c0 * t.weight_channel;
@@ -150,7 +149,7 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* work
     if (tasks.kept) kept = task / tasks.tile_blocks;
     const int64_t channel = group * t.rows + row0;
     transform_outputs<Form>(t, tasks, sums, o.bias ? o.bias + channel : nullptr, tile0, count, rows, scratch,
-                            o.out + channel * t.out.channel);
+                            o.out + channel * t.out.c);
   }
 }
 

@@ -46,7 +46,7 @@ struct Tasks {
 
   explicit Tasks(const Layer& t) {
     constexpr int64_t L = kLanes<T>;
-    const ChannelPanels<T> all(t.channels);
+    const Panels<T> all(t.channels);
     points = t.points;
     vectors = all.vectors;
     width = all.width;
@@ -133,7 +133,7 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* wo
         to += Form::points * tasks.sum_point();
       }
     };
-    const S* gy = o.a + (group * x.rows + k0) * y.in.channel;
+    const S* gy = o.a + (group * x.rows + k0) * y.in.c;
     const int64_t first = tasks.tile_blocks * part / tasks.parts * kBlockTiles;
     const int64_t end_tile = smaller(tasks.tile_blocks * (part + 1) / tasks.parts * kBlockTiles, x.all_tiles);
     for (int64_t tile = first; tile < end_tile; tile += kBlockTiles) {
@@ -141,7 +141,7 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* wo
       transform_tiles<Points<Form::rows, Form::height>, Points<Form::columns, Form::width>>(
           y, gy, tile, count, rows, tasks.gradient_point(), tasks.stride, scratch, u);
       for_panels([&](int64_t c, int64_t channels, T* to) {
-        const S* in = o.b + (group * x.channels + c) * x.in.channel;
+        const S* in = o.b + (group * x.channels + c) * x.in.c;
         transform_tiles<InputPoints<Form::rows>, InputPoints<Form::columns>>(
             x, in, tile, count, channels, tasks.input_point(), tasks.width, scratch, v);
         multiply(tasks, rows, count, u, v, to, tile > first);

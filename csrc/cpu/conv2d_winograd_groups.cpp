@@ -52,7 +52,7 @@ struct Tasks {
   Pick pick;
   bool in_place, by_block;
   int64_t block, blocks;  // units of a block
-  Strips<T> strips;
+  TurnedStrips<T> strips;
   int64_t images, image_groups;  // of a task; of all
   int64_t total;
   int64_t together;                        // tiles
@@ -266,7 +266,7 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspace
   constexpr bool forward = pass == Pass::forward;
   const Tasks<T> tasks(g, pass);
   const Units<T>& units = tasks.units;
-  const Strips<T>& strips = tasks.strips;
+  const TurnedStrips<T>& strips = tasks.strips;
   T *const in = workspace, *const out = in + tasks.in(), *const bias = out + tasks.out(),
            *const points = bias + tasks.bias(), *const sums = points + kProducts * tasks.point,
            *const filters = sums + kProducts * tasks.sum_point, *const made = filters + tasks.filters();
@@ -295,7 +295,7 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspace
       bias[lane] = o.bias && lane / L * units.out + lane % L + k < produced && lane % L < units.out
                        ? o.bias[k + lane / L * units.out + lane % L]
                        : T(0);
-    const Strip s = make_strip(g, pass, strips, strip % strips.count);
+    const TurnedStrip s = make_strip(g, pass, strips, strip % strips.count);
     const Windows t = turned_windows<T>(s.g, pass, 0);
     const int64_t in_row = in_size[1], out_row = out_size[1];
     const int64_t in_rows = (forward ? s.g.in : s.g.out)[0], out_rows = (forward ? s.g.out : s.g.in)[0];
@@ -342,7 +342,7 @@ const char* refuses(const Conv2dGeometry& g, Pass pass) {
     return "in channels_last, groups of half so long a vector are computed as fast without transforms";
   const Tasks<Sum<S>> tasks(g, pass);
   if (!tasks.units.fit()) return "its groups wider than a vector are whole vectors";
-  const Strips<Sum<S>>& strips = tasks.strips;
+  const TurnedStrips<Sum<S>>& strips = tasks.strips;
   if (g.border != Border::zeros && strips.count > 1) return "the strips of its images have borders of zeros only";
   if (larger(strips.in, strips.out) > kMostNumbers)
     return "the rows under four rows of results pass its buffer of 2^18 numbers";

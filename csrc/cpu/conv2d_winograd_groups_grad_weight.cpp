@@ -44,7 +44,7 @@ int64_t pair_sums(const Units<T>& all) {
 template <class T>
 struct Tasks {
   int64_t units, total;
-  Strips<T> strips;
+  TurnedStrips<T> strips;
   Tasks(const Conv2dGeometry& g, const Units<T>& all)
       : units(g.layout == Layout::contiguous
                   ? 1
@@ -115,7 +115,7 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspa
   constexpr int64_t L = kLanes<T>, kPoints = TaskMemory<T>::points;
   const Units<T> all(g, Pass::grad_weight);
   const Tasks<T> tasks(g, all);
-  const Strips<T>& strips = tasks.strips;
+  const TurnedStrips<T>& strips = tasks.strips;
   const TaskMemory<T> memory(all, tasks, workspace);
   const int64_t pairs = all.in_vectors * all.out_vectors;
   for (int64_t task = begin; task < end; ++task) {
@@ -132,7 +132,7 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<T>& o, T* workspa
     int64_t waiting = 0;  // tiles that are transformed, but not summed
     for (int64_t n = 0; n < g.n; ++n)
       for (int64_t number = 0; number < strips.count; ++number) {
-        const Strip s = make_strip(g, Pass::grad_weight, strips, number);
+        const TurnedStrip s = make_strip(g, Pass::grad_weight, strips, number);
         const Windows t = turned_windows<T>(s.g, Pass::grad_weight, 0);
         gather_pixels(g.layout, g.in, g.c, all.in, o.b, n, s.in * g.in[1], s.g.in[0] * g.in[1], a0, u1 * all.in_vectors,
                       strips.in, memory.in);

@@ -42,8 +42,8 @@ struct Tasks {
 
   explicit Tasks(const Layer& t, int64_t n) {
     constexpr int64_t L = kLanes<T>;
-    kept = ChannelPanels<T>(t.rows).count == 1 && t.channels <= kKeptChannels;
-    const ChannelPanels<T> all(t.rows, kept ? kMostVectors : 2);
+    kept = Panels<T>(t.rows).count == 1 && t.channels <= kKeptChannels;
+    const Panels<T> all(t.rows, kept ? kMostVectors : 2);
     points = t.points;
     vectors = all.vectors;
     width = all.width;
@@ -129,7 +129,7 @@ void add_tiles(const Layer& t, const Tasks<Sum<S>>& tasks, const Band& band, con
       const bool begins = r % t.tiles[0] == 0 || r == band.first, ends = r % t.tiles[0] == t.tiles[0] - 1;
       const int64_t left = smaller(t.out_size[1], tasks.columns - padding[1]);
       const int64_t from_row = larger(0, band.top - h), to_row = smaller(ends ? Form::rows : height, band.bottom - h);
-      S* image = out + r / t.tiles[0] * t.out.image + c * t.out.channel;
+      S* image = out + r / t.tiles[0] * t.out.n + c * t.out.c;
       for (int64_t w = 0; w < tasks.columns; ++w) {
         Vec<T> m[Form::rows], x[Form::rows];
         for (int q = 0; q < Form::rows; ++q) m[q] = load(lines + q * line + w * L);
@@ -141,9 +141,9 @@ void add_tiles(const Layer& t, const Tasks<Sum<S>>& tasks, const Band& band, con
           for (int q = 0; q < Form::rows && w >= padding[1] && w - padding[1] < left; ++q)
             store(done + (q * left + w - padding[1]) * L, x[q] + plus);
         } else if (w >= padding[1] && w - padding[1] < left) {
-          S* to = image + h * t.out.row + (w - padding[1]) * t.out.pixel;
+          S* to = image + h * t.out.h + (w - padding[1]) * t.out.w;
           for (int q = 0; q < Form::rows; ++q)
-            if (q >= from_row && q < to_row) store_first(to + q * t.out.row, x[q] + plus, lanes);
+            if (q >= from_row && q < to_row) store_first(to + q * t.out.h, x[q] + plus, lanes);
         }
       }
       if (t.layout == Layout::contiguous && from_row < to_row)
@@ -174,7 +174,7 @@ void grad_input(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* wor
       for (int64_t k0 = 0; k0 < t.channels; k0 += tasks.depth) {
         const int64_t depth = smaller(tasks.depth, t.channels - k0);
         transform_tiles<Points<Form::rows, Form::height, false>, Points<Form::columns, Form::width, false>>(
-            t, o.a + (group * t.channels + k0) * t.in.channel, r * t.tiles[1], tiles, depth, tasks.gradient_point(),
+            t, o.a + (group * t.channels + k0) * t.in.c, r * t.tiles[1], tiles, depth, tasks.gradient_point(),
             tasks.depth, scratch, z);
         const S* weight = o.b + group * t.weight_group + row0 * t.weight_row + k0 * t.weight_channel;
         Factors<T> factors{z, u, sums, tasks.gradient_point(), tasks.filter_point(), tasks.sum_point(), tasks.depth};
@@ -187,7 +187,7 @@ void grad_input(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* wor
       }
       if (tasks.kept) kept = block;
       add_tiles<Form>(t, tasks, band, g.padding, sums, o.bias ? o.bias + channel : nullptr, r, tile_rows, rows, open,
-                      lines, o.out + channel * t.out.channel);
+                      lines, o.out + channel * t.out.c);
     }
   }
 }

@@ -2,6 +2,7 @@
 // vectors, held in registers while the pixels that matter are looked at one by one.
 #pragma once
 
+#include "cache.h"
 #include "pool2d.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {

@@ -3,6 +3,7 @@
 // whole: it computes a few outputs once more, which is cheaper than writing part of a vector.
 #pragma once
 
+#include "cache.h"
 #include "pool2d.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {

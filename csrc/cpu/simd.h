@@ -32,8 +32,6 @@ constexpr int kVectorBytes = 16;
 constexpr int kTileRows = 4;
 #endif
 
-constexpr int kLineVectors = 64 / kVectorBytes;  // of a line of the cache
-
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -279,32 +277,6 @@ static inline Vec<Sum<S>> load_between(const S* p, int64_t begin, int64_t end, S
   if (end - begin == kLanes<T>) return load(p);
   return lanes_between<T>(begin, end) ? load_lanes(p, begin, end) : broadcast(rest);
 #endif
-}
-
-/// Writes past the cache, to an address that is a multiple of kVectorBytes: for what is not read again soon. A line
-/// should be written in one go: half a line leaves several times as slowly. Whoever calls it calls stores_done() last.
-template <class T>
-static inline void store_past_cache(T* p, Vec<T> v) {
-#if defined(__AVX512F__)
-  _mm512_stream_si512((__m512i*)p, (__m512i)v);
-#elif defined(__AVX2__)
-  _mm256_stream_si256((__m256i*)p, (__m256i)v);
-#else
-  store(p, v);
-#endif
-}
-
-static inline void stores_done() {
-#if defined(__AVX2__)
-  _mm_sfence();
-#endif
-}
-
-/// Whether so many numbers, from p on, are better written past the cache.
-template <class S>
-static inline bool past_cache(const S* p, int64_t count) {
-  return std::is_same_v<S, Sum<S>> && count * sizeof(S) > (16 << 20) &&
-         reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0;
 }
 
 template <class S>

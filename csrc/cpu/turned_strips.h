@@ -11,12 +11,12 @@ constexpr int64_t kGoodNumbers = 1 << 14, kMostNumbers = 1 << 18;  // of a strip
 
 /// How an image is cut into strips: of rows of its outputs y, or in grad_input of gx.
 template <class T>
-struct Strips {
+struct TurnedStrips {
   int64_t height, rows, count;
   int64_t in, out;  // numbers of a strip's inputs (y's or x's rows that are read), and of its outputs
 
   /// `together` rows of outputs of one class are never parted.
-  Strips(const Conv2dGeometry& g, Pass pass, int64_t together, int64_t good = kGoodNumbers) {
+  TurnedStrips(const Conv2dGeometry& g, Pass pass, int64_t together, int64_t good = kGoodNumbers) {
     constexpr int64_t L = kLanes<T>;
     const bool forward = pass != Pass::grad_input;
     const int64_t reach = (g.kernel[0] - 1) * g.dilation[0], stride = g.stride[0];
@@ -36,14 +36,15 @@ struct Strips {
 };
 
 /// A strip as an image of its own: rows [in, in + size of `a`) of what is read, rows [out, ...) of the result.
-struct Strip {
+struct TurnedStrip {
   Conv2dGeometry g;
   int64_t in, out;
 };
 
 template <class T>
-static inline Strip make_strip(const Conv2dGeometry& g, Pass pass, const Strips<T>& strips, int64_t number) {
-  Strip s{g, 0, number * strips.rows};
+static inline TurnedStrip make_strip(const Conv2dGeometry& g, Pass pass, const TurnedStrips<T>& strips,
+                                     int64_t number) {
+  TurnedStrip s{g, 0, number * strips.rows};
   const int64_t reach = (g.kernel[0] - 1) * g.dilation[0], stride = g.stride[0], padding = g.padding[0];
   const int64_t rows = smaller(strips.rows, strips.height - s.out);
   s.g.n = 1;
@@ -83,13 +84,13 @@ struct Memory {
   S *in, *out, *bias;
   Sum<S>* rest;
 
-  Memory(const Strips<Sum<S>>& strips, Sum<S>* memory, int64_t vectors = 1) : zeros(make_zeros<S>(memory)) {
+  Memory(const TurnedStrips<Sum<S>>& strips, Sum<S>* memory, int64_t vectors = 1) : zeros(make_zeros<S>(memory)) {
     in = reinterpret_cast<S*>(memory + kZeros<Sum<S>>);
     out = in + vectors * strips.in;
     bias = out + vectors * strips.out;  // and after it a place for outputs that do not exist
     rest = memory + size(strips, vectors);
   }
-  static int64_t size(const Strips<Sum<S>>& strips, int64_t vectors = 1) {
+  static int64_t size(const TurnedStrips<Sum<S>>& strips, int64_t vectors = 1) {
     return kZeros<Sum<S>> + vectors * (strips.in + strips.out) + 2 * kLanes<Sum<S>>;
   }
 };
@@ -115,7 +116,7 @@ void gather_pixels(Layout layout, const int64_t* size, int64_t channels, int64_t
 
 /// The inputs of a strip of image n, of the vectors [v0, v1) of groups.
 template <Pass pass, class S>
-void gather_strip(const Conv2dGeometry& g, const Strip& s, const Packing<Sum<S>>& pack, const S* from, int64_t n,
+void gather_strip(const Conv2dGeometry& g, const TurnedStrip& s, const Packing<Sum<S>>& pack, const S* from, int64_t n,
                   int64_t v0, int64_t v1, int64_t next, S* to) {
   const int64_t* size = pass == Pass::grad_input ? g.out : g.in;
   const int64_t rows = (pass == Pass::grad_input ? s.g.out : s.g.in)[0];
@@ -144,7 +145,7 @@ void scatter_pixels(Layout layout, const int64_t* size, int64_t channels, int64_
 
 /// The outputs of a strip of image n.
 template <Pass pass, class S>
-void scatter_strip(const Conv2dGeometry& g, const Strip& s, const Packing<Sum<S>>& pack, const S* from, int64_t n,
+void scatter_strip(const Conv2dGeometry& g, const TurnedStrip& s, const Packing<Sum<S>>& pack, const S* from, int64_t n,
                    int64_t v0, int64_t v1, int64_t next, S* to) {
   const int64_t* size = pass == Pass::grad_input ? g.in : g.out;
   const int64_t rows = (pass == Pass::grad_input ? s.g.in : s.g.out)[0];

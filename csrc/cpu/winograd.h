@@ -21,17 +21,6 @@ constexpr int64_t kLine = 16;  // numbers between two points: or they would shar
 
 // ---- from tensors to vectors of channels, and back ----
 
-/// Where a tensor's numbers lie.
-struct Strides {
-  int64_t image, channel, row, pixel;
-};
-
-static inline Strides strides(Layout layout, int64_t channels, const int64_t* size) {
-  const int64_t plane = size[0] * size[1];
-  return layout == Layout::contiguous ? Strides{channels * plane, plane, size[1], 1}
-                                      : Strides{channels * plane, 1, size[1] * channels, channels};
-}
-
 /// The forward convolution or the gradient of its input, which is one with mirrored taps: output (h, w) sees inputs
 /// (h + offset, w + offset) to (h + offset + taps - 1, w + offset + taps - 1). In the transposed form a tile of inputs
 /// goes to a patch of outputs, that which the forward convolution's tile sees.
@@ -46,7 +35,7 @@ struct Layer {
   int64_t offset[2], seen[2];   // inputs from `seen` on are seen by nobody
   int64_t phases[2], tiles[2];  // of an image; of a phase
   int64_t all_tiles, points;
-  Strides in, out;
+  Strides<> in, out;
   int64_t weight_group, weight_row, weight_channel, weight_tap;
 
   Layer(const Conv2dGeometry& g, Pass pass) {
@@ -75,8 +64,8 @@ struct Layer {
       tiles[dim] = form.count[dim];
     }
     all_tiles = g.n * rows_of_tiles() * phases[1] * tiles[1];
-    in = strides(layout, channels * groups, in_size);
-    out = strides(layout, rows * groups, out_size);
+    in = {layout, channels * groups, in_size};
+    out = {layout, rows * groups, out_size};
     weight_group = k_group * filter;
     weight_row = forward ? k_step : c_step;
     weight_channel = forward ? c_step : k_step;
@@ -97,7 +86,7 @@ struct Layer {
 
 /// Neighbours in a row of tiles: as many as are transformed at a time. (h, w) is the first one's first output, `first`
 /// its number within the task.
-struct Run {
+struct TileRun {
   int64_t n, h, w, phase, count, first;  // the columns' phase
 };
 
@@ -110,12 +99,12 @@ static inline void for_runs(const Layer& t, int64_t begin, int64_t count, int64_
       const int64_t tile = begin + first, w = tile % t.tiles[1], phase = tile / t.tiles[1];
       const int64_t row = phase / t.phases[1], h = row % t.rows_of_tiles();
       const int64_t length = smaller(smaller(t.tiles[1] - w, count - first), t.most_tiles());
-      const Run run{row / t.rows_of_tiles(),
-                    h / t.phases[0] * t.tile[0] * t.apart[0] + h % t.phases[0],
-                    w * t.tile[1] * t.apart[1] + phase % t.phases[1],
-                    phase % t.phases[1],
-                    length,
-                    first};
+      const TileRun run{row / t.rows_of_tiles(),
+                        h / t.phases[0] * t.tile[0] * t.apart[0] + h % t.phases[0],
+                        w * t.tile[1] * t.apart[1] + phase % t.phases[1],
+                        phase % t.phases[1],
+                        length,
+                        first};
       for (int64_t c = c0; c < c1; c += kLanes<T>) f(run, c, smaller(kLanes<T>, c1 - c));
       first += length;
     }
@@ -137,15 +126,15 @@ static inline void copy_patch(const Layer& t, const S* image, int64_t h, int64_t
       for (int64_t j = 0; j < columns; ++j) store(to + j * L, Vec<T>{});
       continue;
     }
-    const S* from = image + row * t.in.row;
+    const S* from = image + row * t.in.h;
     const int64_t width = smaller(t.in_size[1], larger(t.seen[1], 0));
     for (int64_t next = 0; next < columns; next += L) {
       const int64_t j = columns >= L ? smaller(next, columns - L) : next, count = smaller(L, columns - j);
       Vec<T> square[L]{};
       for (int64_t lane = 0; lane < lanes; ++lane) {
-        const S* plane = from + lane * t.in.channel;
+        const S* plane = from + lane * t.in.c;
         square[lane] = load_inside(plane, width, w + j, count);
-        __builtin_prefetch(plane + t.tile[0] * t.apart[0] * t.in.row + w + j);  // of the tiles below
+        __builtin_prefetch(plane + t.tile[0] * t.apart[0] * t.in.h + w + j);  // of the tiles below
       }
       transpose<T>(square);
       for (int64_t lane = 0; lane < count; ++lane) store(to + (j + lane) * L, square[lane]);
@@ -154,7 +143,7 @@ static inline void copy_patch(const Layer& t, const S* image, int64_t h, int64_t
     for (int64_t j = 0; j < columns; ++j) {
       const int64_t column = t.pixel(w + j, 1);
       if (column < 0 || column == w + j) continue;
-      for (int64_t lane = 0; lane < lanes; ++lane) to[j * L + lane] = value(from[lane * t.in.channel + column]);
+      for (int64_t lane = 0; lane < lanes; ++lane) to[j * L + lane] = value(from[lane * t.in.c + column]);
     }
   }
 }
@@ -170,9 +159,9 @@ static inline void copy_back(const Layer& t, const Sum<S>* from, int64_t h, int6
     rows = 1;
   }
   for (int64_t i = 0; i < rows; ++i, from += columns * L) {
-    S* to = image + (h + i * t.apart[0]) * t.out.row + w;
+    S* to = image + (h + i * t.apart[0]) * t.out.h + w;
     if (t.apart[1] == 1) {
-      turn_back(from, L, width, lanes, to, t.out.channel);
+      turn_back(from, L, width, lanes, to, t.out.c);
       continue;
     }
     for (int64_t j = 0; j < width; j += L) {
@@ -181,8 +170,7 @@ static inline void copy_back(const Layer& t, const Sum<S>* from, int64_t h, int6
       for (int64_t lane = 0; lane < count; ++lane) square[lane] = load(from + (j + lane) * L);
       transpose<Sum<S>>(square);
       for (int64_t lane = 0; lane < lanes; ++lane)
-        for (int64_t k = 0; k < count; ++k)
-          to[lane * t.out.channel + (j + k) * t.apart[1]] = rounded<S>(square[lane][k]);
+        for (int64_t k = 0; k < count; ++k) to[lane * t.out.c + (j + k) * t.apart[1]] = rounded<S>(square[lane][k]);
     }
   }
 }
@@ -215,7 +203,7 @@ struct Band {
     image = planes;
     first = top;
     last = smaller(top + kBandPixels / t.in_size[1], larger(bottom, smaller(below, size)));
-    turn(planes + top * t.in.row, t.in.channel, (last - first) * t.in.row, lanes, kLanes<Sum<S>>, to);
+    turn(planes + top * t.in.h, t.in.c, (last - first) * t.in.h, lanes, kLanes<Sum<S>>, to);
   }
 };
 
@@ -233,9 +221,9 @@ static inline void transform_tiles(const Layer& t, const S* in, int64_t tile0, i
   } copied{};
   Band<S> band;
   const bool in_band = band.serves(t, height);
-  for_runs<T>(t, tile0, count, channels, [&](const Run& run, int64_t c, int64_t lanes) {
+  for_runs<T>(t, tile0, count, channels, [&](const TileRun& run, int64_t c, int64_t lanes) {
     const int64_t h = run.h + t.offset[0], w = run.w + t.offset[1], columns = (run.count - 1) * t.tile[1] + width;
-    const S* image = in + run.n * t.in.image + c * t.in.channel;
+    const S* image = in + run.n * t.in.n + c * t.in.c;
     T* lines = scratch + kBandPixels * L;
     const auto transform_column = [&](int64_t j, const auto& load) {
       Vec<T> column[height], points[Rows::to];
@@ -274,10 +262,10 @@ static inline void transform_tiles(const Layer& t, const S* in, int64_t tile0, i
       }
     };
     if (t.layout == Layout::channels_last) {
-      transform_pixels(image, t.in.row, t.in.pixel, lanes);
+      transform_pixels(image, t.in.h, t.in.w, lanes);
     } else if (in_band) {
       band.turn_rows(t, image, run.n, h, height, tile0 + count, lanes, scratch);
-      transform_pixels(scratch - band.first * t.in.row * L, t.in.row * L, L, L);
+      transform_pixels(scratch - band.first * t.in.h * L, t.in.h * L, L, L);
     } else {
       const Pixels pixels{image, h, w - run.phase, columns * t.apart[1]};  // of all phases
       if (pixels != copied) copy_patch(t, image, h, pixels.w, height, pixels.count, lanes, scratch);

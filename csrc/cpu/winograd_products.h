@@ -2,12 +2,11 @@
 // what has been transformed, a matrix product for each point, in register tiles.
 #pragma once
 
+#include "panels.h"
 #include "winograd.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 
-constexpr int kSums = 3 * kTileRows;                  // vectors of sums in a register tile
-constexpr int kMostVectors = kTileRows == 8 ? 4 : 3;  // in a row of it
 /// Of one vector or two even and odd terms are summed apart: so many rows that each had its sum would be more than
 /// there are registers for their addresses.
 constexpr int ways(int64_t vectors) { return vectors < 3 ? 2 : 1; }
@@ -51,19 +50,6 @@ static inline FilterSteps copy_filters(const Layer& t, const S* from, int64_t la
   }
   return by_channel;
 }
-
-/// Produced channels in panels of `vectors` vectors, all about as wide.
-template <class T>
-struct ChannelPanels {
-  int64_t vectors, width, count;
-
-  explicit ChannelPanels(int64_t channels, int64_t most_vectors = kMostVectors) {
-    const int64_t all = ceil_div(channels, kLanes<T>);
-    vectors = ceil_div(all, ceil_div(all, most_vectors));
-    width = vectors * kLanes<T>;
-    count = ceil_div(channels, width);
-  }
-};
 
 /// to[point][c][lane], for a panel of `rows` produced channels: `point` numbers from point to point.
 template <class Form, class S>

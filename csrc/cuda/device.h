@@ -220,20 +220,6 @@ class Items {
   int64_t size_;
 };
 
-/// How far apart neighbours along each axis of an (n, c, h, w) tensor are in memory. Index holds what is within an
-/// image.
-template <class Index>
-struct Strides {
-  int64_t n;
-  Index c, h, w;
-
-  CNNOPS_HOST_DEVICE Strides(Layout layout, int64_t channels, int64_t height, int64_t width)
-      : n(channels * height * width),
-        c(static_cast<Index>(layout == Layout::contiguous ? height * width : 1)),
-        h(static_cast<Index>(layout == Layout::contiguous ? width : width * channels)),
-        w(static_cast<Index>(layout == Layout::contiguous ? 1 : channels)) {}
-};
-
 /// Takes a number apart into digits of mixed radix, the fastest first: tile % columns, tile / columns % rows, ...
 class Digits {
  public:
