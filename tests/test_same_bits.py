@@ -118,6 +118,23 @@ def test_conv2d_16_bit_transforms(case, memory_format, dtype, which, instruction
 every_format = pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=name_of)
 
 
+@pytest.mark.parametrize("which", ["forward", "grad_input"])
+@pytest.mark.parametrize(
+    ("c", "k", "kernel", "groups"),
+    [(16, 96, 1, 1), (96, 16, 1, 1), (96, 96, 1, 1), (192, 96, 1, 6), (3, 96, 3, 1), (96, 3, 3, 1), (96, 96, 3, 96)],
+)
+@every_format
+def test_batches_that_pass_the_cache(memory_format, c, k, kernel, groups, which):
+    """Results larger than the cache are written past it, perhaps in tiles of their own."""
+    padding = (kernel // 2, kernel // 2)
+    case = Conv2dCase("large", 16, c, 64, 66, k, (kernel, kernel), padding=padding, groups=groups, bias=False)
+    t = conv2d_operands(case).to(torch.float32).formatted(memory_format)
+    together = run_pass(which, t, case)
+    for i in 0, 15:
+        one = replace(t, x=t.x[i : i + 1], gy=t.gy[i : i + 1])
+        assert same_bits(together[i : i + 1], run_pass(which, one, case))
+
+
 @pytest.mark.parametrize("which", PASSES)
 @pytest.mark.parametrize("padding_mode", ["reflect", "replicate", "circular"])
 @every_format
