@@ -96,9 +96,10 @@ void write_filters(const Layer& t, const Tasks<T>& tasks, const T* sums, int64_t
       S* filter = out + k * t.weight_row + c * t.weight_channel;
       const int64_t lanes = smaller(L, channels - c);
       const bool by_tap = t.weight_channel == 1;  // otherwise a channel's taps lie side by side
+      const int64_t apart = counted(tasks.sum_point());
       T turned[taps * taps * L];
       transform<Numbers<Form::rows, taps>, Numbers<Form::columns, taps>, T>(
-          [&](int i, int j) { return load(from + (i * Form::columns + j) * tasks.sum_point()); },
+          [&](int i, int j) { return load(from + (i * Form::columns + j) * apart); },
           [&](int i, int j, Vec<T> w) {
             const int64_t tap = i * taps + j;
             by_tap ? store_first(filter + tap * t.weight_tap, w, lanes) : store(turned + tap * L, w);

@@ -211,10 +211,11 @@ void transform_outputs(const TiledStrip<T>& strip, T* image, int64_t h, int64_t 
   const int64_t height = strip.t.h.count - h, width = strip.t.w.count - w;
   T* to = image + h * out.row + w * out.pixel;
   using Outputs = Numbers<kPatch, kOutputs>;
-  const auto get = [&](int i, int j) { return load(sums + (i * kPatch + j) * point); };
+  const int64_t apart = counted(point);
+  const auto get = [&](int i, int j) { return load(sums + (i * kPatch + j) * apart); };
   if (height >= kOutputs && width >= kOutputs) {
-    transform<Outputs, Outputs, T>(get,
-                                   [&](int i, int j, Vec<T> y) { store(to + i * out.row + j * out.pixel, y + bias); });
+    const int64_t row = counted(out.row), pixel = counted(out.pixel);
+    transform<Outputs, Outputs, T>(get, [&](int i, int j, Vec<T> y) { store(to + i * row + j * pixel, y + bias); });
   } else {
     transform<Outputs, Outputs, T>(get, [&](int i, int j, Vec<T> y) {
       if (i < height && j < width) store(to + i * out.row + j * out.pixel, y + bias);

@@ -275,11 +275,12 @@ static inline void transform_tiles(const Layer& t, const S* in, int64_t tile0, i
     }
     for (int64_t tile = 0; tile < run.count; ++tile) {
       T* points = to + (run.first + tile) * stride + c;
+      const int64_t apart = counted(point);
       for (int i = 0; i < Rows::to; ++i) {
         Vec<T> x[width], v[Columns::to];
         for (int j = 0; j < width; ++j) x[j] = load(lines + (i * kRunColumns + tile * t.tile[1] + j) * L);
         Columns::template at<T>(x, v);
-        for (int j = 0; j < Columns::to; ++j) store(points + (i * Columns::to + j) * point, v[j]);
+        for (int j = 0; j < Columns::to; ++j) store(points + (i * Columns::to + j) * apart, v[j]);
       }
     }
   });

@@ -56,10 +56,12 @@ static inline View<const T> strip_view(const T* strip, int64_t width, int64_t ve
 template <class Form, class T, class Shown>
 static inline void transform_pixels(const View<const T>& from, const T* image, const int64_t* size, int64_t h0,
                                     int64_t w0, const Shown& shown, int64_t point, T* points) {
-  const auto put = [&](int i, int j, Vec<T> x) { store(points + (i * kPatch + j) * point, x); };
+  const int64_t apart = counted(point);
+  const auto put = [&](int i, int j, Vec<T> x) { store(points + (i * kPatch + j) * apart, x); };
   if (h0 >= 0 && h0 + Form::from <= size[0] && w0 >= 0 && w0 + Form::from <= size[1]) {
     const T* first = image + h0 * from.row + w0 * from.pixel;
-    transform<Form, Form, T>([&](int i, int j) { return load(first + i * from.row + j * from.pixel); }, put);
+    const int64_t row = counted(from.row), pixel = counted(from.pixel);
+    transform<Form, Form, T>([&](int i, int j) { return load(first + i * row + j * pixel); }, put);
     return;
   }
   int64_t rows[Form::from], columns[Form::from];

@@ -161,6 +161,13 @@ struct Numbers {
   }
 };
 
+/// A distance of which the compiler knows no more, so that it counts addresses up from one to the next. It would rather
+/// prepare those of all points before a loop over tiles, many more than there are registers.
+static inline int64_t counted(int64_t distance) {
+  asm("" : "+r"(distance));
+  return distance;
+}
+
 /// Along both axes: load(i, j) gives a vector, store(i, j, v) takes one.
 template <class Rows, class Columns, class T, class Load, class Store>
 [[gnu::always_inline]] static inline void transform(const Load& load, const Store& store) {

@@ -66,9 +66,10 @@ static inline void transform_filters(const Layer& t, const S* weight, int64_t ro
       for (int64_t c = 0; c < count; ++c) {
         const T* filter = scratch + (c * steps.channel + (t.mirrored ? all - 1 : 0) * steps.tap) * L;
         T* points = to + (c0 + c) * width + row;
+        const int64_t apart = counted(point);
         transform<Points<Form::rows, taps>, Points<Form::columns, taps>, T>(
             [&](int i, int j) { return load(filter + (i * taps + j) * tap); },
-            [&](int i, int j, Vec<T> x) { store(points + (i * Form::columns + j) * point, x); });
+            [&](int i, int j, Vec<T> x) { store(points + (i * Form::columns + j) * apart, x); });
       }
     }
 }
