@@ -95,8 +95,8 @@ struct Unpool2dGeometry {
   Layout layout;
 };
 
-/// How far apart neighbours along each axis of an (n, c, h, w) tensor are in memory; a weight's n and c are its k and c.
-/// Index holds what is within an image.
+/// How far apart neighbours along each axis of an (n, c, h, w) tensor are in memory; a weight's n and c are its k and
+/// c. Index holds what is within an image.
 template <class Index = int64_t>
 struct Strides {
   int64_t n;

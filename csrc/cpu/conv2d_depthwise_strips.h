@@ -72,7 +72,7 @@ PlaneStrips make_strips(const Conv2dGeometry& g, Pass pass) {
   return s;
 }
 
-/// PlaneStrips are numbered (plane, strip down, strip across). Of number after number, copy(strip, number % 2) is called one
+/// Strips are numbered (plane, strip down, strip across). Of number after number, copy(strip, number % 2) is called one
 /// strip ahead of compute(strip, number % 2): numbers just stored are loaded slowly.
 template <class Copy, class Compute>
 void each_strip(const PlaneStrips& s, int64_t begin, int64_t end, const Copy& copy, const Compute& compute) {
@@ -109,8 +109,8 @@ void part_columns(const T* line, int64_t count, int64_t step, int64_t phase, T* 
     for (int64_t j = 0; j < ceil_div(count, step); ++j) to[p * phase + j] = line[j * step + p];
 }
 
-/// Fills the buffer with what the outputs of a strip see of a plane. Meanwhile the rows from `next` on are asked for, if
-/// it is not null, a row at a time: all of a strip at once would be waited for.
+/// Fills the buffer with what the outputs of a strip see of a plane. Meanwhile the rows from `next` on are asked for,
+/// if it is not null, a row at a time: all of a strip at once would be waited for.
 template <class S>
 void copy_strip(const PlaneStrips& s, const S* plane, const int64_t* size, Border border, const PlaneStrip& strip,
                 Sum<S>* line, Sum<S>* to, const S* next) {

@@ -5,8 +5,8 @@
 // Asked what it has to collect, a pixel of gx would be a long sum over filters and taps, and with one or three channels
 // few of them fill a register tile. So the loops are turned round. A tile is the products, summed over k, of some
 // vectors of a row of gy and one column of taps, all its rows and channels: these go to different rows of gx, to which
-// they are added from the registers. gx is summed up in scratch memory (phases.h), so that consecutive outputs are added
-// to consecutive numbers.
+// they are added from the registers. gx is summed up in scratch memory (phases.h), so that consecutive outputs are
+// added to consecutive numbers.
 //
 // gy is read once, a few vectors of all its channels at a time, which the first tile (or in channels_last a
 // transposition) leaves in the first-level cache for the others; what comes next is fetched from memory meanwhile.

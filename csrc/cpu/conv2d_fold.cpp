@@ -8,8 +8,8 @@
 // padding is less than the kernel's reach, zeros are collected. Here channels and taps together are the rows of one
 // product (gemm.h), nothing outside gy is touched, and what is added afterwards is cheap where k is not small.
 //
-// gx is added up in scratch memory (phases.h), so that a row of P is added to consecutive numbers. Blocks of columns of P
-// are whole rows of gy (of a row too wide, pieces cut at the same places always), added from the first to the last,
+// gx is added up in scratch memory (phases.h), so that a row of P is added to consecutive numbers. Blocks of columns of
+// P are whole rows of gy (of a row too wide, pieces cut at the same places always), added from the first to the last,
 // their taps in one order: the same sum for every pixel, wherever its image lies in the batch.
 //
 // A task is a band of rows of gx, for a few channels, of one image, or of several that are small. Each row of gy meets
