@@ -93,16 +93,13 @@ void transform_outputs(const Layer& t, const Tasks<Sum<S>>& tasks, const Sum<S>*
     const int64_t height = smaller(Form::height, t.left(run.h, 0));
     S* image = out + run.n * t.out.n + c * t.out.c;
     const T* from = sums + c / tasks.width * Form::points * point + run.first * tasks.width + c % tasks.width;
-    const auto transform_tile = [&](const auto& put) {
-      const int64_t apart = counted(point);
-      transform<Rows, Columns, T>([&](int i, int j) { return load(from + (i * Form::columns + j) * apart); }, put);
-    };
+    const auto get = [&](int i, int j) { return load(from + (i * Form::columns + j) * point); };
     if (t.layout == Layout::channels_last) {
       for (int64_t tile = 0; tile < run.count; ++tile, from += tasks.width) {
         const int64_t w = run.w + tile * Form::width * t.apart[1], width = smaller(Form::width, t.left(w, 1));
         S* to = image + run.h * t.out.h + w * t.out.w;
         const int64_t row = t.apart[0] * t.out.h, pixel = t.apart[1] * t.out.w;
-        transform_tile([&](int i, int j, Vec<T> y) {
+        transform<Rows, Columns, T>(get, [&](int i, int j, Vec<T> y) {
           if (i < height && j < width) store_first(to + i * row + j * pixel, y + plus, lanes);
         });
       }
@@ -114,7 +111,7 @@ void transform_outputs(const Layer& t, const Tasks<Sum<S>>& tasks, const Sum<S>*
         for (int64_t j = 0; j < columns; j += kLine)
           __builtin_prefetch(image + lane * t.out.c + (run.h + i * t.apart[0]) * t.out.h + run.w + j * t.apart[1], 1);
     for (int64_t w = 0; w < columns; w += Form::width, from += tasks.width)
-      transform_tile([&](int i, int j, Vec<T> y) {
+      transform<Rows, Columns, T>(get, [&](int i, int j, Vec<T> y) {
         if (w + j < columns) store(scratch + (i * columns + w + j) * L, y + plus);
       });
     copy_back(t, scratch, run.h, run.w, height, columns, columns, lanes, image);
