@@ -6,9 +6,11 @@ chains are, torch.fx tells: it runs the model's forward on a stand-in, which als
 what is in between. Of a forward that torch.fx cannot follow nobody knows which modules it calls by themselves: there
 the nn.Sequentials alone change, to ones that run blocks when they are called as a whole.
 
-For inference the graph itself is rewritten, so that functions and modules that are called twice count, too.
+For inference the graph itself is rewritten, so that functions and modules that are called twice count, too, and
+residual blocks add in place.
 """
 
+import operator
 from typing import NamedTuple
 
 import torch
@@ -258,10 +260,30 @@ def for_inference(model: tnn.Module) -> fx.GraphModule:
             last = before
         if steps:
             become_block(conv, steps)
+    _add_in_place(graph, modules)
     fused = fx.GraphModule(model, graph, type(model).__name__)
     fused.delete_all_unused_submodules()
     vars(fused).update({name: hooks for name, hooks in vars(model).items() if name.startswith("_forward")})
     return fused.eval()
+
+
+def _add_in_place(graph: fx.Graph, modules: dict[str, tnn.Module]) -> None:
+    """Adds to the results of convolutions that nobody else takes where they lie, as residual blocks mean to: torch.fx
+    records their ``out += identity`` as ``out + identity``."""
+    for node in graph.nodes:
+        if node.op != "call_function" or node.target not in (operator.add, torch.add) or node.kwargs:
+            continue
+        for sum_, term in (node.args, node.args[::-1]):
+            if isinstance(sum_, fx.Node) and sum_.op == "call_module" and len(sum_.users) == 1:
+                if _plain(modules[sum_.target], nn.Conv2d):
+                    node.target, node.args = add_to, (sum_, term)
+                    break
+
+
+def add_to(sum_: torch.Tensor, term) -> torch.Tensor:
+    """The sum, in the memory of the first if it is like the second."""
+    alike = isinstance(term, torch.Tensor) and (sum_.shape, sum_.dtype) == (term.shape, term.dtype)
+    return sum_.add_(term) if alike else sum_ + term
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

@@ -277,6 +277,51 @@ def test_inference_of_functions():
     torch.testing.assert_close(ready(x), model.eval()(x))
 
 
+class Sums(nn.Module):
+    """`first` and `second` are added to, in place; `third` is read twice, and `one` is no tensor of its sum's shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
+        self.one = nn.Conv2d(4, 1, 1)
+
+    def forward(self, x):
+        y = self.first(x) + x
+        y = torch.add(y, self.second(y))
+        z = self.third(y)
+        return (self.one(z) + z) * z + (self.one(y) + 1) + (self.one(x) + x.double())
+
+
+def test_inference_adds_in_place(monkeypatch):
+    model = Sums()
+    in_place = []
+    x = images(2, 4, 8, 8)
+    ready = cnnops.convert(model, inference=True)
+    expected = cnnops.convert(copy.deepcopy(model))(x)
+    add_ = torch.Tensor.add_
+    monkeypatch.setattr(torch.Tensor, "add_", lambda a, b: in_place.append(a.shape) or add_(a, b))
+    kept = x.clone()
+    assert_equal(ready(x), expected)
+    assert in_place == [x.shape] * 2 and torch.equal(x, kept)
+    assert_equal(pickle.loads(pickle.dumps(ready))(x), expected)
+
+
+def test_gradients_of_what_was_added_in_place():
+    model = Sums()
+    x = images(2, 4, 8, 8).requires_grad_()
+    ready = cnnops.convert(copy.deepcopy(model), inference=True)
+    grads = [torch.autograd.grad(m(x).square().sum(), x)[0] for m in (ready, cnnops.convert(model))]
+    assert_equal(*grads)
+
+
+def test_a_hook_sees_the_convolution_before_it_is_added_to():
+    model, seen = Sums().eval(), []
+    model.first.register_forward_hook(lambda module, args, y: seen.append(y))
+    x = images(2, 4, 8, 8)
+    cnnops.convert(model, inference=True)(x)
+    assert_equal(seen[0], cnnops.convert(copy.deepcopy(model)).first(x))
+
+
 def test_inference_wants_a_graph():
     with pytest.raises(RuntimeError, match="torch.fx can trace"):
         cnnops.convert(Untraceable(), inference=True)
