@@ -271,7 +271,9 @@ def _add_in_place(graph: fx.Graph, modules: dict[str, tnn.Module]) -> None:
     """Adds to the results of convolutions that nobody else takes where they lie, as residual blocks mean to: torch.fx
     records their ``out += identity`` as ``out + identity``."""
     for node in graph.nodes:
-        if node.op != "call_function" or node.target not in (operator.add, torch.add) or node.kwargs:
+        if node.op != "call_function" or node.target not in (operator.add, torch.add):
+            continue
+        if node.kwargs or len(node.args) != 2:  # scaled
             continue
         for sum_, term in (node.args, node.args[::-1]):
             if isinstance(sum_, fx.Node) and sum_.op == "call_module" and len(sum_.users) == 1:

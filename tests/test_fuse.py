@@ -278,18 +278,21 @@ def test_inference_of_functions():
 
 
 class Sums(nn.Module):
-    """`first` and `second` are added to, in place; `third` is read twice, and `one` is no tensor of its sum's shape."""
+    """`first` and `second` are added to, in place; `third` is read twice, `one` has not its sum's shape, `wide` not its
+    type, and `scaled` needs more than a sum."""
 
     def __init__(self):
         super().__init__()
         self.first, self.second, self.third = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
+        self.wide, self.scaled = (nn.Conv2d(4, 4, 1) for _ in range(2))
         self.one = nn.Conv2d(4, 1, 1)
 
     def forward(self, x):
         y = self.first(x) + x
         y = torch.add(y, self.second(y))
         z = self.third(y)
-        return (self.one(z) + z) * z + (self.one(y) + 1) + (self.one(x) + x.double())
+        z = (z + y) * z + (self.one(x) + x) * (self.one(y) + 1)
+        return z + (self.wide(x) + x.double()) + torch.add(self.scaled(x), y, alpha=2)
 
 
 def test_inference_adds_in_place(monkeypatch):
