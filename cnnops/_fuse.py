@@ -263,8 +263,19 @@ def for_inference(model: tnn.Module) -> fx.GraphModule:
     _add_in_place(graph, modules)
     fused = fx.GraphModule(model, graph, type(model).__name__)
     fused.delete_all_unused_submodules()
+    for conv in fused.modules():
+        if isinstance(conv, nn.Conv2d) and not is_parametrized(conv) and _shares_filters(conv):
+            conv.contiguous_filters = True
+            conv.to(memory_format=torch.preserve_format)
     vars(fused).update({name: hooks for name, hooks in vars(model).items() if name.startswith("_forward")})
     return fused.eval()
+
+
+def _shares_filters(conv: tnn.Conv2d) -> bool:
+    """Whether its filters may be transformed (csrc/cpu/conv2d_winograd.cpp). That reads a block of all taps' channels:
+    in channels_last short runs far apart, in contiguous filters long ones."""
+    square = conv.kernel_size in ((3, 3), (5, 5)) and conv.stride == (1, 1)
+    return square and conv.groups == 1 and min(conv.in_channels, conv.out_channels) >= 16
 
 
 def _add_in_place(graph: fx.Graph, modules: dict[str, tnn.Module]) -> None:

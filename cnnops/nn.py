@@ -4,6 +4,7 @@ Each computes by the function of the same name in :mod:`cnnops.functional`, wher
 are said.
 """
 
+import torch
 from torch import Tensor, nn
 
 from cnnops import functional
@@ -16,6 +17,7 @@ class Conv2d(nn.Conv2d):
     """
 
     algorithm = "auto"
+    contiguous_filters = False  # also in a channels_last model
 
     def __init__(
         self,
@@ -37,6 +39,12 @@ class Conv2d(nn.Conv2d):
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
         )
         self.algorithm = algorithm
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self.contiguous_filters and self.weight.dtype != torch.bfloat16:  # whose dot products read them otherwise
+            self.weight.data = self.weight.data.contiguous()
+        return self
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         padding = self.padding

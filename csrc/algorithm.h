@@ -36,6 +36,8 @@ struct Conv2dAlgorithm {
   bool (*yields)(const Conv2dGeometry&, Pass) = nullptr;
   /// Of a row that several files make up, the one that computes this geometry; nullptr where a row is one file.
   const Conv2dAlgorithm& (*file)(const Conv2dGeometry&, Pass) = nullptr;
+  /// Whether contiguous filters are read where they are although all the rest is channels_last. nullptr for never.
+  bool (*reads_contiguous_filters)(const Conv2dGeometry&, Pass) = nullptr;
 
   const Run& run(Pass pass) const {
     return pass == Pass::forward ? forward : pass == Pass::grad_input ? grad_input : grad_weight;

@@ -16,8 +16,7 @@ namespace cnnops {
 /// Which of convolution's three bilinear operators is meant. Each is the derivative of the other two.
 enum class Pass { forward, grad_input, grad_weight };
 
-/// How all tensors of an operation lie in memory, weights included: (n, c, h, w) or (n, h, w, c), the last axis
-/// densest.
+/// How the tensors of an operation lie in memory: (n, c, h, w) or (n, h, w, c), the last axis densest.
 enum class Layout { contiguous, channels_last };
 
 /// What lies beyond the border of an image of `size` pixels: nothing; or the image mirrored at the outermost pixel's
@@ -38,6 +37,7 @@ struct BasicConv2dGeometry {
   Int kernel[2];      // KH, KW
   int64_t stride[2], padding[2], dilation[2];
   Layout layout;
+  Layout filters;  // how the weight lies: as all the rest, unless the algorithm reads others where they are
   Border border;
 };
 using Conv2dGeometry = BasicConv2dGeometry<int64_t>;

@@ -127,6 +127,20 @@ def test_any_strides(device, algorithm, name):
                     assert_equal(run_pass(which, replace(t, **{operand: view}), case, algorithm), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=name_of)
+@every_algorithm
+@every_case
+def test_contiguous_filters_among_channels_last(case, device, algorithm, dtype):
+    """Some algorithms read them where they are, others have them copied: the bits are the same."""
+    t = conv2d_operands(case).to(device, dtype).formatted(torch.channels_last)
+    if t.x.is_contiguous() or t.gy.is_contiguous():
+        pytest.skip("it takes the filters to ask for channels_last")
+    for which in "forward", "grad_input":
+        if accepts(which, t, case, algorithm):
+            expected = run_pass(which, t, case, algorithm)
+            assert_equal(run_pass(which, replace(t, w=t.w.contiguous()), case, algorithm), expected)
+
+
 @every_algorithm
 def test_zero_strides(device, algorithm):
     """What sum().backward() sends: a gradient of one number, expanded. Expanded inputs and weights as well."""

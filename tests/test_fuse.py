@@ -248,6 +248,42 @@ def test_inference_of_torchvision(name, blocks):
     assert relative_error(ready(x), exact) < max(1e-5, 4 * relative_error(theirs(x), exact))
 
 
+def test_inference_keeps_filters_contiguous():
+    """Those that may be transformed, whatever layout the model changes to, and with results of the same bits."""
+
+    def contiguous(model):
+        return [m.weight.is_contiguous() for m in model.modules() if isinstance(m, nn.Conv2d)]
+
+    layers = [
+        nn.Conv2d(3, 16, 3),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 24, 5),
+        nn.Conv2d(24, 32, 3, stride=2),
+        nn.Conv2d(32, 32, 3, groups=2),
+    ]
+    model = nn.Sequential(*layers).eval()
+    kept = [False, True, True, False, False]
+    x = images(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    ready = cnnops.convert(model, inference=True)
+    assert all(contiguous(ready))
+    later = copy.deepcopy(ready).to(memory_format=torch.channels_last)
+    sooner = cnnops.convert(model.to(memory_format=torch.channels_last), inference=True)
+    assert contiguous(later) == contiguous(sooner) == kept
+    assert contiguous(later.double().float()) == contiguous(pickle.loads(pickle.dumps(later)).to("cpu")) == kept
+    assert contiguous(model) == [False] * 5
+    expected = sooner(x)
+    assert expected.is_contiguous(memory_format=torch.channels_last)
+    assert_equal(later(x), expected)
+    for conv in sooner.modules():
+        if isinstance(conv, nn.Conv2d):
+            conv.contiguous_filters = False
+    assert_equal(sooner.to(memory_format=torch.channels_last)(x), expected)
+    assert not any(contiguous(sooner))
+
+
 class Functions(nn.Module):
     def __init__(self):
         super().__init__()

@@ -25,6 +25,8 @@ struct Windows {
   int64_t pixels() const { return h.count * w.count; }
   /// Whether a row of taps is one run of numbers in memory.
   bool adjacent() const { return w.offset_step == 1 && channels == in_channels; }
+  /// Whether it is the taps of a channel that follow each other in a filter, as in contiguous ones.
+  bool by_channel() const { return weight_row != 1 && weight_channel != 1; }
   int64_t weight_of(int64_t th, int64_t tw) const {
     return weight0 + ((h.k0 + th * h.k_step) * kernel_width + w.k0 + tw * w.k_step) * tap_weight;
   }
@@ -41,8 +43,9 @@ static inline Axis in_memory_order(Axis a) {
 
 /// Class number `cls` of all classes of both axes.
 static inline Windows make_windows(const Conv2dGeometry& g, Pass pass, int64_t group, int64_t cls) {
-  const bool forward = pass != Pass::grad_input;
-  const int64_t c_group = g.c / g.groups, k_group = g.k / g.groups, filter = g.kernel[0] * g.kernel[1] * c_group;
+  const bool forward = pass != Pass::grad_input, contiguous = g.filters == Layout::contiguous;
+  const int64_t c_group = g.c / g.groups, k_group = g.k / g.groups, taps = g.kernel[0] * g.kernel[1];
+  const int64_t filter = taps * c_group, channel = contiguous ? taps : 1;
   const Pass axes = forward ? Pass::forward : pass;
   const int64_t classes_w = axis_classes(g, axes, 1);
   Windows t;
@@ -56,9 +59,9 @@ static inline Windows make_windows(const Conv2dGeometry& g, Pass pass, int64_t g
   t.in_channel0 = group * t.channels;
   t.out_channel0 = group * t.rows;
   t.weight0 = group * k_group * filter;
-  t.tap_weight = c_group;
-  t.weight_row = forward ? filter : 1;
-  t.weight_channel = forward ? 1 : filter;
+  t.tap_weight = contiguous ? 1 : c_group;
+  t.weight_row = forward ? filter : channel;
+  t.weight_channel = forward ? channel : filter;
   t.kernel_width = g.kernel[1];
   t.out_height = forward ? g.out[0] : g.in[0];
   t.out_width = forward ? g.out[1] : g.in[1];

@@ -49,6 +49,31 @@ void pack_weights(const Windows& t, const S* weight, int64_t row0, const Run& ru
   }
 }
 
+/// The same for all numbers of a window, of contiguous filters.
+template <class S, int V>
+void pack_by_channel(const Windows& t, const S* weight, int64_t row0, Sum<S>* to) {
+  using T = Sum<S>;
+  constexpr int64_t L = kLanes<T>;
+  const int64_t taps = t.h.taps * t.w.taps, length = taps * t.channels;
+  for (int v = 0; v < V; ++v) {
+    const int64_t row = row0 + v * L, lanes = smaller(L, t.rows - row);
+    const S* from = weight + t.weight0 + row * t.weight_row;
+    for (int64_t r = 0, c = 0, tap = 0; r < length; r += L) {
+      const int64_t count = smaller(L, length - r);
+      Vec<T> square[L];
+      for (int64_t i = 0; i < L; ++i)
+        square[i] = i < lanes ? load_first(from + i * t.weight_row + r, count) : Vec<T>{};
+      transpose<T>(square);
+      for (int64_t i = 0; i < count; ++i) {
+        store(to + ((tap * t.channels + c) * V + v) * L, square[i]);
+        if (++tap < taps) continue;
+        tap = 0;
+        ++c;
+      }
+    }
+  }
+}
+
 /// Whether every output sees one pixel, through the only tap.
 static inline bool is_single(const Windows& t) {
   const auto inside = [](const Axis& axis) {

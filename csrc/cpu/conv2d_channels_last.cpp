@@ -227,6 +227,12 @@ struct Tasks {
 template <class S>
 void pack_panels(const Windows& t, const S* weight, int64_t row0, int64_t rows, int64_t width, Sum<S>* to) {
   const int64_t depth = t.h.taps * t.w.taps * t.channels;
+  if (t.by_channel()) {
+    for (int64_t panel = 0; panel < rows; panel += width)
+      with_vectors<Sum<S>>(smaller(width, rows - panel),
+                           [&](auto v) { pack_by_channel<S, v>(t, weight, row0 + panel, to + panel * depth); });
+    return;
+  }
   const Runs runs(t, t.weight_row == 1 ? kPackedTogether : kWeights<Sum<S>> / width);
   for (int64_t i = 0, before = 0; i < runs.count; ++i) {
     const Run run = runs(t, i);
@@ -338,6 +344,12 @@ const char* refuses(const Conv2dGeometry& g, Pass) {
                                            : "it reads all channels of a pixel together, as channels_last has them";
 }
 
+/// Where they are packed once, and not as a fully connected layer's, whose numbers stand in the order of the image's.
+template <class T>
+bool reads_contiguous_filters(const Conv2dGeometry& g, Pass pass) {
+  return pass == Pass::forward && g.kernel[0] * g.kernel[1] > 1 && Tasks<T>(g, pass).kept;
+}
+
 template <class S, Pass pass>
 Conv2dRun<S> correlation_run() {
   return {[](const Conv2dGeometry& g) { return Tasks<Sum<S>>(g, pass).total; },
@@ -365,7 +377,11 @@ Conv2dAlgorithm<Conv2dRun<S>> conv2d_channels_last() {
           refuses,
           correlation_run<S, Pass::forward>(),
           correlation_run<S, Pass::grad_input>(),
-          channels_last_grad_weight<S>()};
+          channels_last_grad_weight<S>(),
+          true,
+          nullptr,
+          nullptr,
+          reads_contiguous_filters<Sum<S>>};
 }
 
 template Conv2dAlgorithm<Conv2dRun<float>> conv2d_channels_last();

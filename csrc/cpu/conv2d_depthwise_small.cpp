@@ -29,7 +29,7 @@ struct Block {
   }
   Conv2dGeometry geometry(const Conv2dGeometry& g) const {
     Conv2dGeometry block = g;
-    block.layout = Layout::channels_last;
+    block.layout = block.filters = Layout::channels_last;
     block.n = 1;
     block.c = block.k = block.groups = size;
     return block;

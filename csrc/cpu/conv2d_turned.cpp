@@ -93,7 +93,7 @@ struct Strip {
       h1 = larger(h0 + 1, clamp((o1 - 1) * g.stride[0] - g.padding[0] + reach + 1, g.in[0]));
     }
     geometry = g;
-    geometry.layout = Layout::channels_last;
+    geometry.layout = geometry.filters = Layout::channels_last;
     geometry.groups = 1;
     geometry.n = smaller(strips.images, g.n - n);
     geometry.c = c;

@@ -23,6 +23,9 @@
 // With a dilation d an image is d*d images of its own, one for each phase (winograd_forms.h), and so are its tiles:
 // their pixels are read and written d apart, where they stand.
 //
+// Contiguous filters are read where they are also among channels_last tensors: a block of channels is one run of numbers
+// there, and with all its taps far apart in channels_last filters.
+//
 // The 16-bit floats are widened as they are read and rounded once, as they are written: all between is float32's, whose
 // errors are far below their own rounding. Where bfloat16 has an instruction of its own, that is mostly left to
 // `dot_products`.
@@ -250,7 +253,9 @@ Conv2dAlgorithm<Conv2dRun<S>> conv2d_winograd() {
           run<S, Pass::grad_input>(),
           grad_weight_run<S>(),
           false,
-          yields<S>};
+          yields<S>,
+          nullptr,
+          [](const Conv2dGeometry&, Pass pass) { return pass != Pass::grad_weight; }};
 }
 
 template Conv2dAlgorithm<Conv2dRun<float>> conv2d_winograd();

@@ -12,7 +12,7 @@ Conv2dGeometry flattened(Conv2dGeometry g, Pass pass) {
   if (!is_connected(g) || (pixels > 1 && (g.groups > 1 || pass == Pass::grad_input))) return g;
   g.c *= pixels;
   for (int dim = 0; dim < 2; ++dim) g.kernel[dim] = g.in[dim] = 1;
-  g.layout = Layout::channels_last;
+  g.layout = g.filters = Layout::channels_last;
   return g;
 }
 
@@ -113,7 +113,12 @@ struct OneRow {
               const Conv2dGeometry g = Files::seen(shape, pass);
               return Files::of(g, pass).yields && Files::of(g, pass).yields(g, pass);
             },
-            Files::of};
+            Files::of,
+            [](const Conv2dGeometry& shape, Pass pass) {
+              const Conv2dGeometry g = Files::seen(shape, pass);
+              const auto reads = Files::of(g, pass).reads_contiguous_filters;
+              return reads && reads(g, pass);
+            }};
   }
 };
 

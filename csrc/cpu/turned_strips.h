@@ -65,15 +65,11 @@ static inline TurnedStrip make_strip(const Conv2dGeometry& g, Pass pass, const T
   return s;
 }
 
-/// Windows of images whose pixels have a vector of channels, and whose weights lie as g says.
+/// Windows of images whose pixels have a vector of channels.
 template <class T>
 static inline Windows turned_windows(const Conv2dGeometry& g, Pass pass, int64_t cls) {
   Windows t = make_windows(g, pass, 0, cls);
-  const int64_t taps = g.kernel[0] * g.kernel[1];
   t.in_channels = t.out_channels = kLanes<T>;
-  if (g.layout == Layout::channels_last) return t;
-  t.tap_weight = 1;
-  (pass == Pass::grad_input ? t.weight_row : t.weight_channel) = taps;
   return t;
 }
 

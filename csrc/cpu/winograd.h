@@ -39,7 +39,7 @@ struct Layer {
   int64_t weight_group, weight_row, weight_channel, weight_tap;
 
   Layer(const Conv2dGeometry& g, Pass pass) {
-    const bool forward = pass != Pass::grad_input, contiguous = g.layout == Layout::contiguous;
+    const bool forward = pass != Pass::grad_input, contiguous = g.filters == Layout::contiguous;
     const Tiling form = fewest_products(g, pass);
     taps = g.kernel[0];
     points = form.points;

@@ -213,7 +213,7 @@ BasicConv2dGeometry<Int> conv2d_geometry(const char* op, c10::ArrayRef<Int> inpu
   g.c = input[1];
   g.k = weight[0];
   g.groups = s.groups;
-  g.layout = layout;
+  g.layout = g.filters = layout;
   g.border = s.border;
   check_reach<Int>(op, weight, s.dilation);
   Int padded[2], extent[2];

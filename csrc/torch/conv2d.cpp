@@ -75,9 +75,9 @@ Prepared<Int> prepare_grad_weight(const Tensor& grad_output, const Tensor& input
 bool nothing_to_do(const Conv2dGeometry& g, const Tensor& out) { return g.n == 0 || out.numel() == 0; }
 
 template <class S>
-void run_pass(const Conv2dGeometry& g, Pass pass, const std::string& algorithm, const Tensor& a, const Tensor& b,
+void run_pass(Conv2dGeometry g, Pass pass, const std::string& algorithm, const Tensor& a, const Tensor& b,
               const Tensor& bias, const Tensor& out) {
-  Conv2dOperands<S> operands{data_of<S>(a), data_of<S>(b), bias.defined() ? data_of<S>(bias) : nullptr,
+  Conv2dOperands<S> operands{data_of<S>(a), nullptr, bias.defined() ? data_of<S>(bias) : nullptr,
                              mutable_data_of<S>(out)};
   if (a.is_cuda()) {
 #ifdef CNNOPS_CUDA
@@ -85,6 +85,8 @@ void run_pass(const Conv2dGeometry& g, Pass pass, const std::string& algorithm, 
     const c10::cuda::CUDAGuard guard(a.device());
     const auto& row = choose_or_throw(cuda::kernels<S>().conv2d, g, pass, algorithm);
     if (nothing_to_do(g, out)) return;
+    const Tensor b_dense = in_layout(b, g.layout);
+    operands.b = data_of<S>(b_dense);
     const Tensor workspace = cuda_workspace<S>(row.run(pass).workspace(g), a);
     row.run(pass).run(g, operands, mutable_data_of<Sum<S>>(workspace), c10::cuda::getCurrentCUDAStream().stream());
 #else
@@ -93,6 +95,9 @@ void run_pass(const Conv2dGeometry& g, Pass pass, const std::string& algorithm, 
   } else {
     const auto& row = choose_or_throw(cpu_kernels<S>().conv2d, g, pass, algorithm);
     if (nothing_to_do(g, out)) return;
+    if (pass != Pass::grad_weight) g.filters = layout_of_filters(row, g, pass, b);
+    const Tensor b_dense = in_layout(b, g.filters);
+    operands.b = data_of<S>(b_dense);
     const cpu::Conv2dRun<S>& run = row.run(pass);
     const int64_t tasks = run.tasks(g), bytes = run.workspace(g) * int64_t(sizeof(Sum<S>));
     const int64_t work = g.n * g.k * g.out[0] * g.out[1] * (g.c / g.groups) * g.kernel[0] * g.kernel[1];
@@ -109,10 +114,10 @@ void run_pass(const Conv2dGeometry& g, Pass pass, const std::string& algorithm, 
 
 void run(const Conv2dGeometry& g, Pass pass, const std::string& algorithm, const Tensor& a, const Tensor& b,
          const Tensor& bias, const Tensor& out) {
-  const Tensor a_dense = in_layout(a, g.layout), b_dense = in_layout(b, g.layout);
+  const Tensor a_dense = in_layout(a, g.layout);
   const Tensor bias_dense = bias.defined() ? bias.contiguous() : bias;
   with_real_number(a.scalar_type(), [&](auto number) {
-    run_pass<decltype(number)>(g, pass, algorithm, a_dense, b_dense, bias_dense, out);
+    run_pass<decltype(number)>(g, pass, algorithm, a_dense, b, bias_dense, out);
   });
 }
 

@@ -27,6 +27,13 @@ inline bool allows_tf32(const std::string& algorithm) {
   return !wants_accurate(algorithm) && at::globalContext().allowTF32CuDNN(at::Float32Op::CONV);
 }
 
+/// How the weight of a pass is to lie: as all the rest, or where it is if the algorithm reads it there.
+template <class Row>
+Layout layout_of_filters(const Row& row, const Conv2dGeometry& g, Pass pass, const Tensor& weight) {
+  const bool reads = weight.is_contiguous() && row.reads_contiguous_filters && row.reads_contiguous_filters(g, pass);
+  return reads ? Layout::contiguous : g.layout;
+}
+
 /// Scratch memory for a launch, from torch's allocator.
 template <class S>
 Tensor cuda_workspace(int64_t elements, const Tensor& like) {

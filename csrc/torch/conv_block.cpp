@@ -157,13 +157,15 @@ struct Maker {
 };
 
 template <class S>
-void run_chunks(const Prepared<int64_t>& prepared, const Block& block, const Tensor& x, const Tensor& w,
+void run_chunks(const Prepared<int64_t>& prepared, const Block& block, const Tensor& x, const Tensor& weight,
                 const Tensor& bias) {
-  const Conv2dGeometry& g = prepared.conv;
+  Conv2dGeometry g = prepared.conv;
   const Pool2dGeometry& p = prepared.pool;
   const auto& kernels = cpu_kernels<S>();
   const auto& algorithm = choose_or_throw(kernels.conv2d, g, Pass::forward, block.conv.algorithm);
   if (g.n == 0) return;
+  g.filters = layout_of_filters(algorithm, g, Pass::forward, weight);
+  const Tensor w = in_layout(weight, g.filters);
   const bool winograd = same_name(algorithm.name, "winograd");
   const int64_t tile = tile_rows(g, winograd), filters = w.numel() * int64_t(sizeof(S));
   const Chunks chunks(g, p, sizeof(S), winograd ? kWinogradChunk : std::clamp(4 * filters, kChunk, kWinogradChunk),
@@ -256,9 +258,9 @@ TwoTensors run(const Tensor& input, const Tensor& weight, const OptionalTensor& 
   const int64_t largest = Chunk(g, p, 1, 0, chunks.rows, tile).end * g.k * g.out[1] * input.element_size();
   const bool nothing_to_fuse = !b.pooling && b.activation.kind == Kind::none;
   if (nothing_to_fuse || largest > kLargestChunk) return chain(input, weight, bias, b);
-  const Tensor x = in_layout(input, g.layout), w = in_layout(weight, g.layout);
+  const Tensor x = in_layout(input, g.layout);
   with_real_number(x.scalar_type(), [&](auto number) {
-    run_chunks<decltype(number)>(prepared, b, x, w, bias ? bias->contiguous() : Tensor());
+    run_chunks<decltype(number)>(prepared, b, x, weight, bias ? bias->contiguous() : Tensor());
   });
   return {prepared.out, prepared.positions};
 }
