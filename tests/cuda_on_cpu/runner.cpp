@@ -47,6 +47,7 @@ Conv2dGeometry conv2d_geometry(const int64_t* i) {
           {i[12], i[13]},
           {i[14], i[15]},
           static_cast<Layout>(i[16]),
+          static_cast<Layout>(i[16]),  // of the filters, too
           static_cast<Border>(i[17])};
 }
 
