@@ -61,8 +61,7 @@ void pack_by_channel(const Windows& t, const S* weight, int64_t row0, Sum<S>* to
     for (int64_t r = 0, c = 0, tap = 0; r < length; r += L) {
       const int64_t count = smaller(L, length - r);
       Vec<T> square[L];
-      for (int64_t i = 0; i < L; ++i)
-        square[i] = i < lanes ? load_first(from + i * t.weight_row + r, count) : Vec<T>{};
+      for (int64_t i = 0; i < L; ++i) square[i] = i < lanes ? load_first(from + i * t.weight_row + r, count) : Vec<T>{};
       transpose<T>(square);
       for (int64_t i = 0; i < count; ++i) {
         store(to + ((tap * t.channels + c) * V + v) * L, square[i]);

@@ -116,9 +116,8 @@ void run(const Conv2dGeometry& g, Pass pass, const std::string& algorithm, const
          const Tensor& bias, const Tensor& out) {
   const Tensor a_dense = in_layout(a, g.layout);
   const Tensor bias_dense = bias.defined() ? bias.contiguous() : bias;
-  with_real_number(a.scalar_type(), [&](auto number) {
-    run_pass<decltype(number)>(g, pass, algorithm, a_dense, b, bias_dense, out);
-  });
+  with_real_number(a.scalar_type(),
+                   [&](auto number) { run_pass<decltype(number)>(g, pass, algorithm, a_dense, b, bias_dense, out); });
 }
 
 /// The gradient of an input whose border is not zeros: first that of the input with its border written out, which is
