@@ -210,9 +210,9 @@ def convert(model: tnn.Module, *, fuse: bool = False, inference: bool = False, l
 
     ``inference=True`` does that and folds each BatchNorm2d, with the statistics that it has at this moment, into the
     convolution before it; what a residual block adds to a convolution's result is added in place. Filters of 3x3 and
-    5x5 convolutions with stride 1 stay contiguous when the result moves to channels_last: they are read faster so, and
-    bits are the same. The model stays as it was, and the result is a new one, a torch.fx.GraphModule, in eval mode; its
-    rounding differs from the original's.
+    5x5 convolutions with stride 1, of 16 channels and more, stay contiguous when the result moves to channels_last (on
+    the CPU, but for bfloat16): they are read faster so, and bits are the same. The model stays as it was, and the
+    result is a new one, a torch.fx.GraphModule, in eval mode; its rounding differs from the original's.
 
     ``linear=True`` makes Linear modules ours, too: then a whole classifier's outputs are the same bits whatever the
     batch size. On the CPU batches gain by it, a single image does not; on a GPU it has not been measured. Calls of

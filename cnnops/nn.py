@@ -17,7 +17,8 @@ class Conv2d(nn.Conv2d):
     """
 
     algorithm = "auto"
-    contiguous_filters = False  # also in a channels_last model
+    contiguous_filters = False  # also in a channels_last model, where kernels read them faster so
+    filters_laid = False  # whether they were channels_last, and no longer are for that
 
     def __init__(
         self,
@@ -42,8 +43,12 @@ class Conv2d(nn.Conv2d):
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        if self.contiguous_filters and self.weight.dtype != torch.bfloat16:  # whose dot products read them otherwise
-            self.weight.data = self.weight.data.contiguous()
+        faster = self.contiguous_filters and self.weight.is_cpu and self.weight.dtype != torch.bfloat16
+        if faster and not self.weight.is_contiguous():
+            self.weight.data, self.filters_laid = self.weight.data.contiguous(), True
+        elif self.filters_laid and not faster:  # on a GPU, or for dot products, each call would copy them
+            self.weight.data = self.weight.data.contiguous(memory_format=torch.channels_last)
+            self.filters_laid = False
         return self
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

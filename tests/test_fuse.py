@@ -273,7 +273,11 @@ def test_inference_keeps_filters_contiguous():
     sooner = cnnops.convert(model.to(memory_format=torch.channels_last), inference=True)
     assert contiguous(later) == contiguous(sooner) == kept
     assert contiguous(later.double().float()) == contiguous(pickle.loads(pickle.dumps(later)).to("cpu")) == kept
-    assert contiguous(model) == [False] * 5
+    elsewhere = copy.deepcopy(later)
+    assert not any(contiguous(elsewhere.bfloat16()))
+    assert contiguous(elsewhere.float()) == kept
+    assert not any(contiguous(elsewhere.to("meta")))  # which is no CPU, as a GPU
+    assert not any(contiguous(model))
     expected = sooner(x)
     assert expected.is_contiguous(memory_format=torch.channels_last)
     assert_equal(later(x), expected)
