@@ -47,8 +47,9 @@ constexpr int64_t kBlockChannels = 32;   // summed at a time
 /// How the work is cut: tasks are numbered (group, block of panels, block of tiles).
 template <class T>
 struct Tasks {
-  int64_t vectors, width, panels;  // a panel: `vectors` vectors, `width` produced channels; and how many a task has
-  int64_t points, blocks, tiles, tile_blocks;
+  int64_t vectors, width;              // a panel: `vectors` vectors, `width` produced channels
+  int64_t all_panels, panels, blocks;  // `blocks` blocks of at most `panels` panels
+  int64_t points, tiles, tile_blocks;
   int64_t depth;  // summed channels of a block
   bool kept;  // all filters are one panel and one block: they are transformed for the first of a thread's tasks only
   int64_t total;
@@ -56,7 +57,7 @@ struct Tasks {
   explicit Tasks(const Layer& t) {
     constexpr int64_t L = kLanes<T>;
     const Panels<T> all(t.rows);
-    const int64_t all_panels = all.count;
+    all_panels = all.count;
     points = t.points;
     vectors = all.vectors;
     width = all.width;
@@ -69,13 +70,12 @@ struct Tasks {
     if (t.groups * blocks * tile_blocks < kGoodTasks)
       tile_blocks = larger(1, smaller(t.all_tiles / kFewTiles, ceil_div(kGoodTasks, t.groups * blocks)));
     panels = ceil_div(all_panels, blocks);
-    blocks = ceil_div(all_panels, panels);
-    tiles = round_up(ceil_div(t.all_tiles, tile_blocks), tile_rows(vectors));
+    tiles = ceil_div(t.all_tiles, tile_blocks);
     tile_blocks = ceil_div(t.all_tiles, tiles);
     depth = kept ? round_up(t.channels, L) : round_up(ceil_div(t.channels, ceil_div(t.channels, kBlockChannels)), L);
     total = t.groups * blocks * tile_blocks;
   }
-  int64_t rows() const { return panels * width; }
+  int64_t row(int64_t block) const { return all_panels * block / blocks * width; }  // a block's first channel
   int64_t input_point() const { return tiles * depth + kLine; }
   int64_t filter_point() const { return width * depth + kLine; }
   int64_t sum_point() const { return tiles * width + kLine; }
@@ -133,8 +133,8 @@ void correlate(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* work
   const auto multiply = multiply_points_by<T>(tasks.vectors);
   for (int64_t task = begin, kept = -1; task < end; ++task) {
     const int64_t tile0 = task % tasks.tile_blocks * tasks.tiles, count = smaller(tasks.tiles, t.all_tiles - tile0);
-    const int64_t row0 = task / tasks.tile_blocks % tasks.blocks * tasks.rows();
-    const int64_t group = task / tasks.tile_blocks / tasks.blocks, rows = smaller(tasks.rows(), t.rows - row0);
+    const int64_t block = task / tasks.tile_blocks % tasks.blocks, group = task / tasks.tile_blocks / tasks.blocks;
+    const int64_t row0 = tasks.row(block), rows = smaller(tasks.row(block + 1), t.rows) - row0;
     for (int64_t c0 = 0; c0 < t.channels; c0 += tasks.depth) {
       const int64_t depth = smaller(tasks.depth, t.channels - c0);
       const S* in = o.a + (group * t.channels + c0) * t.in.c;

@@ -37,8 +37,8 @@ Layer gradient_of(const Layer& t) {
 template <class T>
 struct Tasks {
   int64_t points;
-  int64_t vectors, width, panels;  // of input channels; a task has so many panels
-  int64_t panel_blocks;
+  int64_t vectors, width;                    // of a panel of input channels
+  int64_t all_panels, panels, panel_blocks;  // a block has at most `panels` panels
   int64_t rows, blocks;        // of output channels
   int64_t stride;              // from tile to tile of the transformed gradients
   int64_t parts, tile_blocks;  // of all tiles
@@ -50,6 +50,7 @@ struct Tasks {
     points = t.points;
     vectors = all.vectors;
     width = all.width;
+    all_panels = all.count;
     blocks = ceil_div(t.rows, kMostChannels);
     panel_blocks = ceil_div(all.count, larger(1, kMostPairs / (ceil_div(t.rows, blocks) * width)));
     parts = 1;
@@ -63,12 +64,12 @@ struct Tasks {
                                  ceil_div(kGoodTasks, tasks() / blocks)));
     if (tasks() < kGoodTasks) panel_blocks = smaller(all.count, ceil_div(kGoodTasks, tasks() / panel_blocks));
     panels = ceil_div(all.count, panel_blocks);
-    panel_blocks = ceil_div(all.count, panels);
-    rows = round_up(ceil_div(t.rows, blocks), tile_rows(vectors));
+    rows = ceil_div(t.rows, blocks);
     blocks = ceil_div(t.rows, rows);
     stride = round_up(rows, L);
     total = tasks();
   }
+  int64_t channel(int64_t block) const { return all_panels * block / panel_blocks * width; }  // a block's first
   int64_t input_point() const { return kBlockTiles * width + kLine; }
   int64_t gradient_point() const { return kBlockTiles * stride + kLine; }
   int64_t sum_point() const { return rows * width + kLine; }
@@ -80,9 +81,7 @@ void multiply(const Tasks<T>& tasks, int64_t rows, int64_t tiles, const T* u, co
   for (int64_t point = 0; point < tasks.points; ++point) {
     const T* a = u + point * tasks.gradient_point();
     const T* b = v + point * tasks.input_point();
-    T* to = sums + point * tasks.sum_point();
-    for (int64_t k = 0; k < rows; k += tile_rows(V))
-      multiply_tile<T, V>(tiles, a + k, 1, tasks.stride, b, to + k * tasks.width, add);
+    multiply_rows<T, V>(rows, tiles, a, 1, tasks.stride, b, sums + point * tasks.sum_point(), add);
   }
 }
 
@@ -124,15 +123,14 @@ void grad_weight(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* wo
                                              : CNNOPS_ISA::multiply<T, kMostVectors>;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t part = task % tasks.parts, block = task / tasks.parts;
-    const int64_t c0 = block % tasks.panel_blocks * tasks.panels * tasks.width;
+    const int64_t panels = block % tasks.panel_blocks, c0 = tasks.channel(panels);
+    const int64_t c_end = smaller(tasks.channel(panels + 1), x.channels);
     const int64_t k0 = block / tasks.panel_blocks % tasks.blocks * tasks.rows, rows = smaller(tasks.rows, x.rows - k0);
     const int64_t group = block / tasks.panel_blocks / tasks.blocks;
     const auto for_panels = [&](const auto& body) {
       T* to = sums;
-      for (int64_t c = c0, panel = 0; panel < tasks.panels && c < x.channels; ++panel, c += tasks.width) {
-        body(c, smaller(tasks.width, x.channels - c), to);
-        to += Form::points * tasks.sum_point();
-      }
+      for (int64_t c = c0; c < c_end; c += tasks.width, to += Form::points * tasks.sum_point())
+        body(c, smaller(tasks.width, c_end - c), to);
     };
     const S* gy = o.a + (group * x.rows + k0) * y.in.c;
     const int64_t first = tasks.tile_blocks * part / tasks.parts * kBlockTiles;

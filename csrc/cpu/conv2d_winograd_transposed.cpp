@@ -32,7 +32,8 @@ constexpr int64_t kGoodTasks = 4, kManyTasks = 16;
 /// of tiles, from one image to the next.
 template <class T>
 struct Tasks {
-  int64_t points, vectors, width, panels, blocks;  // a panel has `vectors` vectors, a task `panels` panels
+  int64_t points, vectors, width;      // of a panel
+  int64_t all_panels, panels, blocks;  // a task has at most `panels` panels
   int64_t depth;                                   // summed channels of a block
   bool kept;     // all filters are one panel and one block: they are transformed for a thread's first task only
   int64_t rows;  // of tiles, of a step
@@ -48,25 +49,22 @@ struct Tasks {
     vectors = all.vectors;
     width = all.width;
     depth = kept ? round_up(t.channels, L) : round_up(ceil_div(t.channels, ceil_div(t.channels, kBlockChannels)), L);
-    const int64_t step = tile_rows(vectors), most = (kept ? kKeptTiles : kMostTiles) * 36 / points;
-    const auto unused = [&](int64_t rows) { return double(round_up(rows * t.tiles[1], step)) / (rows * t.tiles[1]); };
-    rows = kept ? 1 : larger(1, most * 3 / 4 / t.tiles[1]);  // few tiles beyond the last register tile
-    for (int64_t more = rows + 1; more * t.tiles[1] <= most; ++more)
-      if (unused(more) < unused(rows)) rows = more;
+    all_panels = all.count;
+    rows = larger(1, (kept ? kKeptTiles : kMostTiles) * 36 / points / t.tiles[1]);
     blocks = ceil_div(all.count, larger(1, kMostChannels / width));
     images = larger(1, kept ? smaller(rows, t.groups * n / kManyTasks) : rows / t.tiles[0]);
     // Where filters are many, two tasks rather have filters of their own than the same ones.
     blocks = larger(blocks, smaller(all.count, ceil_div(kGoodTasks, t.groups * ceil_div(n, images))));
     panels = ceil_div(all.count, blocks);
-    blocks = ceil_div(all.count, panels);
     images = smaller(images, ceil_div(n, ceil_div(kGoodTasks, t.groups * blocks)));
     bands = t.groups * blocks * n > 1 || t.tiles[0] < 4 ? 1 : 2;
     band = ceil_div(t.out_size[0], bands);
-    tiles = round_up(rows * t.tiles[1], step);
+    tiles = rows * t.tiles[1];
     columns = t.tiles[1] * t.tile[1] + t.taps - 1;
     pieces = bands > 1 ? n * bands : ceil_div(n, images);
     total = t.groups * blocks * pieces;
   }
+  int64_t row(int64_t block) const { return all_panels * block / blocks * width; }  // a block's first channel
   int64_t gradient_point() const { return tiles * depth + kLine; }
   int64_t filter_point() const { return width * depth + kLine; }
   int64_t sum_point() const { return tiles * width + kLine; }
@@ -166,8 +164,8 @@ void grad_input(const Conv2dGeometry& g, const Conv2dOperands<S>& o, Sum<S>* wor
   const auto multiply = multiply_points_by<T>(tasks.vectors);
   for (int64_t task = begin, kept = -1; task < end; ++task) {
     const int64_t block = task / tasks.pieces, group = block / tasks.blocks;
-    const int64_t row0 = block % tasks.blocks * tasks.panels * tasks.width;
-    const int64_t rows = smaller(tasks.panels * tasks.width, t.rows - row0), channel = group * t.rows + row0;
+    const int64_t row0 = tasks.row(block % tasks.blocks), channel = group * t.rows + row0;
+    const int64_t rows = smaller(tasks.row(block % tasks.blocks + 1), t.rows) - row0;
     const Band band(t, tasks, g.n, g.padding[0], task % tasks.pieces);
     for (int64_t r = band.first; r < band.last; r += tasks.rows) {
       const int64_t tile_rows = smaller(tasks.rows, band.last - r), tiles = tile_rows * t.tiles[1];

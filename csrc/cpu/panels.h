@@ -11,7 +11,8 @@ namespace cnnops::cpu::CNNOPS_ISA {
 constexpr int kSums = 3 * kTileRows;                  // vectors of sums in a tile
 constexpr int kMostVectors = kTileRows == 8 ? 4 : 3;  // in a row of it
 
-/// Columns in panels of at most `most` vectors, all about as wide.
+/// Columns in panels of at most `most` vectors, all about as wide: narrower ones where fewer columns of the last panel
+/// stay unused then.
 template <class T>
 struct Panels {
   int64_t vectors, width, count;
@@ -19,6 +20,7 @@ struct Panels {
   explicit Panels(int64_t columns, int64_t most = kMostVectors) {
     const int64_t all = ceil_div(columns, kLanes<T>);
     vectors = ceil_div(all, ceil_div(all, most));
+    if (vectors > 2 && round_up(all, vectors - 1) < round_up(all, vectors)) --vectors;
     width = vectors * kLanes<T>;
     count = ceil_div(columns, width);
   }
@@ -49,6 +51,16 @@ template <int M, class Tile>
       row += M / 2;
     }
   }
+}
+
+/// Calls tile(std::integral_constant M) with the height of the first of the tiles of at most `most` rows, all about as
+/// high, that so many rows make.
+template <int most, int M = most, class Tile>
+[[gnu::always_inline]] static inline void with_rows(int64_t rows, const Tile& tile) {
+  if constexpr (M > 1) {
+    if ((M - 1) * ceil_div(rows, most) >= rows) return with_rows<most, M - 1>(rows, tile);
+  }
+  tile(std::integral_constant<int, M>());
 }
 
 }  // namespace cnnops::cpu::CNNOPS_ISA

@@ -7,9 +7,9 @@
 
 namespace cnnops::cpu::CNNOPS_ISA {
 
-/// Of one vector or two even and odd terms are summed apart: so many rows that each had its sum would be more than
-/// there are registers for their addresses.
-constexpr int ways(int64_t vectors) { return vectors < 3 ? 2 : 1; }
+/// Of few vectors even and odd terms are summed apart: so many rows that each had its sum would be more than there are
+/// registers for their addresses.
+constexpr int ways(int64_t vectors) { return vectors < (kTileRows == 8 ? 3 : 2) ? 2 : 1; }
 /// The register tile's rows. Where registers are left over, numbers of channels and tiles that are multiples of 8 fit.
 constexpr int tile_rows(int64_t vectors) {
   return static_cast<int>((kTileRows == 8 && vectors < 3 ? 16 / vectors : kSums / vectors) / ways(vectors));
@@ -75,10 +75,10 @@ static inline void transform_filters(const Layer& t, const S* weight, int64_t ro
 }
 
 /// sums[m][V vectors] (+)= sum over c of a[m*row_step + c*step] * b[c][V vectors].
-template <class T, int V>
+template <class T, int V, int M>
 static inline void multiply_tile(int64_t depth, const T* a, int64_t row_step, int64_t step, const T* b, T* sums,
                                  bool add) {
-  constexpr int M = tile_rows(V), W = ways(V), L = kLanes<T>;
+  constexpr int W = ways(V), L = kLanes<T>;
   Vec<T> sum[W][M][V]{};
   const auto add_terms = [&](int terms) {
     for (int way = 0; way < terms; ++way, a += step, b += V * L) {
@@ -102,6 +102,17 @@ static inline void multiply_tile(int64_t depth, const T* a, int64_t row_step, in
     }
 }
 
+/// The same for any number of rows.
+template <class T, int V>
+static inline void multiply_rows(int64_t rows, int64_t depth, const T* a, int64_t row_step, int64_t step, const T* b,
+                                 T* sums, bool add) {
+  for (int64_t row = 0; row < rows;)
+    with_rows<tile_rows(V)>(rows - row, [&](auto m) {
+      multiply_tile<T, V, m>(depth, a + row * row_step, row_step, step, b, sums + row * V * kLanes<T>, add);
+      row += m;
+    });
+}
+
 /// sums[point][tile][lane] (+)= sum over c of v[point][tile][c] * u[point][c][lane]: `*_point` numbers from point to
 /// point, `stride` from tile to tile of v.
 template <class T>
@@ -113,12 +124,9 @@ struct Factors {
 
 template <class T, int V>
 static inline void multiply_points(const Factors<T>& f, int64_t points, int64_t tiles, int64_t depth, bool add) {
-  for (int64_t point = 0; point < points; ++point) {
-    const T *a = f.v + point * f.v_point, *b = f.u + point * f.u_point;
-    T* to = f.sums + point * f.sum_point;
-    for (int64_t p = 0; p < tiles; p += tile_rows(V))
-      multiply_tile<T, V>(depth, a + p * f.stride, f.stride, 1, b, to + p * V * kLanes<T>, add);
-  }
+  for (int64_t point = 0; point < points; ++point)
+    multiply_rows<T, V>(tiles, depth, f.v + point * f.v_point, f.stride, 1, f.u + point * f.u_point,
+                        f.sums + point * f.sum_point, add);
 }
 
 template <class T>
