@@ -102,8 +102,7 @@ def contestants(load: Load, model: nn.Module, x: Tensor, classes: Tensor, others
         changed, image = changed.to(memory_format=memory_format), x.contiguous(memory_format=memory_format)
         return step(changed, image, classes) if load.training else inference(changed, image)
 
-    options = {"fuse": True} if load.training else {"inference": True}
-    options["linear"] = load.n > 1  # one image leaves such a layer's weights to be read once
+    options = {"fuse" if load.training else "inference": True, "linear": True}
     found = {}
     for layout, memory_format in measure.LAYOUTS.items():
         found[f"ours {layout}"] = run(cnnops.convert(copy.deepcopy(model)), memory_format)
@@ -222,8 +221,8 @@ def page(data: dict) -> str:
 `python -m benchmarks.models`; memory {about["memory"]};
 cnnops {about["commit"]}{"; few rounds" * data["quick"]}. Milliseconds; *ratio* is the best
 other's time over our best. Training steps are forward, cross entropy, backward and SGD; *fused* is `convert` with
-`fuse=True`, for inference `inference=True`, and for batches `linear=True`; torch.compile is frozen for inference.
-Dropout is left out. *error*: relative L2 against float64, of outputs, or of all gradients of a step.
+`linear=True` and `fuse=True`, for inference `inference=True`; torch.compile is frozen for inference. Dropout is left
+out. *error*: relative L2 against float64, of outputs, or of all gradients of a step.
 
 {markdown(["", *names, "best other", "goal", "ratio", "error"], rows)}
 """

@@ -215,8 +215,8 @@ def convert(model: tnn.Module, *, fuse: bool = False, inference: bool = False, l
     result is a new one, a torch.fx.GraphModule, in eval mode; its rounding differs from the original's.
 
     ``linear=True`` makes Linear modules ours, too: then a whole classifier's outputs are the same bits whatever the
-    batch size. On the CPU batches gain by it, a single image does not; on a GPU it has not been measured. Calls of
-    ``F.linear`` stay torch's.
+    batch size. On the CPU batches gain by it, and single images where threads share them; on a GPU it has not been
+    measured. Calls of ``F.linear`` stay torch's.
 
     ReLU6, Hardtanh, LeakyReLU and blocks keep their output for the backward pass, as ReLU does; torch's keep the input.
     An operation in place right after them, such as ``Dropout(inplace=True)``, makes autograd raise an error.

@@ -35,12 +35,20 @@ def test_second_derivatives():
     assert torch.autograd.gradgradcheck(F.linear, (x, w, b))
 
 
-@pytest.mark.parametrize("channels", [7, 512, 3136])
-def test_a_row_has_the_same_bits_alone(channels, instruction_set):
-    x, w, b = numbers(9, channels).float(), numbers(10, channels).float(), numbers(10).float()
-    together = F.linear(x, w, b)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("channels", "outputs"), [(7, 10), (37, 64), (512, 53), (3136, 10), (4100, 48)])
+def test_a_row_has_the_same_bits_alone(channels, outputs, dtype, instruction_set):
+    sizes = (9, channels), (outputs, channels), (outputs,), (9, outputs)
+    x, w, b, grad = (numbers(*size).to(dtype) for size in sizes)
+
+    def rows(n):
+        row = x[n].clone().requires_grad_()
+        y = F.linear(row, w, b)
+        return y.detach(), *torch.autograd.grad(y, row, grad[n])
+
     torch.set_num_threads(2)
-    assert all(same_bits(F.linear(x[n : n + 1], w, b)[0], together[n]) for n in range(9))
+    together = rows(slice(None))
+    assert all(same_bits(a[0], t[n]) for n in range(9) for a, t in zip(rows(slice(n, n + 1)), together, strict=True))
 
 
 @pytest.mark.parametrize("options", [{}, {"fuse": True}, {"inference": True}], ids=str)

@@ -2,7 +2,9 @@
 // weights are packed, for these and for others.
 //
 // A tile reads its pixels where they stand, with strides as well as without. Of inputs too many for the caches the next
-// tile's are fetched ahead: where strides leave pixels out, no processor expects the next one's place.
+// tile's are fetched ahead: where strides leave pixels out, no processor expects the next one's place. Where there is but
+// one pixel, as in a fully connected layer of a single image, its weights are turned in registers instead of packed, and
+// memory sets the pace.
 #pragma once
 
 #include "channels_last_tile.h"
@@ -18,12 +20,30 @@ constexpr int64_t kWeights = kWeightBytes / int64_t(sizeof(T));
 template <class T>
 constexpr int64_t kKept = kKeptBytes / int64_t(sizeof(T));
 
+/// square[r][lane] = the weight of number r, of at most a vector of them, for produced channel `lane`. They are turned:
+/// each channel's lie side by side.
+template <class S>
+[[gnu::always_inline]] static inline void turn_weights(const Windows& t, const S* from, int64_t lanes, int64_t count,
+                                                       bool far, Vec<Sum<S>> (&square)[kLanes<Sum<S>>]) {
+  using T = Sum<S>;
+  constexpr int64_t L = kLanes<T>;
+  for (int64_t i = 0; i < L; ++i) square[i] = i < lanes ? load_first(from + i * t.weight_row, count) : Vec<T>{};
+  for (int64_t i = 0; i < L && far; ++i) __builtin_prefetch(from + i * t.weight_row + kAhead);
+  transpose<T>(square);
+}
+
+/// Whether all weights are too many for the caches.
+template <class S>
+bool lie_far(const Windows& t) {
+  return t.rows * t.weight_row * int64_t(sizeof(S)) > kMuchInput;
+}
+
 /// to[r][lane] = the weight of number r of the run for produced channel row0 + lane, zero from channel `rows` on.
 template <class S, int V>
 void pack_weights(const Windows& t, const S* weight, int64_t row0, const Run& run, Sum<S>* to) {
   using T = Sum<S>;
   constexpr int64_t L = kLanes<T>;
-  const bool far = t.rows * t.weight_row * int64_t(sizeof(S)) > kMuchInput;
+  const bool far = lie_far<S>(t);
   for (int v = 0; v < V; ++v) {
     const int64_t row = row0 + v * L, lanes = smaller(L, t.rows - row);
     T* panel = to + v * L;
@@ -39,10 +59,7 @@ void pack_weights(const Windows& t, const S* weight, int64_t row0, const Run& ru
       for (int64_t r = 0; r < run.length; r += L) {
         const int64_t count = smaller(L, run.length - r);
         Vec<T> square[L];
-        for (int64_t i = 0; i < L; ++i)
-          square[i] = i < lanes ? load_first(from + i * t.weight_row + r, count) : Vec<T>{};
-        for (int64_t i = 0; i < L && far; ++i) __builtin_prefetch(from + i * t.weight_row + r + kAhead);
-        transpose<T>(square);
+        turn_weights<S>(t, from + r, lanes, count, far, square);
         for (int64_t i = 0; i < count; ++i, panel += V * L) store(panel, square[i]);
       }
     }
@@ -102,6 +119,38 @@ static inline void find_single(const Windows& t, int64_t first, int64_t count, i
   }
 }
 
+/// multiply_tile() for one pixel, by the weights of numbers [c, c + depth) where they stand: each is used once, so that
+/// packing it would be most of the work.
+template <class T, int V>
+void multiply_one(const Windows& t, const T* a, const T* weight, int64_t row0, int64_t c, int64_t depth, T* to,
+                  const T* plus) {
+  constexpr int64_t L = kLanes<T>;
+  const bool far = lie_far<T>(t);
+  Vec<T> sum[V]{};
+  const auto add = [&](int v, int64_t r, int64_t lanes, int64_t count) __attribute__((always_inline)) {
+    const T* from = weight + t.weight_of(0, 0) + (row0 + v * L) * t.weight_row + (c + r) * t.weight_channel;
+    Vec<T> square[L];
+    if (t.weight_row == 1) {
+      for (int64_t i = 0; i < count; ++i) square[i] = load_first(from + i * t.weight_channel, lanes);
+    } else {
+      turn_weights<T>(t, from, lanes, count, far, square);
+    }
+    for (int64_t i = 0; i < count; ++i) sum[v] = multiply_add(broadcast(a[r + i]), square[i], sum[v]);
+  };
+  for (int64_t line = 0; line < depth; line += kLineNumbers<T>)  // all of a line at once: rows compete for its place
+    for (int v = 0; v < V; ++v) {
+      const int64_t lanes = smaller(L, t.rows - row0 - v * L), end = smaller(line + kLineNumbers<T>, depth);
+      for (int64_t r = line; r < end; r += L) {
+        if (lanes == L && end - r >= L) {
+          add(v, r, L, L);
+        } else {
+          add(v, r, lanes, smaller(L, end - r));
+        }
+      }
+    }
+  for (int v = 0; v < V; ++v) store(to + v * L, plus ? load(plus + v * L) + sum[v] : sum[v]);
+}
+
 /// correlate_panel() for `count` outputs that see one pixel each: seen(p) and made(p) say where these begin.
 template <class T, int V, class Seen, class Made>
 void correlate_single(const Windows& t, const Conv2dOperands<T>& o, int64_t row0, int64_t count, bool past, bool fetch,
@@ -114,7 +163,8 @@ void correlate_single(const Windows& t, const Conv2dOperands<T>& o, int64_t row0
   for (int64_t c = 0; c < t.channels; c += piece) {
     const int64_t depth = smaller(piece, t.channels - c);
     const bool last = c + depth == t.channels;
-    if (!packed) pack_weights<T, V>(t, o.b, row0, {0, 0, c, depth, c, true}, weights);
+    const bool one = !packed && count == 1;
+    if (!packed && !one) pack_weights<T, V>(t, o.b, row0, {0, 0, c, depth, c, true}, weights);
     const T* const columns = packed ? weights + c * V * L : weights;
     for_tiles<M>(0, count, [&](int64_t p, auto rows) {
       const T *a[rows], *bias[rows];
@@ -128,15 +178,13 @@ void correlate_single(const Windows& t, const Conv2dOperands<T>& o, int64_t row0
         if (!past) fetch_to_write(to[m], V * L);
         if (fetch) ahead[m] = o.a + seen(smaller(p + rows + m, count - 1)) + c - a[m];
       }
-      if (left >= V * L) {
-        multiply_tile<T, V, rows>(1, &depth, a, 1, &columns, to,
-                                  c > 0    ? to
-                                  : o.bias ? bias
-                                           : nullptr,
-                                  V * L, past && depth == t.channels && inside == rows, fetch ? ahead : nullptr);
-        return;
-      }
-      multiply_tile<T, V, rows>(1, &depth, a, 1, &columns, to, nullptr);
+      const auto multiply = [&](const T* const* plus, bool beyond) {
+        if (one) return multiply_one<T, V>(t, a[0], o.b, row0, c, depth, to[0], plus ? plus[0] : nullptr);
+        multiply_tile<T, V, rows>(1, &depth, a, 1, &columns, to, plus, V * L, beyond, fetch ? ahead : nullptr);
+      };
+      if (left >= V * L)
+        return multiply(c > 0 ? to : o.bias ? bias : nullptr, past && depth == t.channels && inside == rows);
+      multiply(nullptr, false);
       for (int64_t m = 0; m < inside; ++m)
         for (int64_t j = 0; j < left; j += L) {
           T* const out = o.out + made(p + m) + channel + j;

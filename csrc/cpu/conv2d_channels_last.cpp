@@ -206,7 +206,7 @@ struct Tasks {
     const int64_t most = g.n * make_windows(g, pass, 0, 0).pixels();  // class 0 has the most outputs
     const int64_t channels = larger(1, (pass == Pass::forward ? g.c : g.k) / g.groups);
     const int64_t fit = kKept<T> / (channels * g.kernel[0] * g.kernel[1] * larger(1, panels.width));
-    kept = fit > 0;
+    kept = fit > 0 && most * g.kernel[0] * g.kernel[1] > 1;  // one pixel uses each weight once
     sets = larger(1, ceil_div(panels.count, larger(1, fit)));
     if (good > 1 && most * classes < kManyPixels) sets = larger(sets, smaller(panels.count, kGoodSets));
     set = ceil_div(panels.count, sets);

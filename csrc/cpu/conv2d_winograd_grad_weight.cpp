@@ -39,9 +39,9 @@ struct Tasks {
   int64_t points;
   int64_t vectors, width;                    // of a panel of input channels
   int64_t all_panels, panels, panel_blocks;  // a block has at most `panels` panels
-  int64_t rows, blocks;        // of output channels
-  int64_t stride;              // from tile to tile of the transformed gradients
-  int64_t parts, tile_blocks;  // of all tiles
+  int64_t rows, blocks;                      // of output channels
+  int64_t stride;                            // from tile to tile of the transformed gradients
+  int64_t parts, tile_blocks;                // of all tiles
   int64_t total;
 
   explicit Tasks(const Layer& t) {

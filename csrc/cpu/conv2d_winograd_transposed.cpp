@@ -34,7 +34,7 @@ template <class T>
 struct Tasks {
   int64_t points, vectors, width;      // of a panel
   int64_t all_panels, panels, blocks;  // a task has at most `panels` panels
-  int64_t depth;                                   // summed channels of a block
+  int64_t depth;                       // summed channels of a block
   bool kept;     // all filters are one panel and one block: they are transformed for a thread's first task only
   int64_t rows;  // of tiles, of a step
   int64_t images, bands, band;  // of a task; of an image, and the pixel rows of one
